@@ -1,0 +1,10 @@
+"""anorm: Attentive Normalization and its relatives, as layers, networks and a trainer.
+
+    model = anorm.create_model("resnet50", norm="an")
+    layer = anorm.create_norm("an", 64, act="relu")
+"""
+
+from anorm.registry import create_model, create_norm, list_archs, list_norms
+
+__version__ = "0.1.0"
+__all__ = ["create_model", "create_norm", "list_archs", "list_norms"]

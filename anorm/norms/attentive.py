@@ -1,0 +1,213 @@
+"""Attentive Normalization (Li, Sun and Wu, ECCV 2020): a mixture of K affine maps weighted by the instance."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anorm.algebra import Affine, Moments, squeeze, then
+from anorm.norms.base import Norm, ParamNeeds, Site
+from anorm.norms.build import build, build_base
+
+__all__ = ["NORMS", "Attention", "AttentiveGroupNorm", "AttentiveNorm"]
+
+INPUTS = ("rsd", "rsd_paper", "mean", "mean_std")
+ATTENTIONS = ("a1", "a2", "se")
+ACTIVATIONS = {
+    "hsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "softmax": partial(torch.softmax, dim=1),
+    "relu": F.relu,
+}
+PUBLISHED_K = {4: (10, 10, 20, 20), 7: (5, 5, 5, 5, 10, 10, 10)}
+"""Components for each stage, by the number of stages (section 3.3; MobileNetV2's seven from the authors' configs)."""
+
+
+class AttentiveNorm(Norm):
+    """y = (sum_k lambda_nk gamma_kc) * x_hat + sum_k lambda_nk beta_kc, x_hat the base norm without affine (eq. 8, 9).
+
+    lambda = A(x), (N, K), comes from the moments of x by a small network (section 3.3, eq. 11):
+
+        A1: Act(FC(d)), FC with bias      A2: Act(Norm(FC(d))), FC without bias, Norm over the N instances
+
+    with the descriptor d (N, C) of each channel over H x W. The weights are not normalized to sum to one (but for
+    softmax), so at the start y is about K/2 times x_hat. Nothing is detached: gradients flow through descriptor,
+    weights and statistics. The defaults are what the authors' code computes.
+
+    Args:
+        channels: C.
+        act: activation after the layer, or None.
+        k: number of components. In a network also a list, one number a stage; the default there is the published
+            10, 10, 20, 20 (four stages) or 5, 5, 5, 5, 10, 10, 10 (seven).
+        base: the norm that standardizes, a name or {name: ..., options}: bn, gn, ln, in, sn.
+        input: the descriptor. "rsd": mean / sqrt(var + eps_rsd), the reverse of the relative standard deviation with
+            the unbiased variance, v * n / (n - 1), as the code does (n = 1 keeps v = 0, where the code gives NaN);
+            "rsd_paper": mean / (std + eps_rsd), the paper's footnote 2, biased, with a safe root at 0; "mean";
+            "mean_std": both, concatenated (2C).
+        attention: "a2" (published), "a1" (v1 and the COCO heads), or "se": FC-ReLU-FC, a full SE unit of reduction 16.
+        activation: "hsigmoid" (published), "sigmoid", "softmax" over K, "relu".
+        attention_norm: the norm of A2: "bn" over the N instances (published, needs N >= 2 in training), or "gn" with
+            one group over the K values of an instance.
+        source: "input" (published): the descriptor is of x; "standardized": of x_hat (footnote 1).
+        separate: one set of weights for gamma and another for beta instead of a shared one.
+        eps_rsd: the descriptor's epsilon.
+
+    State: ``weight`` and ``bias`` (K, C), initialised to N(1, 0.1) and N(0, 0.1) (section 3.3); ``base.*``;
+    ``attention.*``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        act: str | None = None,
+        k: int = 10,
+        base: str | dict = "bn",
+        input: str = "rsd",
+        attention: str = "a2",
+        activation: str = "hsigmoid",
+        attention_norm: str = "bn",
+        source: str = "input",
+        separate: bool = False,
+        eps_rsd: float = 1e-3,
+    ) -> None:
+        super().__init__(channels, act)
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"k={k!r}: a single layer takes one positive number of components")
+        if source not in ("input", "standardized"):
+            raise ValueError(f"source={source!r} is neither 'input' nor 'standardized'")
+        self.k = k
+        self.source = source
+        self.separate = separate
+        self.weight = nn.Parameter(1.0 + 0.1 * torch.randn(k, channels))
+        self.bias = nn.Parameter(0.1 * torch.randn(k, channels))
+        self.base = build_base(base, channels, affine=False)
+        weights = 2 * k if separate else k
+        self.attention = Attention(channels, weights, input, attention, activation, attention_norm, eps_rsd)
+
+    @classmethod
+    def at(cls, site: Site, **options) -> AttentiveNorm:
+        k = options.pop("k", None)
+        if k is None:
+            k = PUBLISHED_K.get(site.stages, (10,) * site.stages)
+        if not isinstance(k, int):
+            if len(k) != site.stages:
+                raise ValueError(f"k has {len(k)} numbers for the {site.stages} stages of this architecture: {list(k)}")
+            k = k[site.stage]
+        return super().at(site, k=k, **options)
+
+    @classmethod
+    def belongs(cls, site: Site) -> bool:
+        return site.focus
+
+    def needs(self) -> str:
+        below = self.base.needs()
+        return self.attention.needs if below == "none" else max(below, self.attention.needs)
+
+    def law(self, moments: Moments) -> Affine:
+        standardized = self.base.law(moments)
+        return self._recalibrated(standardized, self.mixture_weights(moments, standardized))
+
+    def _recalibrated(self, standardized: Affine, weights: Tensor) -> Affine:
+        for_gamma, for_beta = weights.chunk(2, 1) if self.separate else (weights, weights)
+        gamma = for_gamma @ self.weight.to(weights.dtype)
+        return then(standardized, gamma, for_beta @ self.bias.to(weights.dtype))
+
+    def mixture_weights(self, moments: Moments, standardized: Affine) -> Tensor:
+        """lambda (N, K) ((N, 2K) when separate)."""
+        if self.source == "standardized":
+            mean = squeeze(standardized, moments.mean)
+            var = None if moments.var is None else standardized.scale.square() * moments.var
+            moments = Moments(mean, var, moments.count)
+        return self.attention(moments)
+
+    def zero_init(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def param_needs(self) -> dict[str, ParamNeeds]:
+        attention = {name: ParamNeeds("attention") for name, _ in self.named_parameters()}
+        return attention | {name: ParamNeeds("mixture") for name in ("weight", "bias")}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, k={self.k}"
+
+
+class AttentiveGroupNorm(AttentiveNorm):
+    """AN over GN, as in the box heads of the paper's COCO experiments: A1, section 4.3.
+
+    ``attention="a2"`` normalizes the K values of each instance (GN with one group), as the authors' later code does.
+    """
+
+    elsewhere = ("gn", {})
+
+    def __init__(
+        self, channels: int, act: str | None = None, k: int = 10, base: str | dict = "gn", attention: str = "a1",
+        attention_norm: str = "gn", **options,
+    ) -> None:
+        super().__init__(channels, act, k, base, attention=attention, attention_norm=attention_norm, **options)
+
+
+class Attention(nn.Module):
+    """Moments of an instance's channels -> its weights (N, out): descriptor, FC, norm, activation (eq. 10, 11)."""
+
+    def __init__(
+        self, channels: int, out: int, input: str, attention: str, activation: str, attention_norm: str, eps: float
+    ) -> None:
+        super().__init__()
+        for name, value, known in (
+            ("input", input, INPUTS),
+            ("attention", attention, ATTENTIONS),
+            ("activation", activation, tuple(ACTIVATIONS)),
+            ("attention_norm", attention_norm, ("bn", "gn")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is none of {', '.join(known)}")
+        self.input, self.activation, self.eps = input, activation, eps
+        self.needs = "mean" if input == "mean" else "mean_var"
+        features = 2 * channels if input == "mean_std" else channels
+        self.squeeze = None
+        if attention == "se":
+            hidden = max(features // 16, 1)
+            self.squeeze = nn.Linear(features, hidden)
+            features = hidden
+        self.fc = nn.Linear(features, out, bias=attention != "a2")
+        nn.init.kaiming_normal_(self.fc.weight, mode="fan_out", nonlinearity="relu")
+        if self.fc.bias is not None:
+            nn.init.zeros_(self.fc.bias)
+        self.norm = None
+        if attention == "a2":
+            self.norm = build(attention_norm, out, **({"groups": 1} if attention_norm == "gn" else {}))
+
+    def describe(self, moments: Moments) -> Tensor:
+        """The descriptor (N, C) or (N, 2C)."""
+        mean, var, n = moments
+        if self.input == "mean":
+            return mean
+        if self.input == "rsd":
+            if n > 1:
+                var = var * (n / (n - 1))
+            return mean * torch.rsqrt(var + self.eps)
+        # sqrt has an infinite slope at 0 (a dead channel): keep it a tiny distance away
+        std = (var + torch.finfo(var.dtype).tiny ** 0.5).sqrt()
+        return mean / (std + self.eps) if self.input == "rsd_paper" else torch.cat((mean, std), 1)
+
+    def forward(self, moments: Moments) -> Tensor:
+        a = self.describe(moments)
+        if self.squeeze is not None:
+            a = F.relu(_linear(self.squeeze, a))
+        a = _linear(self.fc, a)
+        if self.norm is not None:
+            # each instance holds one value of each of the outputs: moments (a, 0) of a 1x1 map
+            a = squeeze(self.norm.law(Moments(a, torch.zeros_like(a), 1)), a)
+        return ACTIVATIONS[self.activation](a)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in x's dtype: coefficients stay float32 in a half-precision model."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+NORMS = {"an": AttentiveNorm, "an_gn": AttentiveGroupNorm}

@@ -1,0 +1,81 @@
+"""Group Normalization (Wu and He, 2018) and its two ends: Layer and Instance Normalization."""
+
+from __future__ import annotations
+
+from anorm.algebra import Affine, Moments, pool_groups, standardize
+from anorm.norms.base import Norm
+
+__all__ = ["NORMS", "GroupNorm", "InstanceNorm", "LayerNorm", "resolve_groups"]
+
+
+def resolve_groups(groups: int | str, channels: int, at_most: int = 32) -> int:
+    """"auto" is the largest divisor of C up to 32; a number must divide C (ValueError names the nearest that do)."""
+    if groups == "auto":
+        return max(g for g in range(1, min(at_most, channels) + 1) if channels % g == 0)
+    if not isinstance(groups, int) or groups < 1 or channels % groups:
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        near = sorted(divisors, key=lambda d: abs(d - groups) if isinstance(groups, int) else d)[:4]
+        raise ValueError(
+            f"{channels} channels cannot be divided into groups={groups}; "
+            f"use groups=auto or one of {', '.join(map(str, sorted(near)))}"
+        )
+    return groups
+
+
+class GroupNorm(Norm):
+    """y = weight_c * (x - mu_ng) / sqrt(var_ng + eps) + bias_c, mu and var over each instance's C/groups channels.
+
+    Equal to ``torch.nn.GroupNorm``, with its state_dict. Independent of the batch, the same in training and evaluation.
+
+    Args:
+        channels: C.
+        act: activation after the norm, or None.
+        groups: number of groups (32 in the paper), or "auto": the largest divisor of C up to 32.
+        eps: added to the variance.
+        affine: learn weight and bias (C).
+
+    Raises ValueError when an explicit number of groups does not divide C.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        act: str | None = None,
+        groups: int | str = "auto",
+        eps: float = 1e-5,
+        affine: bool = True,
+    ) -> None:
+        super().__init__(channels, act)
+        self.groups = resolve_groups(groups, channels)
+        self.eps = eps
+        self._make_affine(affine)
+
+    def law(self, moments: Moments) -> Affine:
+        mean, var, _ = pool_groups(moments, self.groups)
+        return self._then_affine(standardize(mean, var, self.eps))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, groups={self.groups}"
+
+
+class LayerNorm(GroupNorm):
+    """Layer Normalization over (C, H, W) of each instance, with an affine per channel (Ba et al., 2016; Wu and He, 2018).
+
+    GN with one group. (The ``LayerNorm2d`` of ConvNeXt, over C alone at each position, is another function.)
+    """
+
+    def __init__(self, channels: int, act: str | None = None, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(channels, act, 1, eps, affine)
+
+
+class InstanceNorm(GroupNorm):
+    """Instance Normalization (Ulyanov et al., 2016): each channel of each instance by itself, GN with C groups.
+
+    Learns an affine by default, unlike ``torch.nn.InstanceNorm2d``; a 1x1 map gives ``bias`` (its variance is 0).
+    """
+
+    def __init__(self, channels: int, act: str | None = None, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(channels, act, channels, eps, affine)
+
+
+NORMS = {"gn": GroupNorm, "ln": LayerNorm, "in": InstanceNorm}

@@ -1,0 +1,63 @@
+"""Any other nn.Module as a norm: for layers outside the family (whitening, spatial attention, a user's own)."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import Tensor, nn
+
+from anorm.norms.base import Norm
+from anorm.ops.activations import lookup
+
+__all__ = ["NORMS", "ModuleNorm"]
+
+
+class ModuleNorm(Norm):
+    """y = act(mask * target(x) + residual), with ``target`` any module from (N, C, H, W) to (N, C, H, W).
+
+    Nothing is fused: the module runs as it is.
+
+    Args:
+        channels: C, the first argument of the module's constructor.
+        act: activation after the sum, or None.
+        target: dotted name of the class, e.g. ``torch.nn.BatchNorm2d``, or the class itself.
+        options: further keyword arguments of the class.
+    """
+
+    def __init__(self, channels: int, act: str | None = None, *, target: str | type, **options) -> None:
+        super().__init__(channels, act)
+        if isinstance(target, str):
+            target = _locate(target)
+        try:
+            self.module = target(channels, **options)
+        except TypeError as error:
+            raise ValueError(f"norm.target: {target.__name__}({channels}, ...) failed: {error}") from error
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        y = self.module(x)
+        if y.shape != x.shape:
+            raise ValueError(f"norm.target returned shape {tuple(y.shape)} for an input of {tuple(x.shape)}")
+        if mask is not None:
+            y = y * mask[:, :, None, None]
+        if residual is not None:
+            y = y + residual
+        return lookup(self.act).function(y)
+
+    def zero_init(self) -> None:
+        if hasattr(self.module, "zero_init"):
+            self.module.zero_init()
+        elif isinstance(getattr(self.module, "weight", None), nn.Parameter):
+            nn.init.zeros_(self.module.weight)
+        else:
+            raise ValueError(f"{type(self.module).__name__} has neither zero_init() nor a weight to start at zero")
+
+
+def _locate(dotted: str) -> type:
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"norm.target={dotted!r} cannot be imported ({error}); give package.module.Class") from error
+
+
+NORMS = {"module": ModuleNorm}

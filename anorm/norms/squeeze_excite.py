@@ -1,0 +1,76 @@
+"""Squeeze-and-Excitation directly on a normalization (Hu et al., CVPR 2018)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from anorm.algebra import Affine, Moments, gate, squeeze
+from anorm.norms.base import Norm, ParamNeeds, Site
+from anorm.norms.build import build_base
+
+__all__ = ["NORMS", "SqueezeExcite"]
+
+
+class SqueezeExcite(Norm):
+    """y = lambda_nc * B(x), lambda = sigmoid(W2 relu(W1 mean_hw B(x))), B the base norm with its affine (eq. 3-5).
+
+    The squeeze of a normalized map is an exact function of x's means, so the gate costs no pass over the map.
+    SE behind an activation (MobileNetV3, EfficientNet) is another layer and cannot be written this way.
+
+    Args:
+        channels: C.
+        act: activation after the gate, or None.
+        reduction: r of the bottleneck C -> C/r -> C. In a network the default is the AN paper's: 16 at a block's
+            last norm and 4 elsewhere (Tables 2 and 3).
+        base: the norm below, a name or {name: ..., options}.
+        bias: biases in the two fully connected layers (the AN paper's code has none, Hu et al. have them).
+    """
+
+    def __init__(
+        self, channels: int, act: str | None = None, reduction: int = 16, base: str | dict = "bn", bias: bool = False
+    ) -> None:
+        super().__init__(channels, act)
+        if reduction < 1:
+            raise ValueError(f"reduction={reduction}: the bottleneck C/reduction needs a positive divisor")
+        hidden = max(channels // reduction, 1)
+        self.base = build_base(base, channels, affine=True)
+        self.fc1 = nn.Linear(channels, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, channels, bias=bias)
+
+    @classmethod
+    def at(cls, site: Site, **options) -> SqueezeExcite:
+        options.setdefault("reduction", 16 if site.last or not site.block_norm else 4)
+        return super().at(site, **options)
+
+    @classmethod
+    def belongs(cls, site: Site) -> bool:
+        return site.last
+
+    def needs(self) -> str:
+        return "mean_var" if self.base.needs() == "mean_var" else "mean"
+
+    def law(self, moments: Moments) -> Affine:
+        normalized = self.base.law(moments)
+        return gate(normalized, self.weights(squeeze(normalized, moments.mean)))
+
+    def weights(self, squeezed: torch.Tensor) -> torch.Tensor:
+        """The gates (N, C) for squeezed features (N, C)."""
+        hidden = F.relu(_linear(self.fc1, squeezed))
+        return torch.sigmoid(_linear(self.fc2, hidden))
+
+    def zero_init(self) -> None:
+        self.base.zero_init()
+
+    def param_needs(self) -> dict[str, ParamNeeds]:
+        attention = {name: ParamNeeds("attention") for name, _ in self.named_parameters()}
+        return attention | {f"base.{name}": needs for name, needs in self.base.param_needs().items()}
+
+
+def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """The layer in x's dtype: coefficients stay float32 in a half-precision model."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+NORMS = {"se": SqueezeExcite}

@@ -1,0 +1,81 @@
+"""Switchable Normalization (Luo et al., ICLR 2019)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from anorm.algebra import Affine, Moments, pool_groups, standardize
+from anorm.norms.base import ParamNeeds, RunningNorm
+
+__all__ = ["NORMS", "SwitchableNorm"]
+
+
+class SwitchableNorm(RunningNorm):
+    """y = weight * (x - sum_k w_k mu_k) / sqrt(sum_k w'_k var_k + eps) + bias, over k = IN, LN, BN (eq. 3).
+
+    w = softmax(mean_weight) and w' = softmax(var_weight), 3 + 3 scalars a layer, initialised to ones (1/3 each).
+
+    The defaults are what the official code computes: the instance variance is the unbiased one (guarded on 1x1 maps,
+    where the official code gives NaN), and the LN and BN variances are pooled from it; ``running_var`` starts at 0,
+    tracks the pooled variance as it is, and momentum 0.1 is the official "keep 0.9". Sums of squares are centred
+    rather than E[x^2] - E[x]^2, which is the same number without the cancellation.
+
+    Args:
+        channels: C.
+        act: activation after the norm, or None.
+        eps: added to the mixed variance.
+        momentum: weight of the new batch in the running statistics; None is the cumulative average, the paper's
+            preferred evaluation ("batch average").
+        use_bn: False drops the BN branch and the buffers (the official setting for one image a GPU).
+        variance: "unbiased" (official code) or "biased" (the paper's equation 2).
+        affine: learn weight and bias (C).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        act: str | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        use_bn: bool = True,
+        variance: str = "unbiased",
+        affine: bool = True,
+    ) -> None:
+        super().__init__(channels, act, eps, momentum, initial_var=0.0, unbiased=False)
+        if variance not in ("unbiased", "biased"):
+            raise ValueError(f"variance={variance!r} is neither 'unbiased' nor 'biased'")
+        self.variance = variance
+        self.use_bn = use_bn
+        self._make_affine(affine)
+        branches = 3 if use_bn else 2
+        self.mean_weight = nn.Parameter(torch.ones(branches))
+        self.var_weight = nn.Parameter(torch.ones(branches))
+        if use_bn:
+            self._make_buffers()
+        else:
+            self.tracked = ()
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Importance weights of the means and of the variances, in the order IN, LN[, BN]."""
+        return self.mean_weight.softmax(0), self.var_weight.softmax(0)
+
+    def law(self, moments: Moments) -> Affine:
+        mean, var, count = moments
+        if self.variance == "unbiased" and count > 1:
+            var = var * (count / (count - 1))
+        instance = Moments(mean, var, count)
+        branches = [(mean, var), pool_groups(instance, 1)[:2]]
+        if self.use_bn:
+            branches.append(self.batch_statistics(instance))
+        w_mean, w_var = self.weights()
+        mu = sum(w * mean for w, (mean, _) in zip(w_mean, branches, strict=True))
+        sigma2 = sum(w * var for w, (_, var) in zip(w_var, branches, strict=True))
+        return self._then_affine(standardize(mu, sigma2, self.eps))
+
+    def param_needs(self) -> dict[str, ParamNeeds]:
+        control = {name: ParamNeeds("control") for name in ("mean_weight", "var_weight")}
+        return super().param_needs() | control
+
+
+NORMS = {"sn": SwitchableNorm}

@@ -1,0 +1,149 @@
+"""One public op: ``normalize``. Two passes over the feature map with a small function, the law, between them.
+
+    moments(x) -> law -> act(scale * (x - centre) + shift [+ residual])
+
+The equations and their backward are in README.md beside this file. Backends: ``reference`` (plain PyTorch, always
+there), ``cpu`` (C++), ``triton`` (GPU); ``auto`` takes the fastest that works for a tensor's device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from anorm.algebra import Affine, Moments
+from anorm.ops import reference
+from anorm.ops.activations import lookup
+from anorm.ops.autograd import fixed_affine, moments_and_slots, slotted_affine
+
+__all__ = ["BACKENDS", "normalize", "resolve", "set_backend", "use_backend"]
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+NEEDS = ("none", "mean", "mean_var")
+
+_log = logging.getLogger(__name__)
+_chosen = "auto"
+
+
+def normalize(
+    x: Tensor,
+    law: Callable[[Moments | None], Affine],
+    act: str | None = None,
+    residual: Tensor | None = None,
+    needs: str = "mean_var",
+) -> Tensor:
+    """y = act(scale * (x - centre) + shift [+ residual]) with (centre, scale, shift) = law(moments of x).
+
+    Args:
+        x: feature map (N, C, H, W), any floating dtype, contiguous or channels_last (the result has its layout).
+        law: differentiable function from ``Moments`` (mean and biased variance over H x W, (N, C), float32, float64
+            for float64; count = H*W) to ``Affine`` (each coefficient (C,) or (N, C)). Runs with autocast off.
+        act: None or a name of ``anorm.ops.activations.ACTIVATIONS``.
+        residual: added before the activation; the shape of x.
+        needs: "mean_var", "mean" (``var`` is None, the reduction reads x once for the mean alone) or "none" (the law
+            gets None: no reduction pass runs, and backward is scale * dy).
+
+    Backward is one reduction over (dy, x), the law's own backward on small tensors, and one elementwise pass.
+    Gradients of gradients work (through the reference formulas). Raises ValueError for a shape, dtype or name that
+    does not fit.
+    """
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"expected a floating-point feature map (N, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"the residual's shape {tuple(residual.shape)} differs from the input's {tuple(x.shape)}")
+    if needs not in NEEDS:
+        raise ValueError(f"needs={needs!r} is none of {', '.join(NEEDS)}")
+    activation = lookup(act)
+    fused = activation.name if activation.fused else "none"
+    if residual is not None and residual.dtype != x.dtype:
+        common = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(common), residual.to(common)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            y = _run(x, law, fused, residual, needs)
+    else:
+        y = _run(x, law, fused, residual, needs)
+    return y if activation.fused else activation.function(y)
+
+
+def _run(x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str) -> Tensor:
+    if torch.compiler.is_exporting():
+        return _plain(x, law, act, residual, needs)
+    backend = resolve(x.device.type)
+    if needs == "none":
+        return fixed_affine(x, *_dense(law(None)), residual, act, backend)
+    mask_from_x = act if residual is None else "none"
+    mean, var, slots = moments_and_slots(x, needs == "mean_var", mask_from_x, backend)
+    coefficients = _dense(law(Moments(mean, var, x.shape[2] * x.shape[3])))
+    return slotted_affine(x, *coefficients, slots, residual, act, backend)
+
+
+def _dense(affine: Affine) -> tuple[Tensor, ...]:
+    """Kernels index coefficients as dense (C,) or (N, C) arrays."""
+    return tuple(coefficient.contiguous() for coefficient in affine)
+
+
+def _plain(x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str) -> Tensor:
+    """The same formula in standard operators only, for torch.export and ONNX."""
+    m = None
+    if needs != "none":
+        mean, var = reference.moments(x, needs == "mean_var")
+        m = Moments(mean, var, x.shape[2] * x.shape[3])
+    return reference.affine(x, *law(m), residual, act)
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"anorm.ops.{name}")
+
+
+@cache
+def _auto(device: str) -> str:
+    """The fastest backend for a device; the choice and the reason are logged once."""
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    if name is None or importlib.util.find_spec(f"anorm.ops.{name}") is None:
+        return "reference"
+    reason = _module(name).available()
+    if reason is None:
+        _log.info("backend for %s tensors: %s", device, name)
+        return name
+    _log.info("backend for %s tensors: reference (%s is not usable: %s)", device, name, reason)
+    return "reference"
+
+
+def resolve(device: str) -> ModuleType:
+    """The module that runs the passes for a device type ("cpu", "cuda") under the present choice."""
+    return _module(_auto(device) if _chosen == "auto" else _chosen)
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend for everything that runs from now on.
+
+    Raises ValueError for an unknown name, RuntimeError (with the reason) for one that cannot run here: a backend
+    that was asked for by name is never replaced in silence.
+    """
+    global _chosen
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    if name != "auto" and (reason := _module(name).available()) is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used here: {reason}")
+    _chosen = name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """``set_backend`` for the length of a with block."""
+    before = _chosen
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)

@@ -1,0 +1,60 @@
+"""The activations a norm can end with: one table.
+
+``fused`` ones run inside the elementwise pass of every backend and their backward needs only the sign of the
+pre-activation, which the kernels recompute; the others are applied to the pass's result by torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, ops
+
+__all__ = ["ACTIVATIONS", "Activation", "lookup", "masked"]
+
+
+class Activation(NamedTuple):
+    name: str
+    function: Callable[[Tensor], Tensor]
+    fused: bool
+
+
+ACTIVATIONS = {
+    entry.name: entry
+    for entry in (
+        Activation("none", lambda z: z, True),
+        Activation("relu", F.relu, True),
+        Activation("relu6", F.relu6, True),
+        Activation("leaky_relu", F.leaky_relu, False),
+        Activation("silu", F.silu, False),
+        Activation("gelu", F.gelu, False),
+        Activation("hardswish", F.hardswish, False),
+        Activation("sigmoid", F.sigmoid, False),
+        Activation("tanh", F.tanh, False),
+    )
+}
+
+
+def lookup(act: str | None) -> Activation:
+    """The table's entry for a name; None is "none"."""
+    name = act or "none"
+    if name not in ACTIVATIONS:
+        near = difflib.get_close_matches(name, ACTIVATIONS, n=3) or list(ACTIVATIONS)
+        raise ValueError(f"unknown activation {name!r}; try {', '.join(near)}")
+    return ACTIVATIONS[name]
+
+
+def masked(act: str, grad: Tensor, z: Tensor) -> Tensor:
+    """grad * act'(z) for the fused activations; z may be the activation's input or its output.
+
+    The gradient passes where the comparison with a NaN decides nothing, as in torch.
+    """
+    if act == "relu":
+        return ops.aten.threshold_backward(grad, z, 0)
+    if act == "relu6":
+        return ops.aten.hardtanh_backward(grad, z, 0, 6)
+    assert act == "none", act
+    return grad

@@ -1,0 +1,98 @@
+"""The four passes in plain PyTorch: the definition that every other backend is tested against.
+
+Also the path for double backward: under ``create_graph=True`` every expression below is differentiable. Statistics
+are accumulated in float32 (float64 for float64). ``torch.var`` is never called: on a CPU it costs a hundred means.
+The equations are in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anorm.ops.activations import masked
+
+__all__ = ["affine", "affine_backward", "available", "moments", "moments_backward"]
+
+
+def available() -> None:
+    """Always usable."""
+    return None
+
+
+def moments(x: Tensor, var: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(Eq. 1) mean and biased variance over H x W: (N, C) each; the variance in two passes, never E[x^2] - E[x]^2."""
+    acc = _acc(x)
+    mean = x.mean((2, 3), dtype=acc)
+    if not var:
+        return mean, None
+    return mean, _minus(x, mean).square().mean((2, 3))
+
+
+def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    """(Eq. 2) y = act(scale * (x - centre) + shift [+ residual]), in x's dtype and layout."""
+    y = _times(_minus(x, centre), _map(scale)).add_(_map(shift))
+    if residual is not None:
+        y = y.add_(residual)
+    y = y.to(x.dtype)
+    if act == "relu":
+        return F.relu_(y)
+    if act == "relu6":
+        return F.hardtanh_(y, 0.0, 6.0)
+    assert act == "none", act
+    return y
+
+
+def affine_backward(
+    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, act: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(Eq. 3, 4) (dscale, dshift, g): sums over H x W, (N, C); g is returned where it was masked by a given y."""
+    g = dy if act == "none" else masked(act, dy, y if y is not None else affine(x, centre, scale, shift, None, "none"))
+    acc = _acc(x)
+    dshift = g.sum((2, 3), dtype=acc)
+    dscale = _times(_minus(x, centre), g).sum((2, 3))
+    return dscale, dshift, None if y is None or act == "none" else g
+
+
+def moments_backward(
+    dy: Tensor,
+    x: Tensor,
+    centre: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    dvar2: Tensor | None,
+    dmean1: Tensor | None,
+    act: str,
+) -> Tensor:
+    """(Eq. 5) dx = scale * g + dvar2 * (x - mean) + dmean1, with dvar2 = 2 dvar / HW and dmean1 = dmean / HW."""
+    g = dy if act == "none" else masked(act, dy, affine(x, centre, scale, shift, None, "none"))
+    if dmean1 is None:
+        dx = g * _map(scale)
+    elif dvar2 is None:
+        dx = torch.addcmul(_map(dmean1), g, _map(scale))
+    else:
+        dx = _times(_minus(x, mean), _map(dvar2)).add_(_map(dmean1)).addcmul_(g, _map(scale))
+    return dx.to(x.dtype)
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _map(coefficient: Tensor) -> Tensor:
+    """(C,) or (N, C) -> broadcastable over (N, C, H, W)."""
+    return coefficient[..., None, None]
+
+
+def _minus(x: Tensor, centre: Tensor) -> Tensor:
+    """x - centre in the accumulation dtype, always in new memory."""
+    if x.dtype == centre.dtype:
+        return x - _map(centre)
+    return x.to(centre.dtype).sub_(_map(centre))
+
+
+def _times(fresh: Tensor, factor: Tensor) -> Tensor:
+    """fresh * factor, in place unless autograd needs the old value (double backward)."""
+    return fresh * factor if torch.is_grad_enabled() else fresh.mul_(factor)
