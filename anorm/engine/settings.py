@@ -1,0 +1,259 @@
+"""The sections of a run's configuration as plain dataclasses: their fields are the accepted keys, with types and limits.
+
+``configs/train.yaml`` and ``configs/setup/vanilla.yaml`` spell the same defaults out for readers; a test holds them equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from anorm.engine.names import nearest
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimizer. The learning rate that runs is lr * global_batch / lr_batch (the linear rule)."""
+
+    name: str = "sgd"  # any name of timm's optimizer factory
+    lr: float = 0.1
+    lr_batch: int = 256
+    global_batch: int = 1024
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_norm: bool = True  # false: no weight decay on the parameters that declare a norm's role
+    layer_decay: float | None = None
+    clip: float | None = None  # largest allowed norm of the whole gradient
+    impl: str = "auto"  # auto (fused where torch has it), foreach, apex
+    args: dict = field(default_factory=dict)  # further arguments of the optimizer's class, e.g. betas
+
+    def __post_init__(self):
+        positive("optim", self, "lr", "lr_batch", "global_batch", "layer_decay", "clip")
+        not_negative("optim", self, "weight_decay", "momentum")
+        one_of("optim", self, "impl", ("auto", "foreach", "apex"))
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr * self.global_batch / self.lr_batch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then a cosine to ``floor`` (a fraction of the peak), a value for every iteration."""
+
+    warmup_epochs: float = 5.0
+    floor: float = 0.0
+
+    def __post_init__(self):
+        not_negative("schedule", self, "warmup_epochs", "floor")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What happens to images and targets between the loader and the loss (alphas of Beta distributions; 0 is off)."""
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        not_negative("mix", self, "mixup", "cutmix", "label_smoothing")
+        if self.label_smoothing >= 1:
+            raise ValueError(f"mix.label_smoothing={self.label_smoothing} must be below 1")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluation. ``stats``: running (as trained), batch (each batch's own) or recalibrated (train batches, no gradient)."""
+
+    stats: str = "running"
+    every: int = 1  # epochs; the last epoch is always evaluated
+    batch_size: int | None = None  # None: batch_size
+    recalibrate_batches: int = 200
+
+    def __post_init__(self):
+        one_of("eval", self, "stats", ("running", "batch", "recalibrated"))
+        positive("eval", self, "every", "batch_size", "recalibrate_batches")
+
+
+@dataclass(frozen=True)
+class Dist:
+    """Processes. ``stats`` says how their running statistics are joined: mean, or rank0 (what most papers did)."""
+
+    stats: str = "mean"
+    timeout_minutes: float = 20.0
+
+    def __post_init__(self):
+        one_of("dist", self, "stats", ("mean", "rank0"))
+        positive("dist", self, "timeout_minutes")
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Exponential moving average of weights and float statistics; decay 0 is off."""
+
+    decay: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay={self.decay} must be at least 0 and below 1 (0 is off, 0.9999 is usual)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When to save besides the end of an epoch (0 is never), and how many older checkpoints to keep."""
+
+    every_steps: int = 0
+    every_minutes: float = 15.0
+    keep: int = 2
+
+    def __post_init__(self):
+        not_negative("checkpoint", self, "every_steps", "every_minutes")
+        positive("checkpoint", self, "keep")
+
+
+@dataclass(frozen=True)
+class Log:
+    """The device is asked for its numbers every ``every`` steps, never in between."""
+
+    every: int = 50
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        positive("log", self, "every")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and how fast; nothing here but ``dtype`` and ``loss_scale`` changes the mathematics."""
+
+    device: str = "auto"  # auto, cpu, gpu
+    processes: int | str = "auto"  # auto: one a GPU; one on a CPU
+    dtype: str = "auto"  # auto: fp16 on a GPU, fp32 on a CPU; or fp32, tf32, fp16, bf16
+    loss_scale: float | str = "dynamic"  # fp16 only; a number is a static scale (the paper's is 128)
+    channels_last: bool | str = "auto"
+    compile: bool = False
+    workers: int | str = "auto"  # loader workers of a process
+    threads: int | str = "auto"  # of torch in a process
+    deterministic: bool = False  # deterministic GPU algorithms only
+
+    def __post_init__(self):
+        one_of("hardware", self, "device", ("auto", "cpu", "gpu"))
+        one_of("hardware", self, "dtype", ("auto", "fp32", "tf32", "fp16", "bf16"))
+        positive("hardware", self, "processes", "threads", *(("loss_scale",) if self.loss_scale != "dynamic" else ()))
+        not_negative("hardware", self, "workers")
+        if isinstance(self.loss_scale, str) and self.loss_scale != "dynamic":
+            raise ValueError(f"hardware.loss_scale={self.loss_scale} must be dynamic or a number such as 128")
+        for name in ("processes", "workers", "threads", "channels_last"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "auto":
+                raise ValueError(f"hardware.{name}={value} must be auto or a {'truth value' if name == 'channels_last' else 'whole number'}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run but for arch, norm and data, whose keys are the arguments of what they build."""
+
+    seed: int = 0
+    epochs: int = 120
+    batch_size: int = 128
+    run_dir: str | None = None
+    resume: str = "auto"
+    dry: bool = False
+    faithful: str = "paper"
+    weights: str | None = None
+    freeze: list = field(default_factory=list)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    mix: Mix = field(default_factory=Mix)
+    eval: Eval = field(default_factory=Eval)
+    dist: Dist = field(default_factory=Dist)
+    ema: Ema = field(default_factory=Ema)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    hardware: Hardware = field(default_factory=Hardware)
+
+    def __post_init__(self):
+        positive("", self, "epochs", "batch_size")
+        not_negative("", self, "seed")
+        one_of("", self, "resume", ("auto", "never"))
+        one_of("", self, "faithful", ("paper", "code"))
+        if self.schedule.warmup_epochs >= self.epochs and self.epochs > 0 and self.schedule.warmup_epochs > 0:
+            raise ValueError(f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs={self.epochs}: "
+                             f"set schedule.warmup_epochs={self.epochs // 10} or more epochs")
+
+
+def settings_from(config: dict) -> Settings:
+    """The checked ``Settings`` in a composed configuration (its arch, norm and data entries are left aside).
+
+    Raises ValueError with the key, the value and what is accepted.
+    """
+    return _checked(Settings, {key: value for key, value in config.items() if key not in ("arch", "norm", "data")}, "")
+
+
+def sections() -> dict[str, type]:
+    """Section name -> its dataclass."""
+    hints = typing.get_type_hints(Settings)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+
+
+def _checked(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        keys = ", ".join(f"{where}.{f.name}" for f in dataclasses.fields(cls))
+        raise ValueError(f"{where}={values!r}: {where} is a section; set one of its keys ({keys})")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        path = f"{where}.{name}" if where else name
+        if name not in hints:
+            raise ValueError(f"unknown key {path}{nearest(name, hints)}")
+        arguments[name] = _checked(hints[name], value, path) if dataclasses.is_dataclass(hints[name]) else _typed(hints[name], value, path)
+    return cls(**arguments)
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", list: "a list such as [a,b]",
+          dict: "a mapping such as {a:1}", type(None): "null"}
+
+
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    """``value`` as one of the types in ``hint``; an int is accepted (and converted) where a float is asked for."""
+    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, (str, int)) and not isinstance(value, bool) and list in accepted:
+        return [value]
+    for kind in accepted:
+        if kind in (int, float) and isinstance(value, bool):
+            continue
+        if isinstance(value, kind):
+            return value
+        if kind is float and isinstance(value, int):
+            return float(value)
+    raise ValueError(f"{path}={value!r} must be {' or '.join(_WORDS[kind] for kind in accepted)}")
+
+
+def positive(where: str, owner: Any, *names: str) -> None:
+    """Raise ValueError for the first of ``names`` whose value is a number not above zero."""
+    _limit(where, owner, names, lambda value: value > 0, "above 0")
+
+
+def not_negative(where: str, owner: Any, *names: str) -> None:
+    """Raise ValueError for the first of ``names`` whose value is a number below zero."""
+    _limit(where, owner, names, lambda value: value >= 0, "0 or more")
+
+
+def _limit(where, owner, names, holds, words):
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, (int, float)) and not holds(value):
+            raise ValueError(f"{where + '.' if where else ''}{name}={value} must be {words}")
+
+
+def one_of(where: str, owner: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError, with the nearest choices, unless the value is one of ``choices``."""
+    value = getattr(owner, name)
+    if value not in choices:
+        path = f"{where + '.' if where else ''}{name}"
+        raise ValueError(f"{path}={value}{nearest(str(value), choices, 'choices')}")
