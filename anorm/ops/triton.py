@@ -74,20 +74,21 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=4096)
 def plan(n: int, c: int, hw: int, channels_last: bool) -> Plan:
     """A function of the shape alone: that keeps the order of every sum, and so every bit, reproducible."""
+    align = _divisor(c if channels_last else hw)
+    tile = TILE if align >= 4 else TILE // 2  # narrow loads need more registers a cell
     if channels_last:
         block_c = min(64, _power(c))
-        block_r = min(TILE // block_c, max(16, _power(hw)))
+        block_r = min(tile // block_c, max(16, _power(hw)))
         channel_blocks = n * -(-c // block_c)
     else:
         block_r = max(16, _power(hw)) if hw <= 64 else min((256, 128, 64), key=lambda b: -(-hw // b) * b)
-        block_c = TILE // block_r
+        block_c = tile // block_r
         channel_blocks = -(-n * c // block_c)
     blocks = -(-hw // block_r)
     wanted = min(blocks, max(-(-FILL // channel_blocks), min(-(-blocks // LONG), MAX_SPLITS)))
     rows = -(-blocks // wanted) * block_r
-    align = _divisor(c if channels_last else hw)
     sizes = (n, c // align, hw) if channels_last else (n, c, hw // align)
-    warps = max(1, min(8, block_r * block_c // 512))
+    warps = max(1, 8 * block_r * block_c // tile)
     return Plan(channels_last, sizes, align, block_r, block_c, channel_blocks, blocks, -(-hw // rows), rows, warps)
 
 

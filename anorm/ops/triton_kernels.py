@@ -93,7 +93,7 @@ def moments_kernel(
     d = tl.where(inside, value - origin_shift[None, :], 0.0)
     total = d
     square = d * d
-    for begin in range(start + BR, stop, BR):
+    for begin in tl.range(start + BR, stop, BR, loop_unroll_factor=2):
         r = begin + tl.arange(0, BR)
         inside = (r < HW)[:, None] & there[None, :]
         value = tl.load(tile + r[:, None] * step, mask=inside, other=0.0).to(acc)
