@@ -9,15 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, squeeze, then
-from anorm.norms.base import Norm, ParamNeeds, Site
+from anorm.norms.base import Norm, ParamNeeds, Site, fully_connected
 from anorm.norms.build import build, build_base
 
 __all__ = ["NORMS", "Attention", "AttentiveGroupNorm", "AttentiveNorm"]
 
+
+def hsigmoid(a: Tensor) -> Tensor:
+    """min(max(a + 3, 0), 6) / 6 (torch's own hardsigmoid multiplies by a float32 sixth, even in float64)."""
+    return F.relu6(a + 3.0) / 6.0
+
+
 INPUTS = ("rsd", "rsd_paper", "mean", "mean_std")
 ATTENTIONS = ("a1", "a2", "se")
 ACTIVATIONS = {
-    "hsigmoid": F.hardsigmoid,
+    "hsigmoid": hsigmoid,
     "sigmoid": torch.sigmoid,
     "softmax": partial(torch.softmax, dim=1),
     "relu": F.relu,
@@ -103,8 +109,7 @@ class AttentiveNorm(Norm):
         return site.focus
 
     def needs(self) -> str:
-        below = self.base.needs()
-        return self.attention.needs if below == "none" else max(below, self.attention.needs)
+        return "mean_var" if "mean_var" in (self.base.needs(), self.attention.needs) else "mean"
 
     def law(self, moments: Moments) -> Affine:
         standardized = self.base.law(moments)
@@ -197,17 +202,12 @@ class Attention(nn.Module):
     def forward(self, moments: Moments) -> Tensor:
         a = self.describe(moments)
         if self.squeeze is not None:
-            a = F.relu(_linear(self.squeeze, a))
-        a = _linear(self.fc, a)
+            a = F.relu(fully_connected(self.squeeze, a))
+        a = fully_connected(self.fc, a)
         if self.norm is not None:
             # each instance holds one value of each of the outputs: moments (a, 0) of a 1x1 map
             a = squeeze(self.norm.law(Moments(a, torch.zeros_like(a), 1)), a)
         return ACTIVATIONS[self.activation](a)
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in x's dtype: coefficients stay float32 in a half-precision model."""
-    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 NORMS = {"an": AttentiveNorm, "an_gn": AttentiveGroupNorm}

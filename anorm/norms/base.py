@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, gate, pool_batch, then
 from anorm.ops import normalize
 from anorm.ops.activations import lookup
 
-__all__ = ["Norm", "ParamNeeds", "RunningNorm", "Site"]
+__all__ = ["Norm", "ParamNeeds", "RunningNorm", "Site", "fully_connected"]
 
 ROLES = ("stem", "reduce", "spatial", "expand", "shortcut", "transition", "final")
 
@@ -118,6 +119,12 @@ class Norm(nn.Module):
                 for name in module.tracked:
                     yield f"{prefix}.{name}" if prefix else name, getattr(module, name)
 
+    def freeze_stats(self, frozen: bool = True) -> None:
+        """Standardize with the running statistics in training too and leave them as they are (or undo that)."""
+        for module in self.modules():
+            if isinstance(module, Norm):
+                module.frozen = frozen
+
     def reset_stats(self) -> None:
         """Forget the running statistics."""
         for module in self.modules():
@@ -218,3 +225,8 @@ class RunningNorm(Norm):
         if self.tracked:  # checkpoints from before torch 0.4.1 have no counter; nn.BatchNorm2d fills it in too
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0, dtype=torch.long))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def fully_connected(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in x's dtype: laws compute in float32 (float64 for float64) also in a half-precision model."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, gate, squeeze
-from anorm.norms.base import Norm, ParamNeeds, Site
+from anorm.norms.base import Norm, ParamNeeds, Site, fully_connected
 from anorm.norms.build import build_base
 
 __all__ = ["NORMS", "SqueezeExcite"]
@@ -57,8 +57,8 @@ class SqueezeExcite(Norm):
 
     def weights(self, squeezed: torch.Tensor) -> torch.Tensor:
         """The gates (N, C) for squeezed features (N, C)."""
-        hidden = F.relu(_linear(self.fc1, squeezed))
-        return torch.sigmoid(_linear(self.fc2, hidden))
+        hidden = F.relu(fully_connected(self.fc1, squeezed))
+        return torch.sigmoid(fully_connected(self.fc2, hidden))
 
     def zero_init(self) -> None:
         self.base.zero_init()
@@ -66,11 +66,6 @@ class SqueezeExcite(Norm):
     def param_needs(self) -> dict[str, ParamNeeds]:
         attention = {name: ParamNeeds("attention") for name, _ in self.named_parameters()}
         return attention | {f"base.{name}": needs for name, needs in self.base.param_needs().items()}
-
-
-def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """The layer in x's dtype: coefficients stay float32 in a half-precision model."""
-    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 NORMS = {"se": SqueezeExcite}

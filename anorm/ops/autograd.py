@@ -74,15 +74,16 @@ class _Moments(Function):
     def backward(ctx, dmean, dvar, centre, scale, shift, dy):
         x, mean = ctx.saved_tensors
         count = x.shape[2] * x.shape[3]
-        if dy is None:  # the affine's result took no part in the loss
-            assert dmean is None and dvar is None
-            return None, None, None, None
+        act = ctx.act
+        if dy is None:  # the moments alone took part: second-order gradients reach them through the first backward
+            act, dy = "none", x.new_zeros(()).expand(x.shape)
+            centre = scale = shift = torch.zeros_like(mean)
         dmean1 = None if dmean is None else dmean / count
         dvar2 = None if dvar is None else dvar * (2.0 / count)
         if dvar2 is not None and dmean1 is None:
             dmean1 = torch.zeros_like(dvar2)
         backend = _first_order(ctx.backend)
-        dx = backend.moments_backward(dy, x, centre, scale, shift, mean, dvar2, dmean1, ctx.act)
+        dx = backend.moments_backward(dy, x, centre, scale, shift, mean, dvar2, dmean1, act)
         return dx, None, None, None
 
 

@@ -22,20 +22,21 @@ def available() -> None:
 
 
 def moments(x: Tensor, var: bool = True) -> tuple[Tensor, Tensor | None]:
-    """(Eq. 1) mean and biased variance over H x W: (N, C) each; the variance in two passes, never E[x^2] - E[x]^2."""
-    acc = _acc(x)
-    mean = x.mean((2, 3), dtype=acc)
+    """(Eq. 1) mean and biased variance over H x W, (N, C) each: two passes, never E[x^2] - E[x]^2.
+
+    The second term takes out what the rounding of the mean put in (Chan, Golub and LeVeque, 1983).
+    """
+    mean = x.mean((2, 3), dtype=_acc(x))
     if not var:
         return mean, None
-    return mean, _minus(x, mean).square().mean((2, 3))
+    d = _minus(x, mean)
+    rest = d.mean((2, 3)).square()
+    return mean, _times(d, d).mean((2, 3)).sub_(rest).clamp_min_(0)
 
 
 def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """(Eq. 2) y = act(scale * (x - centre) + shift [+ residual]), in x's dtype and layout."""
-    y = _times(_minus(x, centre), _map(scale)).add_(_map(shift))
-    if residual is not None:
-        y = y.add_(residual)
-    y = y.to(x.dtype)
+    y = _before_act(x, centre, scale, shift, residual)
     if act == "relu":
         return F.relu_(y)
     if act == "relu6":
@@ -48,7 +49,7 @@ def affine_backward(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(Eq. 3, 4) (dscale, dshift, g): sums over H x W, (N, C); g is returned where it was masked by a given y."""
-    g = dy if act == "none" else masked(act, dy, y if y is not None else affine(x, centre, scale, shift, None, "none"))
+    g = dy if act == "none" else masked(act, dy, _before_act(x, centre, scale, shift) if y is None else y)
     acc = _acc(x)
     dshift = g.sum((2, 3), dtype=acc)
     dscale = _times(_minus(x, centre), g).sum((2, 3))
@@ -67,7 +68,7 @@ def moments_backward(
     act: str,
 ) -> Tensor:
     """(Eq. 5) dx = scale * g + dvar2 * (x - mean) + dmean1, with dvar2 = 2 dvar / HW and dmean1 = dmean / HW."""
-    g = dy if act == "none" else masked(act, dy, affine(x, centre, scale, shift, None, "none"))
+    g = dy if act == "none" else masked(act, dy, _before_act(x, centre, scale, shift))
     if dmean1 is None:
         dx = g * _map(scale)
     elif dvar2 is None:
@@ -75,6 +76,15 @@ def moments_backward(
     else:
         dx = _times(_minus(x, mean), _map(dvar2)).add_(_map(dmean1)).addcmul_(g, _map(scale))
     return dx.to(x.dtype)
+
+
+def _before_act(
+    x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    z = _times(_minus(x, centre), _map(scale)).add_(_map(shift))
+    if residual is not None:
+        z = z.add_(residual)
+    return z.to(x.dtype)
 
 
 def _acc(x: Tensor) -> torch.dtype:
