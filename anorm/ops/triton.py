@@ -104,10 +104,17 @@ def _divisor(value: int) -> int:
 
 def _plan(x: Tensor) -> Plan:
     n, c, h, w = x.shape
-    assert x[0].numel() < 2**31, "offsets within an instance are 32-bit"
+    assert c * h * w < 2**31, "offsets within an instance are 32-bit"
     planar = h * w > 1 and x.is_contiguous()
-    assert planar or x.is_contiguous(memory_format=torch.channels_last), "x is neither contiguous nor channels_last"
+    assert planar or x.is_contiguous(memory_format=torch.channels_last)
     return plan(n, c, h * w, not planar)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself where it is contiguous or channels_last, else (a slice, an expanded map) a copy."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
@@ -160,10 +167,11 @@ def _merge_tile(splits: int, cells: int) -> tuple[tuple[int], dict[str, int | bo
     return (-(-cells // bc),), {"SP": sp, "BC": bc, "num_warps": 4, "enable_fp_fusion": True}
 
 
-def _moments(x: Tensor, var: bool) -> tuple[Tensor, Tensor]:
+def _statistics(x: Tensor, var: bool) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         empty = x.new_full(x.shape[:2], float("nan"), dtype=_acc(x))
         return empty, empty.clone()
+    x = _dense(x)
     p = _plan(x)
     mean, variance = _cells(x, p.splits), _cells(x, p.splits) if var else x.new_empty(0, dtype=_acc(x))
     with torch.cuda.device_of(x):
@@ -180,17 +188,18 @@ def _moments(x: Tensor, var: bool) -> tuple[Tensor, Tensor]:
     return whole, whole_variance
 
 
-def _mean_var_impl(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _moments(x, True)
+def _moments_impl(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _statistics(x, True)
 
 
 def _mean_impl(x: Tensor) -> Tensor:
-    return _moments(x, False)[0]
+    return _statistics(x, False)[0]
 
 
 def _affine_impl(
     x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str
 ) -> Tensor:
+    x = _dense(x)
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
@@ -211,6 +220,7 @@ def _reduce(
     if x.numel() == 0:
         zero = x.new_zeros(x.shape[:2], dtype=_acc(x))
         return zero, zero.clone()
+    x = _dense(x)
     p = _plan(x)
     tensors, steps = _coefficients(centre, scale, shift)
     dscale, dshift = _cells(x, p.splits), _cells(x, p.splits)
@@ -238,6 +248,7 @@ def _affine_backward_impl(
 def _affine_backward_residual_impl(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, y: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x = _dense(x)
     g = torch.empty_like(x)
     return *_reduce(dy, x, centre, scale, shift, _like(y, x), g, act), g
 
@@ -246,6 +257,7 @@ def _moments_backward_impl(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor,
     mean: Tensor | None, dvar2: Tensor | None, dmean1: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
+    x = _dense(x)
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx
@@ -272,45 +284,45 @@ def _operator(name: str, schema: str, implementation, fake):
     return getattr(torch.ops.anorm_triton, name).default
 
 
-_mean_var = _operator(
-    "mean_var", "(Tensor x) -> (Tensor, Tensor)", _mean_var_impl, lambda x: (_cells(x), _cells(x))
+_moments_op = _operator(
+    "moments", "(Tensor x) -> (Tensor, Tensor)", _moments_impl, lambda x: (_cells(x), _cells(x))
 )
-_mean = _operator("mean", "(Tensor x) -> Tensor", _mean_impl, _cells)
-_affine = _operator(
+_mean_op = _operator("mean", "(Tensor x) -> Tensor", _mean_impl, _cells)
+_affine_op = _operator(
     "affine",
     "(Tensor x, Tensor centre, Tensor scale, Tensor shift, Tensor? residual, str act) -> Tensor",
     _affine_impl,
-    lambda x, *rest: torch.empty_like(x),
+    lambda x, *rest: torch.empty_like(_dense(x)),
 )
-_affine_backward = _operator(
+_affine_backward_op = _operator(
     "affine_backward",
     "(Tensor dy, Tensor x, Tensor centre, Tensor scale, Tensor shift, str act) -> (Tensor, Tensor)",
     _affine_backward_impl,
     lambda dy, x, *rest: (_cells(x), _cells(x)),
 )
-_affine_backward_residual = _operator(
+_affine_backward_residual_op = _operator(
     "affine_backward_residual",
     "(Tensor dy, Tensor x, Tensor centre, Tensor scale, Tensor shift, Tensor y, str act) -> (Tensor, Tensor, Tensor)",
     _affine_backward_residual_impl,
-    lambda dy, x, *rest: (_cells(x), _cells(x), torch.empty_like(x)),
+    lambda dy, x, *rest: (_cells(x), _cells(x), torch.empty_like(_dense(x))),
 )
-_moments_backward = _operator(
+_moments_backward_op = _operator(
     "moments_backward",
     "(Tensor dy, Tensor x, Tensor centre, Tensor scale, Tensor shift, Tensor? mean, Tensor? dvar2, Tensor? dmean1, "
     "str act) -> Tensor",
     _moments_backward_impl,
-    lambda dy, x, *rest: torch.empty_like(x),
+    lambda dy, x, *rest: torch.empty_like(_dense(x)),
 )
 
 
 def moments(x: Tensor, var: bool = True) -> tuple[Tensor, Tensor | None]:
     """(Eq. 1) mean and biased variance over H x W, (N, C) each; the variance is None where it is not wanted."""
-    return _mean_var(x) if var else (_mean(x), None)
+    return _moments_op(x) if var else (_mean_op(x), None)
 
 
 def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """(Eq. 2) y = act(scale * (x - centre) + shift [+ residual]), in x's dtype and layout."""
-    return _affine(x, centre, scale, shift, residual, act)
+    return _affine_op(x, centre, scale, shift, residual, act)
 
 
 def affine_backward(
@@ -318,8 +330,8 @@ def affine_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(Eq. 3, 4) (dscale, dshift, g): sums over H x W, (N, C); g is returned where it was masked by a given y."""
     if y is None or act == "none":
-        return *_affine_backward(dy, x, centre, scale, shift, act), None
-    return _affine_backward_residual(dy, x, centre, scale, shift, y, act)
+        return *_affine_backward_op(dy, x, centre, scale, shift, act), None
+    return _affine_backward_residual_op(dy, x, centre, scale, shift, y, act)
 
 
 def moments_backward(
@@ -327,4 +339,4 @@ def moments_backward(
     mean: Tensor | None, dvar2: Tensor | None, dmean1: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
     """(Eq. 5) dx = scale * g + dvar2 * (x - mean) + dmean1, with dvar2 = 2 dvar / HW and dmean1 = dmean / HW."""
-    return _moments_backward(dy, x, centre, scale, shift, mean, dvar2, dmean1, act)
+    return _moments_backward_op(dy, x, centre, scale, shift, mean, dvar2, dmean1, act)
