@@ -173,19 +173,19 @@ def _statistics(x: Tensor, var: bool) -> tuple[Tensor, Tensor]:
         return empty, empty.clone()
     x = _dense(x)
     p = _plan(x)
-    mean, variance = _cells(x, p.splits), _cells(x, p.splits) if var else x.new_empty(0, dtype=_acc(x))
+    nothing = x.new_empty(0, dtype=_acc(x))
+    mean, variance = _cells(x), _cells(x) if var else nothing
+    whole = p.splits == 1
+    parts = (mean, nothing, variance) if whole else tuple(_cells(x, p.splits) for _ in range(3))
     with torch.cuda.device_of(x):
         grid = (p.channel_blocks * p.splits,)
-        _kernels().moments_kernel[grid](x, mean, variance, *p.sizes, p.splits, p.rows, VAR=var, **_tile(p))
-        if p.splits == 1:
-            return mean, variance
-        whole, whole_variance = _cells(x), _cells(x) if var else variance.clone()
-        grid, tile = _merge_tile(p.splits, whole.numel())
-        _kernels().merge_moments_kernel[grid](
-            mean, variance, whole, whole_variance, whole.numel(), x.shape[2] * x.shape[3], p.splits, p.rows,
-            VAR=var, **tile,
-        )  # fmt: skip
-    return whole, whole_variance
+        _kernels().moments_kernel[grid](x, *parts, *p.sizes, p.splits, p.rows, WHOLE=whole, VAR=var, **_tile(p))
+        if not whole:
+            grid, tile = _merge_tile(p.splits, mean.numel())
+            _kernels().merge_moments_kernel[grid](
+                *parts, mean, variance, mean.numel(), x.shape[2] * x.shape[3], p.splits, p.rows, VAR=var, **tile
+            )
+    return mean, variance
 
 
 def _moments_impl(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,20 +223,17 @@ def _reduce(
     x = _dense(x)
     p = _plan(x)
     tensors, steps = _coefficients(centre, scale, shift)
-    dscale, dshift = _cells(x, p.splits), _cells(x, p.splits)
+    dscale, dshift = _cells(x), _cells(x)
+    parts = (dscale, dshift) if p.splits == 1 else (_cells(x, p.splits), _cells(x, p.splits))
     with torch.cuda.device_of(x):
         _kernels().affine_backward_kernel[(p.channel_blocks * p.splits,)](
-            _like(dy, x), x, *tensors, y, g, dscale, dshift, *p.sizes, p.splits, p.rows, *steps,
+            _like(dy, x), x, *tensors, y, g, *parts, *p.sizes, p.splits, p.rows, *steps,
             FROM_Y=y is not None, ACT=act, **_tile(p),
         )  # fmt: skip
-        if p.splits == 1:
-            return dscale, dshift
-        whole_dscale, whole_dshift = _cells(x), _cells(x)
-        grid, tile = _merge_tile(p.splits, whole_dscale.numel())
-        _kernels().merge_sums_kernel[grid](
-            dscale, dshift, whole_dscale, whole_dshift, whole_dscale.numel(), p.splits, **tile
-        )
-    return whole_dscale, whole_dshift
+        if p.splits > 1:
+            grid, tile = _merge_tile(p.splits, dscale.numel())
+            _kernels().merge_sums_kernel[grid](*parts, dscale, dshift, dscale.numel(), p.splits, **tile)
+    return dscale, dshift
 
 
 def _affine_backward_impl(

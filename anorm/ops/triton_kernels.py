@@ -69,14 +69,16 @@ def _passes(g, z, ACT: tl.constexpr):
 
 @triton.jit
 def moments_kernel(
-    x, mean, var, N, C, HW, SPLITS, ROWS,
-    CHANNELS_LAST: tl.constexpr, VAR: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
+    x, mean, offset, var, N, C, HW, SPLITS, ROWS,
+    CHANNELS_LAST: tl.constexpr, WHOLE: tl.constexpr, VAR: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """mean, var (SPLITS, N, C): moments of the ROWS positions of each split, ROWS a multiple of BR.
 
     One pass. Deviations are taken from the first tile's mean: unlike E[x^2] - E[x]^2 this does not cancel where
     |mean| >> std, and unlike the first element it is no outlier. A shift that is not finite is replaced by 0, so an
-    inf gives mean = inf and var = nan, as in torch.
+    inf gives mean = inf and var = nan, as in torch. Where a map has several splits (not WHOLE), a split's mean is left
+    in two parts, mean + offset: their sum, rounded, would lose the digits that the merge needs.
     """
     C, HW = _lengths(C, HW, CHANNELS_LAST, ALIGN)
     split, n, c, there, origin, columns, step = _place(tl.program_id(0), N, C, HW, SPLITS, CHANNELS_LAST, BC)
@@ -88,33 +90,38 @@ def moments_kernel(
     r = start + tl.arange(0, BR)
     inside = (r < HW)[:, None] & there[None, :]
     value = tl.load(tile + r[:, None] * step, mask=inside, other=0.0).to(acc)
-    origin_shift = tl.sum(value, 0) / tl.minimum(stop - start, BR).to(acc)
-    origin_shift = tl.where(tl.abs(origin_shift) < float("inf"), origin_shift, 0.0)
-    d = tl.where(inside, value - origin_shift[None, :], 0.0)
+    shift = tl.sum(value, 0) / tl.minimum(stop - start, BR).to(acc)
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+    d = tl.where(inside, value - shift[None, :], 0.0)
     total = d
     square = d * d
-    for begin in tl.range(start + BR, stop, BR, loop_unroll_factor=2):
+    for begin in tl.range(start + BR, stop, BR, loop_unroll_factor=2):  # two tiles of loads in flight
         r = begin + tl.arange(0, BR)
         inside = (r < HW)[:, None] & there[None, :]
         value = tl.load(tile + r[:, None] * step, mask=inside, other=0.0).to(acc)
-        d = tl.where(inside, value - origin_shift[None, :], 0.0)
+        d = tl.where(inside, value - shift[None, :], 0.0)
         total += d
         square += d * d
 
     count = (stop - start).to(acc)
-    offset = tl.sum(total, 0) / count
+    rest = tl.sum(total, 0) / count
     out = (split * N + n) * C + c
-    tl.store(mean + out, origin_shift + offset, mask=there)
+    if WHOLE:
+        tl.store(mean + out, shift + rest, mask=there)
+    else:
+        tl.store(mean + out, shift, mask=there)
+        tl.store(offset + out, rest, mask=there)
     if VAR:
-        biased = tl.sum(square, 0) / count - offset * offset
+        biased = tl.sum(square, 0) / count - rest * rest
         tl.store(var + out, tl.where(biased < 0, 0.0, biased), mask=there)  # rounding of a constant plane; NaN stays
 
 
 @triton.jit
 def merge_moments_kernel(
-    part_mean, part_var, mean, var, NC, HW, SPLITS, ROWS, VAR: tl.constexpr, SP: tl.constexpr, BC: tl.constexpr
-):
-    """(SPLITS, NC) partial moments -> (NC,), relative to partial 0 and in two passes: nothing cancels."""
+    part_mean, part_offset, part_var, mean, var, NC, HW, SPLITS, ROWS,
+    VAR: tl.constexpr, SP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """(SPLITS, NC) moments of splits -> (NC,), relative to split 0 and in two passes: nothing cancels."""
     cell = tl.program_id(0) * BC + tl.arange(0, BC)
     there = cell < NC
     split = tl.arange(0, SP)
@@ -123,12 +130,12 @@ def merge_moments_kernel(
     at = split[:, None] * NC + cell[None, :]
     weight = (tl.maximum(tl.minimum(HW - split * ROWS, ROWS), 0).to(acc) / HW)[:, None]
     first = tl.load(part_mean + cell, mask=there, other=0.0)
-    first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
-    d = tl.where(inside, tl.load(part_mean + at, mask=inside, other=0.0) - first[None, :], 0.0)
-    offset = tl.sum(d * weight, 0)
-    tl.store(mean + cell, first + offset, mask=there)
+    d = tl.load(part_mean + at, mask=inside, other=0.0) - first[None, :]  # exact: the means are close to each other
+    d = tl.where(inside, d + tl.load(part_offset + at, mask=inside, other=0.0), 0.0)
+    rest = tl.sum(d * weight, 0)
+    tl.store(mean + cell, first + rest, mask=there)
     if VAR:
-        between = tl.where(inside, d - offset[None, :], 0.0)
+        between = tl.where(inside, d - rest[None, :], 0.0)
         within = tl.load(part_var + at, mask=inside, other=0.0)
         tl.store(var + cell, tl.sum((within + between * between) * weight, 0), mask=there)
 

@@ -106,6 +106,7 @@ def test_variance_with_an_outlier_first(layout):
     torch.testing.assert_close(triton.moments(x)[1].double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, in the interpreter
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_moments_of_constants_infinities_and_nans(layout):
     x = feature_map((1, 4, 40, 37), layout=layout)
@@ -220,7 +221,7 @@ def test_the_recomputed_mask_is_the_forward_mask(dtype, act):
     y = triton.affine(x, c, s, shift, None, act)
     dx = triton.moments_backward(torch.ones_like(x), x, c, s, shift, None, None, None, act)
     assert torch.equal(dx.double(), mask_of(y, act))
-    if act == "relu6":
+    if act == "relu6" and not (INTERPRETED and dtype == torch.bfloat16):  # truncation never reaches 6
         assert ((y == 6) & (z.view_as(y) < 6)).any()
 
 
