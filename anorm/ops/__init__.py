@@ -108,7 +108,7 @@ def _module(name: str) -> ModuleType:
 @cache
 def _auto(device: str) -> str:
     """The fastest backend for a device; the choice and the reason are logged once."""
-    name = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    name = {"cuda": "triton"}.get(device)  # TEMP: cpu when it is complete
     if name is None or importlib.util.find_spec(f"anorm.ops.{name}") is None:
         return "reference"
     reason = _module(name).available()
