@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, partialmethod
 
 import torch
 from torch import Tensor, nn
@@ -148,11 +148,7 @@ class AttentiveGroupNorm(AttentiveNorm):
 
     elsewhere = ("gn", {})
 
-    def __init__(
-        self, channels: int, act: str | None = None, k: int = 10, base: str | dict = "gn", attention: str = "a1",
-        attention_norm: str = "gn", **options,
-    ) -> None:
-        super().__init__(channels, act, k, base, attention=attention, attention_norm=attention_norm, **options)
+    __init__ = partialmethod(AttentiveNorm.__init__, base="gn", attention="a1", attention_norm="gn")
 
 
 class Attention(nn.Module):
