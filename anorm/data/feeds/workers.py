@@ -1,0 +1,90 @@
+"""data.loader=torch: torch's DataLoader; each worker answers whole requests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from anorm.data.feeds.base import Feed, Request, generators
+from anorm.data.sources.base import Dataset, Fetched
+
+
+class Failed(str):
+    """An error message on its way out of a worker (an exception would arrive wrapped in a traceback)."""
+
+
+class _Answers(TorchDataset):
+    """Maps a Request to its Fetched."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, request: Request) -> Fetched | Failed:
+        try:
+            return self.dataset.fetch(request.indices.tolist(), generators(request, self.seed))
+        except ValueError as error:
+            return Failed(error)
+
+
+class WorkerFeed(Feed):
+    """workers = 0 reads in this process, on demand."""
+
+    def __init__(self, dataset: Dataset, seed: int, workers: int, device: torch.device):
+        super().__init__()
+        self._requests = _Requests()
+        self._answers = _Answers(dataset, seed)
+        self._pin = device.type == "cuda"
+        self._loader = None
+        if workers:
+            self._loader = DataLoader(
+                self._answers, batch_size=None, sampler=self._requests, num_workers=workers, pin_memory=self._pin,
+                persistent_workers=True, worker_init_fn=_leave_signals_to_the_rank,
+                generator=torch.Generator())  # else every epoch takes a draw from the model's global generator
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
+        if self._loader is None:
+            answers = map(self._answers.__getitem__, requests)
+        else:
+            self._requests.current = requests
+            answers = iter(self._loader)
+        for answer in answers:
+            if isinstance(answer, Failed):
+                raise ValueError(str(answer))
+            self.note(answer.bad)
+            if self._loader is None and self._pin:
+                answer = answer._replace(images=answer.images.pin_memory(), labels=answer.labels.pin_memory())
+            yield answer
+
+    def close(self) -> None:
+        self._loader = None  # the DataLoader ends its workers when it is collected
+
+
+class _Requests:
+    """A sampler whose content is set for each run: workers persist over epochs, as the DataLoader does."""
+
+    current: Iterable[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.current)
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """Ctrl-C and Slurm signal every process of a job, but a rank may still need batches to reach a step boundary.
+    So a worker ends only when its rank says so, through the DataLoader's own means, the last of which is SIGTERM."""
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    rank = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

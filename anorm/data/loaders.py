@@ -1,0 +1,134 @@
+"""Which images, in which order, in which batches: exact for any number of processes and workers, resumable at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anorm.data.feeds import Feed, Request, open_feed
+from anorm.data.random import stream
+from anorm.data.sources.base import Dataset, Source
+
+
+class Batch(NamedTuple):
+    """images (n,C,S,S) float32, normalised; labels (n,) int64; both on the device. indices (n,) int64 on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class TrainLoader:
+    """The training images of `source`, one list of micro-batches an optimizer step.
+
+    A global batch is `global_batch` images next to each other in the epoch's order; it is cut, in that order, into
+    micro-batches of `micro_batch` images numbered j = 0 .. global_batch / micro_batch - 1. Rank r of `world` takes the
+    micro-batches r, r + world, ...: 1, 4 or 8 processes work on the same micro-batches. The images left over at the
+    end of an epoch, fewer than a global batch, are dropped (every epoch others, as the order changes).
+    The order is drawn from (seed, "order", epoch), an image's augmentation from (seed, "augment", epoch, index).
+
+    workers: processes that read and decode; none are used for a source in memory, 0 reads in this process.
+    Raises ValueError for sizes that do not fit together or are not positive.
+    """
+
+    def __init__(self, source: Source, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1,
+                 workers: int = 0, device: torch.device | str = "cpu", channels_last: bool = False):
+        _check_positive(global_batch=global_batch, micro_batch=micro_batch, world=world)
+        assert 0 <= rank < world, (rank, world)
+        if global_batch % (micro_batch * world):
+            raise ValueError(f"a global batch of {global_batch} images is not a multiple of {world} processes x "
+                             f"{micro_batch} images: change optim.global_batch or batch_size")
+        self.count = len(source.train)
+        self.steps_per_epoch = self.count // global_batch
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"the training set has {self.count} images, fewer than one global batch of {global_batch}: "
+                             "lower optim.global_batch (and batch_size), or add images")
+        self.seed, self.global_batch, self.micro_batch, self.rank, self.world = seed, global_batch, micro_batch, rank, world
+        self._feed = open_feed(source.train, seed, micro_batch, workers, torch.device(device))
+        self._finish = _Finish(source.train, torch.device(device), channels_last)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step from start_step on; nothing before start_step is read."""
+        assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
+        fetched = self._feed.run(self._requests(epoch, start_step))
+        for _ in range(start_step, self.steps_per_epoch):
+            yield [self._finish(next(fetched)) for _ in range(self.global_batch // self.micro_batch // self.world)]
+
+    def micro_batch_number(self, k: int) -> int:
+        """The number j in the global batch of the k-th micro-batch that this rank is given in a step."""
+        return self.rank + k * self.world
+
+    def _requests(self, epoch: int, start_step: int) -> Iterator[Request]:
+        order = torch.randperm(self.count, generator=stream(self.seed, "order", epoch))
+        for step in range(start_step, self.steps_per_epoch):
+            micro_batches = order[step * self.global_batch:(step + 1) * self.global_batch].split(self.micro_batch)
+            for indices in micro_batches[self.rank::self.world]:
+                yield Request(epoch, indices)
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Bad files met so far by this process (data.on_error=skip): index -> message."""
+        return self._feed.bad
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._feed.close()
+
+
+class EvalLoader:
+    """Every image of `dataset` once over all ranks: rank r of `world` takes an unpadded slice, r n/world .. (r+1) n/world.
+
+    Yields `Batch`es; the last may be smaller, and a rank may have none. `skipped` lists images left out because
+    data.on_error=skip; with data.on_error=error (the default) the sum over ranks is exactly len(dataset).
+    """
+
+    def __init__(self, dataset: Dataset, batch: int, rank: int = 0, world: int = 1, workers: int = 0,
+                 device: torch.device | str = "cpu", channels_last: bool = False):
+        _check_positive(batch=batch, world=world)
+        assert 0 <= rank < world, (rank, world)
+        self.batch = batch
+        self._first, self._stop = len(dataset) * rank // world, len(dataset) * (rank + 1) // world
+        self._feed = open_feed(dataset, 0, batch, workers, torch.device(device))
+        self._finish = _Finish(dataset, torch.device(device), channels_last)
+
+    def __len__(self) -> int:
+        return -(-(self._stop - self._first) // self.batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for fetched in self._feed.run(self._requests()):
+            if len(fetched.images):
+                yield self._finish(fetched)
+
+    def _requests(self) -> Iterator[Request]:
+        for start in range(self._first, self._stop, self.batch):
+            yield Request(None, torch.arange(start, min(start + self.batch, self._stop)))
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        return self._feed.bad
+
+    def close(self) -> None:
+        self._feed.close()
+
+
+class _Finish:
+    """uint8 on its way to the device -> normalised float32 there: (x / 255 - mean) / std."""
+
+    def __init__(self, dataset: Dataset, device: torch.device, channels_last: bool):
+        self.device = device
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.mean, self.std = ((torch.tensor(v) * 255).view(1, -1, 1, 1).to(device) for v in (dataset.mean, dataset.std))
+
+    def __call__(self, fetched) -> Batch:
+        images = fetched.images.to(self.device, non_blocking=True)
+        images = torch.sub(images, self.mean).div_(self.std).contiguous(memory_format=self.layout)
+        return Batch(images, fetched.labels.to(self.device, non_blocking=True), fetched.indices)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")

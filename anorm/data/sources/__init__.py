@@ -1,0 +1,46 @@
+"""Sources by name. Each module here has SOURCES = {name: function}; a function's keywords are its yaml's keys."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+
+from anorm.data.sources.base import Dataset, Fetched, Source
+
+__all__ = ["Dataset", "Fetched", "Source", "create", "list_sources"]
+
+
+def _sources() -> dict[str, Callable[..., Source]]:
+    found: dict[str, Callable[..., Source]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        found |= getattr(importlib.import_module(f"{__name__}.{module.name}"), "SOURCES", {})
+    return found
+
+
+def list_sources() -> list[str]:
+    return sorted(_sources())
+
+
+def create(name: str, root: str | None = None, **options) -> Source:
+    """Build the source `name` from the folder `root` (None for those that need none) and its own options.
+
+    Raises ValueError for an unknown name or option, and for anything wrong with the data, saying what to do.
+    """
+    sources = _sources()
+    if name not in sources:
+        raise ValueError(f"data source {name!r} is unknown: choose one of {', '.join(sorted(sources))}")
+    build = sources[name]
+    accepted = inspect.signature(build).parameters
+    if root is not None and "root" not in accepted:
+        raise ValueError(f"data={name} reads no folder: leave out data.root={root}")
+    unknown = sorted(set(options) - set(accepted))
+    if unknown:
+        raise ValueError(f"data={name} has no option {', '.join(unknown)}; it takes {', '.join(accepted)}")
+    return build(**({"root": root} if "root" in accepted else {}), **options)
+
+
+def signature_of(name: str) -> inspect.Signature:
+    """The options of a source with their defaults."""
+    return inspect.signature(_sources()[name])

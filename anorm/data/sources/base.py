@@ -1,0 +1,141 @@
+"""What a source of images is: two datasets, and what the loaders need to know about them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from anorm.data.decode import BadImage, decode
+from anorm.data.transforms import Crop
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ON_ERROR = ("error", "skip")
+
+
+class Fetched(NamedTuple):
+    """images uint8 (n,C,S,S), labels (n,) and indices (n,) int64, and the bad files met, (index, message) each.
+
+    With on_error=skip a bad training image is replaced by its next good neighbour (so batches keep their size) and a
+    bad evaluation image is left out; `indices` says what is really there.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    bad: list[tuple[int, str]]
+
+
+class Dataset(ABC):
+    """Labelled images of one split. `labels` is int64 (N,); mean and std (in units of 0..1) have one value a channel.
+
+    in_memory: fetching costs so little that workers would only slow it down.
+    """
+
+    labels: Tensor
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    in_memory: bool = False
+    loader: str = "torch"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
+        """The samples at `indices`: for training with one generator each, for evaluation with None."""
+
+    def sample(self, index: int, rng: torch.Generator | None) -> tuple[Tensor, int]:
+        """One image, uint8 (C,S,S), and its label."""
+        fetched = self.fetch([index], None if rng is None else [rng])
+        if not len(fetched.images):
+            raise BadImage(fetched.bad[0][1])
+        return fetched.images[0], int(fetched.labels[0])
+
+
+@dataclass(frozen=True)
+class Source:
+    """train and val; the names of the classes; a digest that changes with the data (file names and sizes, or version)."""
+
+    train: Dataset
+    val: Dataset
+    classes: list[str]
+    identity: str
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self.train.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.train.std
+
+    @property
+    def image_size(self) -> int:
+        return self.train.image_size
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+class Store(Protocol):
+    """Where encoded images lie: in files, in tar shards, behind a timm reader."""
+
+    labels: Tensor
+
+    def read(self, index: int) -> Tensor:
+        """The file's bytes, uint8 (n,)."""
+
+    def name(self, index: int) -> str:
+        """What an error message calls it."""
+
+
+class EncodedImages(Dataset):
+    """Image files of any store, decoded and cropped when fetched."""
+
+    def __init__(self, store: Store, crop: Crop, on_error: str, loader: str = "torch",
+                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
+        if on_error not in ON_ERROR:
+            raise ValueError(f"data.on_error={on_error!r} is unknown: choose error (stop) or skip (count and list)")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"data.mean={list(mean)} and data.std={list(std)} need three values each, std above zero")
+        self.store, self.crop, self.on_error, self.loader = store, crop, on_error, loader
+        self.labels, self.image_size, self.mean, self.std = store.labels, crop.image_size, tuple(mean), tuple(std)
+
+    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
+        size = self.image_size
+        # the layout that the resize kernel writes, so that this is one plain copy an image
+        images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
+        kept, bad = [], []
+        for position, index in enumerate(indices):
+            found = self._decoded(int(index), search=rngs is not None, bad=bad)
+            if found is None:
+                continue
+            image, at = found
+            images[len(kept)] = self.crop.evaluate(image) if rngs is None else self.crop.train(image, rngs[position])
+            kept.append(at)
+        kept = torch.tensor(kept, dtype=torch.int64)
+        return Fetched(images[:len(kept)], self.labels[kept], kept, bad)
+
+    def decoded(self, index: int) -> Tensor:
+        """The whole image, uint8 (3,H,W). Raises BadImage."""
+        return decode(self.store.read(index), self.store.name(index))
+
+    def _decoded(self, index: int, search: bool, bad: list[tuple[int, str]]) -> tuple[Tensor, int] | None:
+        for at in range(index, index + len(self)) if search else (index,):
+            at %= len(self)
+            try:
+                return self.decoded(at), at
+            except BadImage as error:
+                if self.on_error == "error":
+                    raise
+                bad.append((at, str(error)))
+        if search:
+            raise BadImage(f"every one of the {len(self)} training images is unreadable; the first: {bad[0][1]}")
+        return None
