@@ -5,6 +5,7 @@
 """
 
 from anorm.registry import create_model, create_norm, list_archs, list_norms
+from anorm.weights import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "create_norm", "list_archs", "list_norms"]
+__all__ = ["create_model", "create_norm", "list_archs", "list_norms", "load_weights"]

@@ -24,7 +24,7 @@ from anorm.ops import reference
 from anorm.ops.activations import lookup
 from anorm.ops.autograd import fixed_affine, moments_and_slots, slotted_affine
 
-__all__ = ["BACKENDS", "normalize", "resolve", "set_backend", "use_backend"]
+__all__ = ["BACKENDS", "normalize", "resolve", "set_backend", "use_backend", "why_not"]
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 NEEDS = ("none", "mean", "mean_var")
@@ -119,6 +119,11 @@ def _auto(device: str) -> str:
     return "reference"
 
 
+def why_not(name: str) -> str | None:
+    """None where a backend ("reference", "cpu", "triton") can be used here, else the reason in words."""
+    return _module(name).available()
+
+
 def resolve(device: str) -> ModuleType:
     """The module that runs the passes for a device type ("cpu", "cuda") under the present choice."""
     return _module(_auto(device) if _chosen == "auto" else _chosen)
@@ -133,7 +138,7 @@ def set_backend(name: str) -> None:
     global _chosen
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
-    if name != "auto" and (reason := _module(name).available()) is not None:
+    if name != "auto" and (reason := why_not(name)) is not None:
         raise RuntimeError(f"backend {name!r} cannot be used here: {reason}")
     _chosen = name
 

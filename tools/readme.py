@@ -1,0 +1,68 @@
+"""Write the generated tables of README.md: norms and architectures, from the code itself.
+
+    python tools/readme.py           write them
+    python tools/readme.py --check   exit 1 if they are out of date
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import anorm
+from anorm.norms.build import norm_classes
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+SHOWN = "bn", "an"
+
+
+def norms() -> str:
+    rows = ["| norm | layer | module |", "| --- | --- | --- |"]
+    for name, cls in sorted(norm_classes().items()):
+        first = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        module = cls.__module__.removeprefix("anorm.").replace(".", "/")
+        rows.append(f"| `{name}` | {first.replace('|', '/')} | [{cls.__name__}](anorm/{module}.py) |")
+    return "\n".join(rows)
+
+
+def archs() -> str:
+    rows = ["| arch | " + " | ".join(f"parameters, {n}" for n in SHOWN) + " |", "| --- |" + " ---: |" * len(SHOWN)]
+    for name in anorm.list_archs():
+        counts = []
+        for norm in SHOWN:
+            with torch.device("meta"):
+                model = anorm.create_model(name, norm)
+            counts.append(f"{sum(p.numel() for p in model.parameters()):,}")
+        rows.append(f"| `{name}` | " + " | ".join(counts) + " |")
+    return "\n".join(rows)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"norms": norms, "archs": archs}
+
+
+def filled(text: str) -> str:
+    """README's text with each part between <!-- name --> and <!-- /name --> made anew."""
+    for name, make in SECTIONS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, found = re.subn(pattern, lambda m, body=make(): f"{m[1]}{body}\n{m[2]}", text, flags=re.S)
+        assert found == 1, f"README.md needs exactly one pair of <!-- {name} --> markers"
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    old = README.read_text()
+    new = filled(old)
+    if arguments == ["--check"]:
+        if new != old:
+            print("README.md is out of date: run python tools/readme.py")
+        return int(new != old)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
