@@ -4,39 +4,233 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
-from anorm.engine.settings import sections
+import torch
+from torch import nn
+
+from anorm.data import sources
+from anorm.data.loaders import EvalLoader, TrainLoader
+from anorm.data.mixing import Mixing
+from anorm.data.random import seed_of
+from anorm.data.sources import Source
+from anorm.engine import optim
+from anorm.engine.distributed import World
+from anorm.engine.ema import Ema
+from anorm.engine.fit import Progress, Run, restore
+from anorm.engine.record import Record, environment
+from anorm.engine.schedule import WarmupCosine
+from anorm.engine.settings import Hardware, sections, settings_from
+from anorm.norms.base import Norm
+from anorm.norms.build import norm_classes
+from anorm.norms.placement import Placement
+from anorm.registry import arch_builders, create_model
+from anorm.weights import load_weights
 
 
 def accepted(section: str, config: dict) -> set[str] | None:
     """The keys that a section takes: the arguments of what it builds. None: any (a class that takes ``**options``)."""
-    node = config[section]
     if section in sections():
         return {field.name for field in dataclasses.fields(sections()[section])}
+    arguments = _arguments(section, config[section])
+    return None if arguments is None else set(arguments) | {"name"}
+
+
+def complete(config: dict) -> dict:
+    """The configuration with every default spelled out; a run's signature is taken over this.
+
+    Raises ValueError for a value of the wrong type or outside its limits.
+    """
+    full = dataclasses.asdict(settings_from(config))
+    for section in ("arch", "norm", "data"):
+        if "name" not in config[section]:
+            raise ValueError(f"{section}.name is missing: choose {section}=...")
+        full[section] = {"name": config[section]["name"]} | (_arguments(section, config[section]) or {}) | config[section]
+    return full
+
+
+def _arguments(section: str, node: dict) -> dict | None:
+    """Key -> default of what an arch, norm or data entry builds; None where any key may be given or nothing is known."""
+    name = node.get("name")
     if section == "arch":
-        from anorm.registry import arch_builders
-
-        builder = arch_builders().get(node.get("name"))
-        return {"name"} | (_arguments(builder) - {"norm", "num_classes", "in_channels"}) if builder else None
-    if section == "norm":
-        from anorm.norms.build import norm_classes
-        from anorm.norms.placement import Placement
-
-        law = norm_classes().get(node.get("name"))
-        if law is None or _takes_any(law):
-            return None
-        return (_arguments(Placement) | _arguments(law)) - {"channels", "act", "options"}
-    assert section == "data", section
-    from anorm.data import sources
-
-    if node.get("name") not in sources.list_sources():
-        return None
-    return {"name", "root"} | set(sources.signature_of(node["name"]).parameters)
-
-
-def _arguments(called) -> set[str]:
-    return set(inspect.signature(called).parameters)
+        called, hidden = arch_builders().get(name), {"norm", "num_classes", "in_channels"}
+        signatures = [called] if called else []
+    elif section == "norm":
+        called, hidden = norm_classes().get(name), {"name", "channels", "act", "options"}
+        signatures = [Placement, called] if called else []
+    else:
+        assert section == "data", section
+        hidden = set()
+        signatures = [sources.signature_of(name)] if name in sources.list_sources() else []
+    found = {}
+    for called in signatures:
+        signature = called if isinstance(called, inspect.Signature) else inspect.signature(called)
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD and called is not Placement and name == "module":
+                return None
+            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in hidden:
+                default = None if parameter.default is parameter.empty else parameter.default
+                found[parameter.name] = list(default) if isinstance(default, tuple) else default
+    return found if signatures else None
 
 
-def _takes_any(called) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(called).parameters.values())
+def resolve(config: dict, world: World | None = None) -> dict:
+    """``config`` with every "auto" of its hardware, and its number of processes, decided for this machine.
+
+    world: the processes that another launcher started; they are as many as they are.
+
+    Raises ValueError where the machine lacks what is asked for, or where the batches do not fit the processes.
+    """
+    settings = settings_from(config)
+    asked, gpus = settings.hardware, torch.cuda.device_count()
+    if asked.device == "gpu" and gpus == 0:
+        raise ValueError("hardware=gpu, but torch sees no GPU here: set hardware=cpu, or install a torch build for this GPU's driver "
+                         "(python -m anorm says more)")
+    gpu = asked.device == "gpu" or (asked.device == "auto" and gpus > 0)
+    processes = (gpus if gpu else 1) if asked.processes == "auto" else asked.processes
+    local = processes
+    if world is not None:
+        if asked.processes not in ("auto", world.size):
+            raise ValueError(f"hardware.processes={asked.processes}, but {world.size} processes were started: leave it out")
+        processes, local = world.size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpu and local > gpus:
+        raise ValueError(f"hardware.processes={processes}, but there are {gpus} GPUs: one process a GPU at most")
+    cores = max(1, len(os.sched_getaffinity(0)) // local)
+    hardware = dataclasses.replace(
+        asked, device="gpu" if gpu else "cpu", processes=processes, dtype=_dtype(asked, gpu),
+        channels_last=gpu if asked.channels_last == "auto" else asked.channels_last,
+        workers=min(8, cores) if asked.workers == "auto" else asked.workers,
+        threads=cores if asked.threads == "auto" else asked.threads)
+    return config | {"hardware": dataclasses.asdict(hardware)}
+
+
+def _dtype(asked: Hardware, gpu: bool) -> str:
+    if asked.dtype == "auto":
+        return "fp16" if gpu else "fp32"
+    if not gpu and asked.dtype in ("fp16", "tf32"):
+        raise ValueError(f"hardware.dtype={asked.dtype} is for GPUs: on a CPU use fp32 (or bf16)")
+    if gpu and asked.dtype in ("bf16", "tf32") and torch.cuda.get_device_capability()[0] < 8:
+        raise ValueError(f"hardware.dtype={asked.dtype} needs a GPU of compute capability 8.0 (A100) or later; "
+                         f"{torch.cuda.get_device_name()} has none: use fp16 or fp32")
+    return asked.dtype
+
+
+def check_batches(config: dict, processes: int) -> None:
+    """Raises ValueError, naming the nearest that works, unless the global batch divides over the processes."""
+    settings = settings_from(config)
+    micro, whole = settings.batch_size, settings.optim.global_batch
+    if whole % micro == 0 and (whole // micro) % processes == 0:
+        return
+    fitting = [n for n in range(1, whole // micro + 1) if whole % micro == 0 and (whole // micro) % n == 0]
+    sizes = [n for n in range(1, whole + 1) if whole % (n * processes) == 0]
+    ways = []
+    if fitting:
+        ways.append(f"hardware.processes={min(fitting, key=lambda n: abs(n - processes))}")
+    if sizes:
+        ways.append(f"batch_size={min(sizes, key=lambda n: abs(n - micro))}")
+    ways.append(f"optim.global_batch={max(1, round(whole / (micro * processes))) * micro * processes}")
+    raise ValueError(f"optim.global_batch={whole} is no whole number of batches of batch_size={micro} on {processes} "
+                     f"process{'es' if processes > 1 else ''}: set {' or '.join(ways)}")
+
+
+def create_source(config: dict) -> Source:
+    """The data set. Raises ValueError for what is wrong with the files."""
+    options = dict(config["data"])
+    return sources.create(options.pop("name"), **options)
+
+
+def create_network(config: dict, num_classes: int) -> nn.Module:
+    """The network, initialised from the seed: equal across norms but for the norms' own parameters."""
+    arch = {key: value for key, value in config["arch"].items() if key != "name"}
+    name, norm, seed = config["arch"]["name"], config["norm"], config["seed"]
+    torch.manual_seed(seed_of(seed, "init of norms"))
+    model = create_model(name, norm, num_classes, **arch)
+    torch.manual_seed(seed_of(seed, "init"))
+    plain = dict(create_model(name, "bn", num_classes, **arch).named_parameters())
+    of_norms = {id(p) for module in model.modules() if isinstance(module, Norm) for p in module.parameters()}
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if id(parameter) not in of_norms:
+                parameter.copy_(plain[key])
+    return model
+
+
+def build(config: dict, folder: Path, signature: str, world: World, resume: dict | None) -> Run:
+    """All parts of a run for one process. ``config``: complete and resolved; ``resume``: a checkpoint's state, or None."""
+    settings = settings_from(config)
+    hardware, device = settings.hardware, world.device
+    _set_backends(hardware, resume)
+    source = create_source(config)
+    loading = {"rank": world.rank, "world": world.size, "workers": hardware.workers, "device": device,
+               "channels_last": hardware.channels_last}
+    train = TrainLoader(source, settings.seed, settings.optim.global_batch, settings.batch_size, **loading)
+    val = EvalLoader(source.val, settings.eval.batch_size or settings.batch_size, **loading)
+
+    model = create_network(config, source.num_classes)
+    notes = [f"norms: {model.norm_summary}"] if model.norm_summary else []
+    if settings.weights:
+        notes.append(f"weights: {load_weights(model, settings.weights, head='replace')}")
+    notes += optim.freeze(model, settings.freeze)
+    model.to(device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format)
+
+    groups = optim.parameter_groups(model, settings.optim.weight_decay, settings.optim.decay_norm, settings.optim.layer_decay)
+    notes += optim.describe_groups(groups)
+    scaled = hardware.dtype == "fp16"
+    scale = 2.0**16 if hardware.loss_scale == "dynamic" else float(hardware.loss_scale)
+    run = Run(
+        settings=settings, folder=folder, signature=signature, arch=config["arch"]["name"], world=world, model=model, network=model,
+        evaluated=model, train=train, val=val,
+        mixing=Mixing(settings.mix.mixup, settings.mix.cutmix, settings.mix.label_smoothing, source.num_classes),
+        optimizer=optim.create_optimizer(groups, settings.optim),
+        schedule=WarmupCosine(settings.optim.peak_lr, settings.epochs, train.steps_per_epoch, settings.schedule.warmup_epochs,
+                              settings.schedule.floor),
+        scaler=torch.amp.GradScaler(device.type, init_scale=scale, enabled=scaled),
+        autocast=_autocast(hardware, device), ema=Ema(model, settings.ema.decay) if settings.ema.decay else None,
+        record=Record(folder, active=False), progress=Progress(), sums=torch.zeros(4, dtype=torch.float64, device=device))
+    if resume:
+        notes += restore(run, resume)
+    if hardware.compile:
+        run.network = run.evaluated = torch.compile(model)
+    if world.size > 1:
+        # the ranks' statistics are joined where they are needed, by dist.stats, and not overwritten at every step
+        run.network = nn.parallel.DistributedDataParallel(
+            run.network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
+            gradient_as_bucket_view=True)
+    run.record = Record(folder, world.main, settings.log.tensorboard, offset=resume["log_offset"] if resume else 0,
+                        step=run.progress.step, total_steps=run.total_steps)
+    run.record.write("start", step=run.progress.step, signature=signature, parameters=sum(p.numel() for p in model.parameters()),
+                     processes=world.size, notes=notes, environment=environment())
+    for note in notes:
+        run.record.say(note)
+    run.record.say(_describe(run, source))
+    return run
+
+
+def _describe(run: Run, source: Source) -> str:
+    settings, world = run.settings, run.world
+    micro = settings.optim.global_batch // settings.batch_size // world.size
+    return (f"{run.arch}: {sum(p.numel() for p in run.model.parameters()):,} parameters; {len(source.train):,} training and "
+            f"{len(source.val):,} evaluation images of {source.num_classes} classes; {settings.epochs} epochs of "
+            f"{run.train.steps_per_epoch} steps; global batch {settings.optim.global_batch} = {settings.batch_size} x {micro} "
+            f"accumulated x {world.size} process{'es' if world.size > 1 else ''}; peak rate {settings.optim.peak_lr:g}; "
+            f"{settings.hardware.dtype} on {world.device.type}"
+            + (f"; continuing at step {run.progress.step} of {run.total_steps}" if run.progress.step else ""))
+
+
+def _set_backends(hardware: Hardware, resume: dict | None) -> None:
+    # sums depend on the number of threads: a resumed run keeps its own
+    torch.set_num_threads(resume["threads"] if resume else hardware.threads)
+    fast = hardware.dtype == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
+    torch.backends.cudnn.benchmark = not hardware.deterministic
+    torch.use_deterministic_algorithms(hardware.deterministic)
+    if hardware.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _autocast(hardware: Hardware, device: torch.device):
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(hardware.dtype)
+    return nullcontext if kind is None else partial(torch.autocast, device.type, dtype=kind)

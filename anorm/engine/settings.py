@@ -85,11 +85,9 @@ class Dist:
     """Processes. ``stats`` says how their running statistics are joined: mean, or rank0 (what most papers did)."""
 
     stats: str = "mean"
-    timeout_minutes: float = 20.0
 
     def __post_init__(self):
         one_of("dist", self, "stats", ("mean", "rank0"))
-        positive("dist", self, "timeout_minutes")
 
 
 @dataclass(frozen=True)

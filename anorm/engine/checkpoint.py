@@ -1,0 +1,94 @@
+"""Checkpoints: written whole or not at all, read without running anything that they contain."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that at every moment, a kill or a full disk included, the old or the new one is whole there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
+    """``state`` (tensors and plain values) as ``path``; the ``keep - 1`` checkpoints before it stay as NAME-1.ckpt, ..."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    fresh = path.with_name(f"{path.stem}-new{path.suffix}")
+    write_atomic(fresh, content.getbuffer())
+    older = [path, *(path.with_name(f"{path.stem}-{age}{path.suffix}") for age in range(1, keep))]
+    for newer, old in reversed(list(zip(older, older[1:], strict=False))):
+        if newer.exists():
+            if newer == path:  # never without a last.ckpt: the new name first, the old content goes when it is replaced
+                old.unlink(missing_ok=True)
+                os.link(newer, old)
+            else:
+                os.replace(newer, old)
+    os.replace(fresh, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint's state on the CPU. Raises ValueError, naming what else there is, when the file is damaged."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file: RuntimeError, EOFError, UnpicklingError, ...
+        others = sorted(p.name for p in path.parent.glob(f"{path.stem}-[0-9]*{path.suffix}"))
+        way_out = f"put {others[0]} in its place" if others else "start again with resume=never, or delete it"
+        raise ValueError(f"{path} is truncated or damaged: {way_out} ({_first_line(error)})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+class FolderLock:
+    """A run folder belongs to the processes that hold a byte each of its lock file; they let go when they end, however.
+
+    Rank 0 takes all bytes (so it finds any process that outlived its launcher), then keeps its own. POSIX record locks
+    belong to a process: the loader's workers do not inherit them.
+    """
+
+    BYTES = 1 << 20
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._file = open(folder / ".lock", "a+b")  # noqa: SIM115 - held until close()
+
+    def take_all(self) -> None:
+        """Raises ValueError when another process holds any byte."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.BYTES, 0)
+        except OSError as error:
+            raise ValueError(f"{self.folder} is in use by another process: wait for it, stop it, or set another run_dir") from error
+
+    def keep(self, rank: int) -> None:
+        """Hold this rank's byte alone."""
+        fcntl.lockf(self._file, fcntl.LOCK_UN, self.BYTES, 0)
+        fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+
+    def close(self) -> None:
+        self._file.close()

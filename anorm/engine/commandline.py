@@ -1,0 +1,117 @@
+"""The shell's side of train.py and the tools: arguments, help, errors in words, exit statuses."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from anorm.engine.compose import GROUPS, choices
+from anorm.engine.names import nearest
+
+OWN_CODE = (str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "train.py"),
+            str(Path(__file__).resolve().parents[2] / "tools"))
+FLAGS = ("-h", "--help", "-m", "--multirun", "--cfg", "--config")
+
+
+@dataclass
+class Arguments:
+    overrides: list[str] = field(default_factory=list)
+    help: bool = False
+    multirun: bool = False
+    print_config: bool = False
+    frozen: Path | None = None
+
+
+def parse(argv: list[str]) -> Arguments:
+    """train.py's arguments. Raises ValueError in words."""
+    arguments, rest = Arguments(), list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            arguments.help = True
+        elif word in ("-m", "--multirun"):
+            arguments.multirun = True
+        elif word == "--cfg":
+            if not rest or rest.pop(0) != "job":
+                raise ValueError("--cfg takes one word: --cfg job prints the composed configuration")
+            arguments.print_config = True
+        elif word == "--config":
+            if not rest:
+                raise ValueError("--config needs a file, such as the config.yaml of a run folder")
+            arguments.frozen = Path(rest.pop(0))
+        elif word.startswith("-"):
+            raise ValueError(f"unknown option {word}{nearest(word, FLAGS, 'options')}")
+        else:
+            arguments.overrides.append(word)
+    if arguments.frozen and (arguments.overrides or arguments.multirun):
+        raise ValueError("--config runs a frozen configuration as it is: leave out the other arguments")
+    return arguments
+
+
+def help_text(story: str, configs: Path) -> str:
+    """``story``, then the groups with their choices and the top-level keys of train.yaml with their comments."""
+    lines = [story.strip(), "", "Groups and choices:"]
+    lines += [f"    {group:<10}{' '.join(choices(configs, group))}" for group in GROUPS]
+    yaml = (configs / "train.yaml").read_text().split("\n\n")[1]
+    lines += ["", "Top-level keys (configs/train.yaml and configs/setup/vanilla.yaml hold the others):",
+              *(f"    {line}" for line in yaml.splitlines())]
+    lines += ["    epochs, batch_size        (of a process: the images that batch statistics are taken over); optim.global_batch is the step's"]
+    return "\n".join(lines)
+
+
+class user_errors:
+    """Within: an error that the user can mend becomes one or two lines on stderr and a status, not a traceback.
+
+    That is a ValueError raised by this project's own code, a package that is missing, no memory, a full disk. Any other
+    exception passes. ``ANORM_TRACEBACK=1`` lets all pass. words: a file for the message, for a launcher to print.
+    """
+
+    def __init__(self, words: Path | None = None):
+        self.words, self.status = words, 0
+
+    def __enter__(self) -> user_errors:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if error is None or os.environ.get("ANORM_TRACEBACK"):
+            return False
+        explained = _explain(error, trace)
+        if explained is None:
+            return False
+        self.status, message = explained
+        if self.words:
+            self.words.write_text(message)
+        else:
+            print(message, file=sys.stderr, flush=True)
+        return True
+
+
+def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, str] | None:
+    """(status, message) of what is known, else None."""
+    from anorm.engine.interrupt import Interrupted
+
+    name = type(error).__name__
+    if isinstance(error, Interrupted):
+        return 128 + error.number, f"{error}; everything is saved: repeat the command to continue"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped"
+    if isinstance(error, FloatingPointError):
+        return 1, f"error: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        return 2, f"error: the package {error.name} is not installed: pip install 'anorm[train]' (or pip install {error.name})"
+    if isinstance(error, RuntimeError) and "torchvision::" in str(error):
+        return 2, ("error: torch and torchvision do not belong together (a CPU build of one beside a CUDA build of the other, or two "
+                   "versions): pip install --force-reinstall torch torchvision, both from one index")
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return 1, ("error: out of memory: lower batch_size (more micro-batches are accumulated, optim.global_batch stays), "
+                   "eval.batch_size or data.image_size, or use hardware.dtype=fp16")
+    if isinstance(error, OSError) and error.filename is not None or isinstance(error, OSError) and error.errno in (28, 122):
+        return (1 if error.errno in (28, 122) else 2), f"error: {error.strerror}: {error.filename or 'the disk is full'}"
+    frames = traceback.extract_tb(trace)
+    if isinstance(error, ValueError) and frames and frames[-1].filename.startswith(OWN_CODE):
+        return 2, f"error: {error}"
+    return None

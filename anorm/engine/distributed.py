@@ -1,0 +1,182 @@
+"""Processes: who this one is among the others, and what they do together."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+LAUNCHED = "ANORM_LAUNCHED"
+"""Set in the environment of processes that our own launcher starts."""
+TIMEOUT = timedelta(minutes=20)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place. ``size`` 1 needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, everywhere."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value on rank 0, an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size if self.main else None
+        dist.gather_object(value, found)
+        return found or []
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, everywhere."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def on(self, device: str) -> World:
+        """The same place, computing on "cpu" or on the "gpu" of its local rank."""
+        return replace(self, device=torch.device("cuda", self.local_rank) if device == "gpu" else torch.device("cpu"))
+
+    def from_rank_0(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns on rank 0, everywhere. When it raises there, the other processes exit with status 2."""
+        if self.size == 1:
+            return make()
+        box: list[Any] = [False, None]
+        try:
+            if self.main:
+                box = [True, make()]
+        finally:
+            dist.broadcast_object_list(box)
+        if not box[0]:
+            raise SystemExit(2)
+        return box[1]
+
+
+@contextmanager
+def enter(world: World | None, device: str) -> Iterator[World]:
+    """The world of this process: the one given, the one that the elastic launcher describes in the environment, or one alone.
+
+    device: "cpu" or "gpu".
+    """
+    if world is not None:
+        yield world.on(device)
+    elif LAUNCHED not in os.environ:
+        yield World().on(device)
+    else:
+        with process_group() as joined:
+            yield joined.on(device)
+
+
+@contextmanager
+def process_group() -> Iterator[World]:
+    """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; leave it at the end.
+
+    GPU tensors travel over NCCL; CPU tensors, which need no device to wait for, over gloo. A peer that does not answer for
+    ``TIMEOUT`` ends the process.
+    """
+    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(local % gpus)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(rank, size, local)
+        dist.barrier()  # no one closes the connection that another still reads from
+    finally:
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def join_statistics(world: World, model: nn.Module, how: str) -> None:
+    """Give every process the same buffers: floats averaged ("mean") or rank 0's ("rank0"), integers rank 0's.
+
+    One all-reduce in float64, so that equal values stay what they are.
+    """
+    if world.size == 1:
+        return
+    floats = [b for b in model.buffers() if b.is_floating_point()]
+    for buffer in model.buffers():
+        if not buffer.is_floating_point():
+            dist.broadcast(buffer, 0)
+    if not floats:
+        return
+    flat = torch.cat([b.detach().double().flatten() for b in floats])
+    if how == "mean":
+        dist.all_reduce(flat)
+        flat /= world.size
+    else:
+        dist.broadcast(flat, 0)
+    for buffer, value in zip(floats, flat.split([b.numel() for b in floats]), strict=True):
+        buffer.copy_(value.view_as(buffer))
+
+
+class Agreement:
+    """Requests (stop, save) that all processes act on at the same step boundary.
+
+    A signal, or rank 0's clock, sets a bit here; ``due()`` is called by all at every boundary and returns the bits
+    that any process had set by the previous boundary: the exchange runs beside the step and costs it nothing.
+    """
+
+    SAVE = 256
+
+    def __init__(self, world: World):
+        self.world, self.wanted, self._pending = world, 0, None
+        self._previous = {}
+        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
+            number = getattr(signal, name)
+            self._previous[number] = signal.signal(number, self._on_signal)
+        self._parent = os.getppid()
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.world.size > 1 and os.getppid() != self._parent:
+            os._exit(128 + number)  # the launcher is gone; the others are told the same: save nothing
+        self.wanted = max(self.wanted & ~self.SAVE, number) | (self.wanted & self.SAVE)
+
+    def ask_to_save(self) -> None:
+        self.wanted |= self.SAVE
+
+    def due(self) -> tuple[int, bool]:
+        """(number of the signal to stop for, or 0; whether to save)."""
+        if self.world.size == 1:
+            wanted = self.wanted
+        else:
+            wanted = 0
+            if self._pending is not None:
+                flags, work = self._pending
+                work.wait()
+                wanted = int(flags[0]) | (self.SAVE if flags[1] else 0)
+            flags = torch.tensor([self.wanted & ~self.SAVE, self.wanted & self.SAVE])
+            self._pending = (flags, dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True))
+        self.wanted &= ~self.SAVE
+        return wanted & ~self.SAVE, bool(wanted & self.SAVE)
+
+    def close(self) -> None:
+        if self._pending is not None:
+            self._pending[1].wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,93 @@
+"""Exact evaluation: every image counts once, whatever the number of processes and the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anorm.engine.distributed import World
+from anorm.norms.base import RunningNorm
+
+
+@dataclass(frozen=True)
+class Result:
+    """top1 and top5 in percent (top5 of at most as many classes as there are), loss per image, images counted.
+
+    Per image of this process, in the order of the loader: index, whether its class was first, or among five, and the
+    probability of the class that was first.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    index: Tensor
+    first: Tensor
+    among_five: Tensor
+    confidence: Tensor
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable, world: World, autocast: Callable[[], AbstractContextManager]) -> Result:
+    """Run ``model`` over this process's share of the images; the sums are exchanged once, at the end.
+
+    The device is not waited for until then.
+    """
+    was_training = model.training
+    model.eval()
+    sums, images = torch.zeros(4, dtype=torch.float64, device=world.device), 0
+    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for inputs, labels, indices in batches:
+        with autocast():
+            logits = model(inputs)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        first, among_five = ranked[:, 0], ranked.any(1)
+        sums[:3] += torch.stack((first.sum(), among_five.sum(), losses.double().sum()))
+        images += len(labels)
+        rows.append((indices, first, among_five, logits.softmax(1).amax(1)))
+    sums[3] = images
+    world.sum(sums)
+    model.train(was_training)
+    first, among_five, loss, images = sums.tolist()
+    if images == 0:
+        raise ValueError("there are no images to evaluate on")
+    columns = [torch.cat(column).cpu() for column in zip(*rows, strict=True)] if rows else [torch.empty(0)] * 4
+    return Result(100 * first / images, 100 * among_five / images, loss / images, int(images), *columns)
+
+
+@contextmanager
+def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], None]) -> Iterator[None]:
+    """Within: norms evaluate with their running statistics ("running"), each batch's own ("batch"), or statistics taken
+    afresh from training batches by ``recalibrate`` ("recalibrated"). Afterwards all is as before."""
+    norms = [module for module in model.modules() if isinstance(module, RunningNorm) and not module.frozen]
+    if source == "running":
+        yield
+    elif source == "batch":
+        synced = [norm.sync for norm in norms]
+        for norm in norms:  # never over processes, which may have different numbers of batches
+            norm.eval_stats, norm.sync = "batch", False
+        try:
+            yield
+        finally:
+            for norm, sync in zip(norms, synced, strict=True):
+                norm.eval_stats, norm.sync = "running", sync
+    else:
+        kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the cumulative average
+        try:
+            recalibrate()
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])

@@ -1,0 +1,109 @@
+"""One process a device: in this process, through torch's elastic launcher, or as torchrun and srun started us."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from anorm.engine.distributed import LAUNCHED, World, process_group
+
+Rank = Callable[..., int]
+
+
+@contextmanager
+def joined_by_others() -> Iterator[World | None]:
+    """The world of this process when torchrun, or srun with several tasks, started it as one of several; else None."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        pass
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+        os.environ.update(slurm_environment(os.environ))
+    else:
+        yield None
+        return
+    with process_group() as world:
+        yield world
+
+
+def slurm_environment(slurm: Mapping[str, str]) -> dict[str, str]:
+    """torch's names for what srun sets; an address or port that is set already stays."""
+    return {"RANK": slurm["SLURM_PROCID"], "WORLD_SIZE": slurm["SLURM_NTASKS"], "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
+            "LOCAL_WORLD_SIZE": slurm.get("SLURM_NTASKS_PER_NODE", "1"),
+            "MASTER_ADDR": slurm.get("MASTER_ADDR") or first_host(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"]),
+            "MASTER_PORT": slurm.get("MASTER_PORT") or str(20000 + int(slurm["SLURM_JOB_ID"]) % 20000)}
+
+
+def first_host(nodelist: str) -> str:
+    """The first of a Slurm list of hosts: "gpu[003-007,12],cpu1" -> "gpu003"."""
+    prefix, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in prefix:
+        return nodelist.split(",")[0]
+    numbers, _, tail = rest.partition("]")
+    return prefix + numbers.split(",")[0].split("-")[0] + tail.split(",")[0]
+
+
+def launch(rank: Rank, processes: int, *arguments: Any) -> int:
+    """Run ``rank(*arguments)`` in ``processes`` processes on this machine; its exit status.
+
+    One process runs here. Of several, the first to fail ends the others; what it had to say is printed.
+    """
+    if processes == 1:
+        return rank(*arguments)
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would report each failure in 30 lines
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"anorm-{os.getpid()}", rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2, start_method="spawn", local_addr=_local_address(),
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
+    os.environ[LAUNCHED] = "1"
+    with tempfile.TemporaryDirectory(prefix="anorm-") as words:
+        try:
+            return max(elastic_launch(config, _in_rank)(rank, words, *arguments).values())
+        except ChildFailedError as error:
+            return _report(error, Path(words))
+        except SignalException as error:
+            print("\n".join(path.read_text() for path in sorted(Path(words).iterdir())[:1]), flush=True)
+            return 128 + int(error.sigval)
+        finally:
+            del os.environ[LAUNCHED]
+
+
+def _local_address() -> str:
+    """An address that resolves: a container's own host name need not."""
+    try:
+        socket.getaddrinfo(socket.getfqdn(), None)
+    except OSError:
+        return "localhost"
+    return socket.gethostname() if socket.gethostname() == socket.getfqdn() else "localhost"
+
+
+def _in_rank(rank: Rank, words: str, *arguments: Any) -> int:
+    """In a new process: a status other than 0 must end it, for the launcher to notice."""
+    status = rank(*arguments, words=Path(words) / f"{int(os.environ['RANK']):05d}")
+    if status:
+        raise SystemExit(status)
+    return 0
+
+
+def _report(error: Any, words: Path) -> int:
+    """Print why the first process failed; its status."""
+    said = [path.read_text() for path in sorted(words.iterdir())]
+    number, failure = error.get_first_failure()
+    if said:
+        print(said[0], file=sys.stderr, flush=True)
+    elif failure.exitcode < 0:
+        print(f"error: process {number} of {len(error.failures)} was killed by signal {-failure.exitcode}; the others were stopped. "
+              "Repeat the command to continue from the last checkpoint", file=sys.stderr, flush=True)
+    else:
+        print(f"error: process {number} ended with status {failure.exitcode}; see its traceback above. Repeat the command to continue "
+              "from the last checkpoint", file=sys.stderr, flush=True)
+    return failure.exitcode if failure.exitcode > 0 else 1

@@ -1,0 +1,194 @@
+"""Parameters -> groups -> optimizer. What a parameter needs is declared by the module that makes it, never read off its
+name or shape: a K x C mixture is no weight matrix."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from anorm.engine.names import nearest
+from anorm.engine.settings import Optim
+from anorm.norms.base import Norm, ParamNeeds, RunningNorm
+
+MIXTURES = "mixtures"
+"""The word for ``freeze`` that holds AN's learned mixtures and its statistics, and leaves its attention free."""
+
+
+def declared_needs(model: nn.Module) -> dict[str, tuple[ParamNeeds, bool]]:
+    """Parameter name -> (its needs, whether a norm declared them). The outermost norm's word counts.
+
+    Parameters of other modules have the role "bias" where their module calls them so, else "weight".
+    """
+    needs = {}
+    for name, norm in _outermost_norms(model):
+        needs |= {f"{name}.{local}" if name else local: (need, True) for local, need in norm.param_needs().items()}
+    for name, _ in model.named_parameters():
+        if name not in needs:
+            needs[name] = (ParamNeeds("bias" if name.rpartition(".")[2] == "bias" else "weight"), False)
+    return needs
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_norm: bool = True,
+                     layer_decay: float | None = None) -> list[dict]:
+    """Optimizer groups {params, names, roles, weight_decay, lr_scale, clip}; each trainable parameter is in exactly one.
+
+    decay_norm: also decay what norms declare (the authors' practice).
+    layer_decay: the rate of block i of L is multiplied by layer_decay^(L - 1 - i); a block is a child of the network, or
+    a child of one of its sequences, in the order of construction.
+    """
+    needs, groups = declared_needs(model), {}
+    blocks: dict[tuple[str, ...], int] = {}
+    for name, _ in model.named_parameters():
+        blocks.setdefault(_block(model, name), len(blocks))
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        need, of_norm = needs[name]
+        decay = weight_decay if need.decay and (decay_norm or not of_norm) else 0.0
+        scale = need.lr_scale
+        if layer_decay is not None:
+            scale *= layer_decay ** (len(blocks) - 1 - blocks[_block(model, name)])
+        group = groups.setdefault((decay, scale, need.clip), {
+            "params": [], "names": [], "roles": [], "weight_decay": decay, "lr_scale": scale, "clip": need.clip})
+        group["params"].append(parameter)
+        group["names"].append(name)
+        if need.role not in group["roles"]:
+            group["roles"].append(need.role)
+    if not groups:
+        raise ValueError("freeze leaves no parameter to train: freeze less")
+    return list(groups.values())
+
+
+def describe_groups(groups: list[dict]) -> list[str]:
+    """One line a group, for the run's header."""
+    return [f"{'/'.join(g['roles'])}: {sum(p.numel() for p in g['params']):,} parameters, weight decay {g['weight_decay']:g}"
+            + (f", rate x {g['lr_scale']:g}" if g["lr_scale"] != 1 else "") + (f", clip {g['clip']:g}" if g["clip"] else "")
+            for g in groups]
+
+
+def create_optimizer(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
+    """The optimizer ``settings.name`` of timm's factory over ``groups``; raises ValueError in words.
+
+    timm's "sgd" means Nesterov; here ``nesterov`` always says which, as in torch.
+    """
+    if settings.impl == "apex":
+        return _apex_sgd(groups, settings)
+    from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+
+    if settings.name not in list_optimizers():
+        raise ValueError(f"optim.name={settings.name}{nearest(settings.name, list_optimizers())} "
+                         "(timm.optim.list_optimizers() shows all)")
+    known = set(inspect.signature(get_optimizer_class(settings.name, bind_defaults=False)).parameters)
+    for key in settings.args:
+        if key not in known:
+            raise ValueError(f"optim.args.{key} is no argument of {settings.name}{nearest(key, known - {'params'})}")
+    arguments = dict(settings.args)
+    if "nesterov" in known:
+        arguments["nesterov"] = settings.nesterov
+    if settings.impl == "auto" and "fused" in known:
+        arguments.setdefault("fused", True)
+    elif "foreach" in known:
+        arguments.setdefault("foreach", True)
+    return create_optimizer_v2(groups, opt=settings.name, lr=settings.peak_lr, weight_decay=settings.weight_decay,
+                               momentum=settings.momentum, **arguments)
+
+
+def _apex_sgd(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
+    if settings.name != "sgd":
+        raise ValueError(f"optim.impl=apex has sgd only, not {settings.name}: set optim.impl=auto")
+    try:
+        from apex.optimizers import FusedSGD
+    except ImportError as error:
+        raise ValueError("optim.impl=apex needs NVIDIA's apex, built from github.com/NVIDIA/apex (the package named apex on "
+                         "PyPI is another project); optim.impl=auto uses torch's own fused SGD") from error
+    return FusedSGD(groups, lr=settings.peak_lr, momentum=settings.momentum, nesterov=settings.nesterov,
+                    weight_decay=settings.weight_decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The step's learning rate, scaled as each group asks."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip: float | None) -> Tensor:
+    """Unscale, clip, step, in this order. Returns the norm of the whole gradient before clipping.
+
+    Non-finite gradients change nothing, and finding them does not wait for a GPU where the optimizer is fused.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
+    for group in optimizer.param_groups:
+        if group["clip"]:
+            torch.nn.utils.clip_grad_norm_(group["params"], group["clip"], foreach=True)
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+    elif norm.device.type == "cpu":
+        if norm.isfinite():
+            optimizer.step()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        # what GradScaler does for a fused optimizer: the kernel reads the flag
+        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    else:
+        optimizer.step()
+    return norm
+
+
+def freeze(model: nn.Module, words: list[str]) -> list[str]:
+    """Stop learning what ``words`` name; returns a line a word that says what it froze.
+
+    A word is a role (weight, bias, norm, mixture, attention, control), ``mixtures`` (AN's mixtures and the statistics of
+    its base, attention free: section 3.3 of the paper), or a pattern of parameter names such as "layer1.*". A norm whose
+    parameters are all frozen by a role or pattern keeps its running statistics too.
+    """
+    said, needs = [], declared_needs(model)
+    roles = {need.role for need, _ in needs.values()}
+    for word in words:
+        role = "mixture" if word == MIXTURES else word
+        named = {name for name, (need, _) in needs.items() if need.role == role}
+        if word not in roles and word != MIXTURES:
+            named = {name for name in needs if fnmatch.fnmatchcase(name, word)}
+        if not named:
+            raise ValueError(f"freeze={word} matches nothing: give {MIXTURES}, a role ({', '.join(sorted(roles))}) or a pattern "
+                             "of parameter names such as layer1.*")
+        parameters = dict(model.named_parameters())
+        for name in named:
+            parameters[name].requires_grad_(False)
+        statistics = 0
+        for prefix, norm in _outermost_norms(model):
+            local = {f"{prefix}.{name}" for name in norm.param_needs()}
+            if word == MIXTURES and local & named:
+                held = norm.base
+            elif local and local <= named:
+                held = norm
+            else:
+                continue
+            for layer in held.modules():
+                if isinstance(layer, RunningNorm):
+                    layer.frozen = True
+                    statistics += 1
+        said.append(f"frozen by {word}: {len(named)} parameters, the statistics of {statistics} norms")
+    return said
+
+
+def _outermost_norms(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Norm]]:
+    for name, child in model.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child, Norm):
+            yield path, child
+        else:
+            yield from _outermost_norms(child, path)
+
+
+def _block(model: nn.Module, name: str) -> tuple[str, ...]:
+    parts = name.split(".")
+    return tuple(parts[:2] if isinstance(getattr(model, parts[0]), nn.Sequential) else parts[:1])

@@ -1,0 +1,157 @@
+"""What a run leaves behind: metrics.jsonl (written and read here only), TensorBoard, and what a person sees meanwhile.
+
+Every line of metrics.jsonl is an object with "event": start, train (every log.every steps), eval, checkpoint, and, last
+and once, final.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run; a last line cut off by a kill is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end is incomplete
+    return [json.loads(line) for line in lines]
+
+
+def final_metrics(folder: Path) -> dict[str, Any] | None:
+    """The last line of a finished run, None while it is not finished."""
+    lines = read_metrics(folder)
+    return lines[-1] if lines and lines[-1]["event"] == "final" else None
+
+
+class Record:
+    """Appends events to metrics.jsonl and TensorBoard and shows them; a silent stand-in on ranks other than 0.
+
+    offset: bytes of metrics.jsonl that belong to the state that the run continues from; the rest (steps that will be
+    done again) is cut off, so that the log has neither gaps nor doubles.
+    """
+
+    def __init__(self, folder: Path, active: bool = True, tensorboard: bool = True, offset: int = 0, step: int = 0,
+                 total_steps: int = 1):
+        self.active, self._file, self._board, self._bar = active, None, None, None
+        if not active:
+            return
+        path = folder / METRICS
+        self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - held until close()
+        self._file.truncate(offset)
+        self._file.seek(0, os.SEEK_END)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        if sys.stdout.isatty():
+            self._bar = _Bar(step, total_steps)
+
+    @property
+    def offset(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell() if self.active else 0
+
+    def write(self, event: str, **fields: Any) -> None:
+        if not self.active:
+            return
+        line = {"event": event, **{key: _plain(value) for key, value in fields.items()}}
+        self._file.write((json.dumps(line) + "\n").encode())
+        self._file.flush()
+        if event in ("checkpoint", "eval", "final"):
+            os.fsync(self._file.fileno())
+        if self._board and event in ("train", "eval"):
+            for key, value in line.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{event}/{key}", value, line["step"])
+            self._board.flush()
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if not self.active:
+            return
+        if self._bar:
+            self._bar.say(text)
+        else:
+            print(text, flush=True)
+
+    def progress(self, step: int, text: str) -> None:
+        """Where the run is: a bar on a terminal, else a plain line."""
+        if not self.active:
+            return
+        if self._bar:
+            self._bar.update(step, text)
+        else:
+            print(text, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar of a terminal; no line."""
+        if self._bar:
+            self._bar.update(step)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+        if self._board:
+            self._board.close()
+        if self._file:
+            self._file.close()
+
+
+class _Bar:
+    """rich's progress display."""
+
+    def __init__(self, step: int, total: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                                  TimeRemainingColumn())
+        self._task = self._progress.add_task("", total=total, completed=step)
+        self._progress.start()
+
+    def update(self, step: int, text: str | None = None) -> None:
+        self._progress.update(self._task, completed=step, **({"description": text} if text else {}))
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else str(value)  # JSON has no NaN
+    return value
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run may depend on besides its configuration: versions, machine, code state."""
+    import torch
+
+    git = {name: _git(*command) for name, command in (
+        ("commit", ("rev-parse", "HEAD")), ("changed_files", ("status", "--porcelain", "--untracked-files=no")))}
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "python": platform.python_version(),
+        "torch": torch.__version__, "cuda": torch.version.cuda, "devices": devices, "machine": platform.platform(),
+        "processor_threads": torch.get_num_threads(), "git": git,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _git(*command: str) -> str | None:
+    try:
+        found = subprocess.run(["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # no git here: the run is as good without
+    return found.stdout.strip() if found.returncode == 0 else None

@@ -1,0 +1,104 @@
+"""The folder of a run: its name, what it holds, whom it belongs to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anorm.engine import checkpoint
+from anorm.engine.distributed import World
+from anorm.engine.record import METRICS, final_metrics
+from anorm.engine.signature import EXCLUDED, flatten
+
+CONFIG = "config.yaml"
+
+
+def folder_for(config: dict, choices: dict[str, str], signature: str) -> Path:
+    """run_dir, or runs/ARCH-NORM-DATA-SETUP-sSEED-SIGNATURE under the present folder."""
+    if config["run_dir"]:
+        return Path(config["run_dir"]).expanduser().resolve()
+    words = [choices[group] for group in ("arch", "norm", "data", "setup")]
+    return Path("runs", "-".join([*words, f"s{config['seed']}", signature])).resolve()
+
+
+def standing(folder: Path, signature: str, config: dict) -> dict[str, Any] | None:
+    """The final event when this run is finished in ``folder``, None when it is new or cut.
+
+    Raises ValueError when the folder holds a run of another configuration.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        if any((folder / name).exists() for name in (METRICS, "last.ckpt")):
+            raise ValueError(f"{folder} holds a run without its {CONFIG}: set another run_dir, or move that folder away")
+        return None
+    held = yaml.safe_load(path.read_text())
+    if held.get("signature") != signature:
+        state = "a finished run" if final_metrics(folder) else "a run"
+        raise ValueError(f"{folder} already holds {state} of another configuration ({_difference(held, config)}): set another run_dir, "
+                         "leave run_dir out, or move that folder away")
+    return final_metrics(folder)
+
+
+def freeze(folder: Path, config: dict, choices: dict[str, str], signature: str) -> None:
+    """Write config.yaml: the resolved configuration, its signature and the choices that it was composed from."""
+    text = yaml.safe_dump({"signature": signature, "choices": choices} | config, sort_keys=False)
+    checkpoint.write_atomic(folder / CONFIG, text.encode())
+
+
+def thaw(path: Path) -> tuple[dict, dict[str, str]]:
+    """(configuration, choices) that ``freeze`` wrote, given the file or its folder. Raises ValueError in words."""
+    path = path / CONFIG if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: give a run folder, or the config.yaml of one")
+    held = yaml.safe_load(path.read_text())
+    if not isinstance(held, dict) or "choices" not in held:
+        raise ValueError(f"{path} is no frozen configuration: it has no choices")
+    choices = held.pop("choices")
+    held.pop("signature", None)
+    return held, choices
+
+
+@contextmanager
+def occupied(folder: Path, world: World, job: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+    """Hold the folder for this run; gives the checkpoint to continue from, or None. Called by every process.
+
+    Raises ValueError when other processes hold it (also such as outlived a killed launcher), or its checkpoint is damaged.
+    """
+    lock, config = checkpoint.FolderLock(folder), job["config"]
+    last = folder / "last.ckpt"
+    try:
+        if world.main:
+            lock.take_all()
+            standing(folder, job["signature"], config)
+            if config["resume"] == "never":
+                clear(folder)
+            elif last.exists():
+                checkpoint.load(last)  # nothing is written beside a damaged one
+            freeze(folder, config, job["choices"], job["signature"])
+            lock.keep(0)
+        world.barrier()
+        if not world.main:
+            lock.keep(world.rank)
+        yield checkpoint.load(last) if last.exists() else None
+    finally:
+        lock.close()
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier, unwanted start of the same run left."""
+    for pattern in ("*.ckpt", METRICS, "*.safetensors", "predictions.npz"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def _difference(held: dict, config: dict) -> str:
+    old, new = flatten({k: v for k, v in held.items() if k not in ("signature", "choices")}), flatten(config)
+    changed = [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in {**old, **new}
+               if old.get(key) != new.get(key) and key.split(".")[0] not in EXCLUDED and key not in EXCLUDED]
+    return "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") or "other data or weights"

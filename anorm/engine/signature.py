@@ -1,0 +1,63 @@
+"""What a run is: a digest of everything that changes its mathematics, which also names its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+EXCLUDED = (
+    "run_dir", "resume", "dry",
+    "faithful",  # its effect is in the other keys
+    "weights",  # replaced by a digest of the file
+    "data.root", "data.cache", "data.loader", "data.on_error",  # the data's identity counts, not where and how they are read
+    "eval.batch_size", "checkpoint", "log",
+    "hardware.device", "hardware.processes", "hardware.channels_last", "hardware.compile", "hardware.workers",
+    "hardware.threads", "hardware.deterministic",
+)
+"""Keys, or sections, that leave the mathematics as it is. ``hardware.dtype`` and ``hardware.loss_scale`` do not."""
+
+
+def signature(config: dict, data_identity: str, processes: int) -> str:
+    """Ten hexadecimal digits. ``config``: complete and resolved, so that a default counts like the same value typed.
+
+    The number of processes counts only where statistics are pooled over them (norm.sync).
+    """
+    counted = {key: value for key, value in flatten(config).items() if not _excluded(key)}
+    counted["data.identity"] = data_identity
+    if config.get("weights"):
+        counted["weights"] = file_digest(Path(config["weights"]))
+    if config["norm"].get("sync"):
+        counted["processes"] = processes
+    text = json.dumps(counted, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+    """{"optim.lr": 0.1, ...}; an empty section stays as it is."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file's content."""
+    if not path.is_file():
+        raise ValueError(f"weights={path} is not a file")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10
+    digest = hashlib.blake2b()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _excluded(key: str) -> bool:
+    return any(key == word or key.startswith(word + ".") for word in EXCLUDED)

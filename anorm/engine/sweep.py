@@ -1,0 +1,55 @@
+"""A sweep: every job a fresh process, its configuration frozen before the first one starts."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from anorm.engine.commandline import user_errors
+
+
+def run_sweep(jobs: list[list[str]], script: Path, freeze: Callable[[list[str], Path], None]) -> int:
+    """Run ``script --config FILE`` for each job, one after the other; 0 when all succeed, else 1.
+
+    ``freeze(overrides, file)`` composes a job into a file. A job that cannot be composed, or fails, stops no other; a
+    signal stops the one that runs, and those after it.
+    """
+    with tempfile.TemporaryDirectory(prefix="anorm-sweep-") as folder:
+        files = []
+        for number, overrides in enumerate(jobs):
+            path = Path(folder) / f"{number}.yaml"
+            with user_errors() as outcome:
+                freeze(overrides, path)
+            files.append((overrides, path, outcome.status))
+        stopped, statuses = [], []
+        for number, (overrides, path, status) in enumerate(files, 1):
+            print(f"job {number} of {len(files)}: {' '.join(overrides)}", flush=True)
+            if not status:
+                status = 1 if stopped else _run([sys.executable, str(script), "--config", str(path)], stopped)
+            statuses.append(status)
+    print("sweep:")
+    for (overrides, _, _), status in zip(files, statuses, strict=True):
+        print(f"  {'done' if status == 0 else f'failed ({status})'}  {' '.join(overrides)}")
+    return 128 + stopped[0] if stopped else int(any(statuses))
+
+
+def _run(command: list[str], stopped: list[int]) -> int:
+    """The command's status; signals to this process go to it, and are noted in ``stopped``."""
+    process = subprocess.Popen(command)
+
+    def forward(number: int, frame: object) -> None:
+        stopped.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward)
+              for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status

@@ -1,0 +1,121 @@
+"""Train a network with a normalization on a data set.
+
+    python train.py norm=an arch=resnet50                    ImageNet (data.root=... or $IMAGENET_DIR) on all GPUs of this machine
+    python train.py data=digits hardware=cpu                 a whole run on real digits in two minutes, without a download
+    python train.py -m norm=bn,gn,an seed=0,1,2              a grid, one run after the other
+
+The same command continues a run that was cut, and says so when the run is finished. Arguments:
+
+    GROUP=CHOICE          a yaml of configs/GROUP
+    key=value             any key, also any argument of what is built: norm.k=[5,5,10,10], arch.zero_init=true
+    -m, --multirun        run every combination of comma-separated values, each in a process of its own
+    --cfg job             print the composed configuration and stop
+    --config FILE         run a frozen configuration, such as the config.yaml of a run folder
+    -h, --help            this text
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from anorm.engine.commandline import Arguments, help_text, parse, user_errors
+from anorm.engine.compose import Composed, compose, sweep
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+def main(argv: list[str]) -> int:
+    """compose -> sign -> launch -> fit. Returns 0, 2 for what the user can mend, 128 + n after signal n, else 1."""
+    with user_errors() as outcome:
+        arguments = parse(argv)
+        if arguments.help:
+            print(help_text(__doc__, CONFIGS))
+        elif arguments.multirun:
+            from anorm.engine.sweep import run_sweep
+
+            return run_sweep(sweep(arguments.overrides), Path(__file__).resolve(), freeze_job)
+        elif arguments.print_config:
+            import yaml
+
+            print(yaml.safe_dump(composed(arguments).config, sort_keys=False), end="")
+        else:
+            return run(arguments)
+    return outcome.status
+
+
+def composed(arguments: Arguments) -> Composed:
+    """The complete configuration of the command line, or the frozen one that it names."""
+    from anorm.build import accepted, complete
+    from anorm.engine.runfolder import thaw
+
+    if arguments.frozen:
+        config, choices = thaw(arguments.frozen)
+        return Composed(complete(config), choices, [])
+    found = compose(CONFIGS, arguments.overrides, accepted)
+    return Composed(complete(found.config), found.choices, found.recipe)
+
+
+def freeze_job(overrides: list[str], path: Path) -> None:
+    """Compose a job of a sweep into a file."""
+    import yaml
+
+    found = composed(Arguments(overrides))
+    path.write_text(yaml.safe_dump({"choices": found.choices} | found.config, sort_keys=False))
+
+
+def run(arguments: Arguments) -> int:
+    """One run: planned here and trained by one process a device, or by the processes that torchrun or srun started."""
+    from anorm.engine.launch import joined_by_others, launch
+
+    with joined_by_others() as world:
+        if world is None:
+            job = plan(composed(arguments))
+            return launch(train, job["config"]["hardware"]["processes"], job) if job else 0
+        job = world.from_rank_0(lambda: plan(composed(arguments), world))
+        return train(job, world) if job else 0
+
+
+def plan(found: Composed, world=None) -> dict | None:
+    """All that is decided before training starts: devices, batches, signature, folder. None: the run is finished."""
+    from anorm.build import check_batches, create_source, resolve
+    from anorm.engine.runfolder import folder_for, standing
+    from anorm.engine.signature import signature
+
+    config = resolve(found.config, world)
+    processes = config["hardware"]["processes"]
+    check_batches(config, processes)
+    signed = signature(config, create_source(config).identity, processes)
+    folder = folder_for(config, found.choices, signed)
+    for deviation in found.recipe:
+        print(f"recipe of {deviation}")
+    finished = standing(folder, signed, config)
+    if finished and config["resume"] == "auto":
+        print(f"{folder} is finished: top-1 {finished['top1']:.2f} %, best {finished['best_top1']:.2f} % "
+              "(resume=never trains it again)")
+        return None
+    print(f"run folder: {folder}", flush=True)
+    return {"config": config, "choices": found.choices, "signature": signed, "folder": str(folder)}
+
+
+def train(job: dict, world=None, words: Path | None = None) -> int:
+    """The work of one process: take the folder, build, continue from its checkpoint, fit."""
+    from anorm.build import build
+    from anorm.engine.distributed import enter
+    from anorm.engine.fit import fit
+    from anorm.engine.runfolder import occupied
+
+    config = job["config"]
+    with user_errors(words) as outcome, enter(world, config["hardware"]["device"]) as world:
+        folder = Path(job["folder"])
+        with occupied(folder, world, job) as checkpoint:
+            run = build(config, folder, job["signature"], world, checkpoint)
+            try:
+                fit(run)
+            finally:
+                run.close()
+    return outcome.status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
