@@ -271,7 +271,7 @@ def _moments_backward_impl(
 _library = torch.library.Library("anorm_triton", "DEF")
 
 
-def _operator(name: str, schema: str, implementation, fake):
+def operator(name: str, schema: str, implementation, fake):
     """Define an operator: fixed arity, no aliasing, strides as they come; -> its overload, bound once."""
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     _library.define(f"{name}{schema}", tags=tags)
@@ -281,29 +281,29 @@ def _operator(name: str, schema: str, implementation, fake):
     return getattr(torch.ops.anorm_triton, name).default
 
 
-_moments_op = _operator(
+_moments_op = operator(
     "moments", "(Tensor x) -> (Tensor, Tensor)", _moments_impl, lambda x: (_cells(x), _cells(x))
 )
-_mean_op = _operator("mean", "(Tensor x) -> Tensor", _mean_impl, _cells)
-_affine_op = _operator(
+_mean_op = operator("mean", "(Tensor x) -> Tensor", _mean_impl, _cells)
+_affine_op = operator(
     "affine",
     "(Tensor x, Tensor centre, Tensor scale, Tensor shift, Tensor? residual, str act) -> Tensor",
     _affine_impl,
     lambda x, *rest: torch.empty_like(_dense(x)),
 )
-_affine_backward_op = _operator(
+_affine_backward_op = operator(
     "affine_backward",
     "(Tensor dy, Tensor x, Tensor centre, Tensor scale, Tensor shift, str act) -> (Tensor, Tensor)",
     _affine_backward_impl,
     lambda dy, x, *rest: (_cells(x), _cells(x)),
 )
-_affine_backward_residual_op = _operator(
+_affine_backward_residual_op = operator(
     "affine_backward_residual",
     "(Tensor dy, Tensor x, Tensor centre, Tensor scale, Tensor shift, Tensor y, str act) -> (Tensor, Tensor, Tensor)",
     _affine_backward_residual_impl,
     lambda dy, x, *rest: (_cells(x), _cells(x), torch.empty_like(_dense(x))),
 )
-_moments_backward_op = _operator(
+_moments_backward_op = operator(
     "moments_backward",
     "(Tensor dy, Tensor x, Tensor centre, Tensor scale, Tensor shift, Tensor? mean, Tensor? dvar2, Tensor? dmean1, "
     "str act) -> Tensor",
