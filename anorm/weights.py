@@ -6,6 +6,7 @@ unless everything fits: a partial match is refused with the list of what is miss
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 from collections.abc import Callable, Iterable
@@ -129,14 +130,16 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their arguments in one
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "nsupported" not in str(error):
+        objects = re.search(r".*(GLOBAL|allowlisted).*", str(error))
+        if not objects:
             raise ValueError(f"{path} is damaged or no file of weights ({_first_line(error)})") from error
         raise ValueError(
             f"{path} holds Python objects beside tensors, and is refused: unpickling them can run any code. If you "
             "trust where it comes from, save its state_dict alone (torch.save(checkpoint['state_dict'], ...)) where "
-            f"the program that wrote it runs ({_reason(error)})"
+            f"the program that wrote it runs ({objects[0].strip()[:160]})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is truncated or damaged: get it again ({_first_line(error)})") from error
@@ -144,10 +147,6 @@ def _read_torch(path: Path) -> object:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _reason(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if "nsupported" in line), "")[:200]
 
 
 def _find_state(content: object, entry: str | None, path: Path) -> dict[str, Tensor]:
