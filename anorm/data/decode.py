@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,11 +24,9 @@ def decode(encoded: Tensor, name: str) -> Tensor:
     ImageNet holds a PNG and some CMYK files named .JPEG: these go through Pillow, they are not skipped.
     name: what an error calls the file. Raises BadImage.
     """
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     if is_jpeg(encoded):
         try:
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+            return _jpeg_decoder()(encoded, mode="RGB")
         except RuntimeError:
             pass  # CMYK, arithmetic coding, damage: Pillow reads it or says what is wrong
     return _decode_with_pillow(encoded, name)
@@ -33,6 +34,26 @@ def decode(encoded: Tensor, name: str) -> Tensor:
 
 def is_jpeg(encoded: Tensor) -> bool:
     return encoded[:3].tolist() == [0xFF, 0xD8, 0xFF]
+
+
+@functools.cache
+def _jpeg_decoder() -> Callable[..., Tensor]:
+    """torchvision's, which is deprecated since 0.29, and where it is gone its successor; both are libjpeg-turbo."""
+    try:
+        from torchvision.io import decode_jpeg
+    except ImportError:
+        try:
+            from torchcodec.decoders import decode_jpeg
+        except ImportError as error:
+            raise ValueError("this torchvision has no JPEG decoder any more: pip install torchcodec") from error
+        return decode_jpeg
+
+    def decode_quietly(encoded: Tensor, mode: str) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
+            return decode_jpeg(encoded, mode=mode)
+
+    return decode_quietly
 
 
 def _decode_with_pillow(encoded: Tensor, name: str) -> Tensor:

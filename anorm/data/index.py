@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -126,12 +127,12 @@ def _cache_file(folder: Path, on_error: str) -> Path:
 
 def _load(path: Path, folder: Path, classes: list[str], stamps: numpy.ndarray) -> FileIndex | None:
     try:
-        with numpy.load(path, allow_pickle=False) as saved:
+        with open(path, "rb") as file, numpy.load(file, allow_pickle=False) as saved:
             if saved["classes"].tolist() != classes or not numpy.array_equal(saved["stamps"], stamps):
                 return None
             return FileIndex(folder, classes, saved["names"], saved["ends"], saved["labels"], saved["sizes"],
                              saved["skipped"].tolist())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("the file index %s is unreadable (%s); listing the folder again", path, error)
@@ -148,4 +149,5 @@ def _save(path: Path, index: FileIndex, stamps: numpy.ndarray) -> None:
         os.replace(partial, path)  # several processes may write the same index at once
     except OSError as error:
         log.warning("could not keep the file index in %s (%s); the folder is listed again next time", path, error)
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -20,12 +20,13 @@ class PooledNoise(Dataset):
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
     def __init__(self, pool: Tensor, count: int, num_classes: int):
-        self._pool, self.image_size = pool, pool.shape[-1]
+        self._pool, self.image_size = pool, pool.shape[1]  # (POOL,S,S,3): rows copy at memory speed
         self.labels = torch.arange(count) % len(pool) % num_classes
 
     def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
         index = torch.as_tensor(indices, dtype=torch.int64)
-        return Fetched(self._pool[index % len(self._pool)], self.labels[index], index, [])
+        images = self._pool.index_select(0, index % len(self._pool)).permute(0, 3, 1, 2)
+        return Fetched(images, self.labels[index], index, [])
 
 
 def synthetic(image_size: int = 224, num_classes: int = 1000, train_images: int = 12800, val_images: int = 1000) -> Source:
@@ -38,7 +39,7 @@ def synthetic(image_size: int = 224, num_classes: int = 1000, train_images: int 
     colours = torch.randint(64, 192, (num_classes, 3, 1, 1), generator=rng, dtype=torch.int16)
     noise = torch.randint(-64, 64, (POOL, 3, image_size, image_size), generator=rng, dtype=torch.int16)
     pool = (noise + colours[torch.arange(POOL) % num_classes]).to(torch.uint8)
-    pool = pool.contiguous(memory_format=torch.channels_last)
+    pool = pool.permute(0, 2, 3, 1).contiguous()
     identity = f"synthetic-{image_size}-{num_classes}-{train_images}-{val_images}"
     return Source(PooledNoise(pool, train_images, num_classes), PooledNoise(pool, val_images, num_classes),
                   [f"class {k}" for k in range(num_classes)], identity)
