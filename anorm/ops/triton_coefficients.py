@@ -1,9 +1,8 @@
 """Coefficients of the hot laws as Triton kernels: BN, GN, AN over BN, forward and backward, one to three launches each.
 
 In plain PyTorch the (N, C) part of AN is some hundred kernels of a few microseconds; on a fast GPU that is more time
-than its passes take. A forward maps moments to coefficients of y = scale * (x - centre) + shift; a backward maps the
-sums of ``affine_backward``, dscale and dshift (N, C), to what ``moments_backward`` adds to dx and to the parameters'
-gradients. No atomics: every sum has one owner and a fixed order.
+than its passes take. What goes in and out is said in triton_laws.py. Everything is float32 (products too: no TF32);
+no atomics: every sum has one owner and a fixed order.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ __all__ = [
     "bn_kernel",
     "gn_backward_kernel",
     "gn_kernel",
-    "gn_parameters_kernel",
+    "sum_batch_kernel",
 ]
 
 
@@ -51,299 +50,319 @@ def _pool_batch(mean, var, c, there, N, C, BN: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def bn_kernel(mean, var, weight, mu_out, var_out, scale_out, N, C, eps, BN: tl.constexpr, BC: tl.constexpr):
-    """mu, pooled variance and scale = weight / sqrt(variance + eps), (C,)."""
+def _store_batch(mu, pooled, c, there, centre, rstd, unbiased, unbias, eps):
+    r = tl.rsqrt(pooled + eps)
+    tl.store(centre + c, mu, mask=there)
+    tl.store(rstd + c, r, mask=there)
+    tl.store(unbiased + c, pooled * unbias, mask=there)
+    return r
+
+
+@triton.jit
+def bn_kernel(
+    mean, var, weight, centre, scale, rstd, unbiased, N, C, unbias, eps, BN: tl.constexpr, BC: tl.constexpr
+):
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < C
     mu, pooled = _pool_batch(mean, var, c, there, N, C, BN, BC)
-    scale = tl.rsqrt(pooled + eps)
+    s = _store_batch(mu, pooled, c, there, centre, rstd, unbiased, unbias, eps)
     if weight is not None:
-        scale *= tl.load(weight + c, mask=there, other=0.0).to(tl.float32)
-    tl.store(mu_out + c, mu, mask=there)
-    tl.store(var_out + c, pooled, mask=there)
-    tl.store(scale_out + c, scale, mask=there)
+        s *= tl.load(weight + c, mask=there, other=0.0).to(tl.float32)
+    tl.store(scale + c, s, mask=there)
+
+
+@triton.jit
+def _sum_batch(a, b, c, there, N, C, BN: tl.constexpr, BC: tl.constexpr):
+    """Sums over the batch of two (N, C) tensors."""
+    first = tl.zeros((BN, BC), tl.float32)
+    second = tl.zeros((BN, BC), tl.float32)
+    for n0 in range(0, N, BN):
+        at, inside = _column(c, C, there, N, n0, BN)
+        first += tl.load(a + at, mask=inside, other=0.0)
+        second += tl.load(b + at, mask=inside, other=0.0)
+    return tl.sum(first, 0), tl.sum(second, 0)
 
 
 @triton.jit
 def bn_backward_kernel(
-    dscale, dshift, mean, mu, var, scale, dvar2, dmean1, dweight, dbias, N, C, count, eps,
-    BN: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """dvar2 (C,), dmean1 (N, C), dweight, dbias (C,)."""
+    dscale, dshift, scale, rstd, dvar2, dmean1, dweight, dbias, N, C, count, BN: tl.constexpr, BC: tl.constexpr
+):
+    """dvar = -r^2/2 s sum_n ds, dmu = -s sum_n db, over count = N HW values a channel."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < C
-    of_scale = tl.zeros((BN, BC), tl.float32)
-    of_shift = tl.zeros((BN, BC), tl.float32)
-    for n0 in range(0, N, BN):
-        at, inside = _column(c, C, there, N, n0, BN)
-        of_scale += tl.load(dscale + at, mask=inside, other=0.0)
-        of_shift += tl.load(dshift + at, mask=inside, other=0.0)
-    ds = tl.sum(of_scale, 0)
-    db = tl.sum(of_shift, 0)
+    ds, db = _sum_batch(dscale, dshift, c, there, N, C, BN, BC)
     s = tl.load(scale + c, mask=there, other=0.0)
-    m = tl.load(mu + c, mask=there, other=0.0)
-    r = tl.rsqrt(tl.load(var + c, mask=there, other=1.0) + eps)
-    dv = -0.5 * r * r * s * ds / N
-    dm = -s * db / N
-    tl.store(dweight + c, ds * r, mask=there)
+    r = tl.load(rstd + c, mask=there, other=0.0)
+    tl.store(dvar2 + c, -r * r * s * ds / count, mask=there)
+    tl.store(dmean1 + c, -s * db / count, mask=there)
+    tl.store(dweight + c, r * ds, mask=there)
     tl.store(dbias + c, db, mask=there)
-    tl.store(dvar2 + c, 2.0 * dv / count, mask=there)
-    for n0 in range(0, N, BN):
-        at, inside = _column(c, C, there, N, n0, BN)
-        d = tl.load(mean + at, mask=inside, other=0.0) - m[None, :]
-        tl.store(dmean1 + at, (dm[None, :] + 2.0 * dv[None, :] * d) / count, mask=inside)
+
+
+@triton.jit
+def sum_batch_kernel(a, b, a_out, b_out, N, C, BN: tl.constexpr, BC: tl.constexpr):
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    there = c < C
+    first, second = _sum_batch(a, b, c, there, N, C, BN, BC)
+    tl.store(a_out + c, first, mask=there)
+    tl.store(b_out + c, second, mask=there)
 
 
 @triton.jit
 def _group_cells(G, D, BG: tl.constexpr, BD: tl.constexpr):
-    """Program -> (n, channels (BG, BD), which are there): BG groups of D channels of one instance."""
+    """Program -> (channels (BG, BD), their offsets, which are there): BG groups of D channels of one instance."""
     blocks = tl.cdiv(G, BG)
     pid = tl.program_id(0)
     g = pid % blocks * BG + tl.arange(0, BG)
     d = tl.arange(0, BD)
-    return pid // blocks, g[:, None] * D + d[None, :], (g < G)[:, None] & (d < D)[None, :]
+    c = g[:, None] * D + d[None, :]
+    return c, pid // blocks * G * D + c, (g < G)[:, None] & (d < D)[None, :]
 
 
 @triton.jit
-def gn_kernel(mean, var, weight, centre, scale, G, D, eps, BG: tl.constexpr, BD: tl.constexpr):
-    """centre = mu of the group, scale = weight / sqrt(variance of the group + eps), (N, C)."""
-    n, c, there = _group_cells(G, D, BG, BD)
-    at = n * G * D + c
+def gn_kernel(mean, var, weight, centre, scale, rstd, G, D, eps, BG: tl.constexpr, BD: tl.constexpr):
+    c, at, there = _group_cells(G, D, BG, BD)
     m = tl.load(mean + at, mask=there, other=0.0)
     first = tl.sum(tl.where(tl.arange(0, BD)[None, :] == 0, m, 0.0), 1)[:, None]
     mu = first + tl.sum(tl.where(there, m - first, 0.0), 1)[:, None] / D
     d = tl.where(there, m - mu, 0.0)
     pooled = tl.sum(tl.load(var + at, mask=there, other=0.0) + d * d, 1)[:, None] / D
-    s = tl.rsqrt(pooled + eps) + tl.zeros((BG, BD), tl.float32)
+    every = tl.zeros((BG, BD), tl.float32)
+    s = tl.rsqrt(pooled + eps) + every
+    tl.store(centre + at, mu + every, mask=there)
+    tl.store(rstd + at, s, mask=there)
     if weight is not None:
         s *= tl.load(weight + c, mask=there, other=0.0).to(tl.float32)
-    tl.store(centre + at, mu + tl.zeros((BG, BD), tl.float32), mask=there)
     tl.store(scale + at, s, mask=there)
 
 
 @triton.jit
 def gn_backward_kernel(
-    dscale, dshift, mean, var, weight, centre, dvar2, dmean1, dweight_n, G, D, count, eps,
-    BG: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """dvar2, dmean1 (N, C), and each instance's part of the weight's gradient, dscale / sqrt(variance + eps)."""
-    n, c, there = _group_cells(G, D, BG, BD)
-    at = n * G * D + c
-    mu = tl.load(centre + at, mask=there, other=0.0)
-    d = tl.load(mean + at, mask=there, other=0.0) - mu
-    pooled = tl.sum(tl.load(var + at, mask=there, other=0.0) + d * d, 1)[:, None] / D
-    r = tl.rsqrt(pooled + eps)
-    dr = tl.load(dscale + at, mask=there, other=0.0)
-    tl.store(dweight_n + at, dr * r, mask=there)
+    dscale, dshift, scale, rstd, dvar2, dmean1, dweight_n, G, D, count, BG: tl.constexpr, BD: tl.constexpr
+):
+    """As for the batch, over count = HW D values a group; dweight_n is each instance's part of the weight's gradient."""
+    c, at, there = _group_cells(G, D, BG, BD)
+    s = tl.load(scale + at, mask=there, other=0.0)
+    r = tl.load(rstd + at, mask=there, other=0.0)
+    ds = tl.load(dscale + at, mask=there, other=0.0)
     db = tl.load(dshift + at, mask=there, other=0.0)
-    if weight is not None:
-        w = tl.load(weight + c, mask=there, other=0.0).to(tl.float32)
-        dr *= w
-        db *= w
-    count *= D
-    dv = -0.5 * r * r * r * tl.sum(dr, 1)[:, None]
-    dm = -r * tl.sum(db, 1)[:, None]
-    tl.store(dvar2 + at, 2.0 * dv / count + tl.zeros((BG, BD), tl.float32), mask=there)
-    tl.store(dmean1 + at, (dm + 2.0 * dv * d) / count, mask=there)
+    tl.store(dweight_n + at, r * ds, mask=there)
+    tl.store(dvar2 + at, -r * r * tl.sum(s * ds, 1)[:, None] / count, mask=there)
+    tl.store(dmean1 + at, -tl.sum(s * db, 1)[:, None] / count + tl.zeros((BG, BD), tl.float32), mask=there)
 
 
 @triton.jit
-def gn_parameters_kernel(dweight_n, dshift, dweight, dbias, N, C, BN: tl.constexpr, BC: tl.constexpr):
-    """Sums over the batch, (C,)."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    there = c < C
-    first = tl.zeros((BN, BC), tl.float32)
-    second = tl.zeros((BN, BC), tl.float32)
-    for n0 in range(0, N, BN):
-        at, inside = _column(c, C, there, N, n0, BN)
-        first += tl.load(dweight_n + at, mask=inside, other=0.0)
-        second += tl.load(dshift + at, mask=inside, other=0.0)
-    tl.store(dweight + c, tl.sum(first, 0), mask=there)
-    tl.store(dbias + c, tl.sum(second, 0), mask=there)
+def _pool_and_store(
+    pid, mean, var, centre, rstd, unbiased, N, C, unbias, eps, BN: tl.constexpr, BC: tl.constexpr
+):
+    c = pid * BC + tl.arange(0, BC)
+    mu, pooled = _pool_batch(mean, var, c, c < C, N, C, BN, BC)
+    _store_batch(mu, pooled, c, c < C, centre, rstd, unbiased, unbias, eps)
+
+
+@triton.jit
+def _project(
+    pid, mean, var, fc, descriptor_scale, logits, N, C, K, unbias, eps,
+    BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    n0 = pid * BN
+    n = n0 + tl.arange(0, BN)
+    k = tl.arange(0, KP)
+    total = tl.zeros((BN, KP), tl.float32)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        at, inside = _column(c, C, c < C, N, n0, BN)
+        q = tl.rsqrt(unbias * tl.load(var + at, mask=inside, other=0.0) + eps)
+        tl.store(descriptor_scale + at, q, mask=inside)
+        d = tl.load(mean + at, mask=inside, other=0.0) * q
+        known = (k < K)[None, :] & (c < C)[:, None]
+        f = tl.load(fc + k[None, :] * C + c[:, None], mask=known, other=0.0).to(tl.float32)
+        total += tl.dot(d, f, input_precision="ieee")
+    tl.store(logits + n[:, None] * K + k[None, :], total, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
 def an_project_kernel(
-    mean, var, fc, mu_out, var_out, a, N, C, K, unbias, eps_rsd, POOLS,
-    BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
+    mean, var, fc, centre, rstd, unbiased, descriptor_scale, logits, N, C, K, unbias_batch, eps, unbias, descriptor_eps,
+    POOLS, BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """The first POOLS programs pool the statistics of BC channels each; the others project the descriptor
-    d = mean / sqrt(unbias * var + eps_rsd) of BN instances: a = d fc^T, (N, K)."""
+    """The first POOLS programs pool the statistics of BC channels each, the others project BN descriptors each."""
     pid = tl.program_id(0)
     if pid < POOLS:
-        c = pid * BC + tl.arange(0, BC)
-        mu, pooled = _pool_batch(mean, var, c, c < C, N, C, BN, BC)
-        tl.store(mu_out + c, mu, mask=c < C)
-        tl.store(var_out + c, pooled, mask=c < C)
+        _pool_and_store(pid, mean, var, centre, rstd, unbiased, N, C, unbias_batch, eps, BN, BC)
     else:
-        n0 = (pid - POOLS) * BN
-        n = n0 + tl.arange(0, BN)
-        k = tl.arange(0, KP)
-        total = tl.zeros((BN, KP), tl.float32)
-        for c0 in range(0, C, BC):
-            c = c0 + tl.arange(0, BC)
-            at, inside = _column(c, C, c < C, N, n0, BN)
-            rs = tl.rsqrt(unbias * tl.load(var + at, mask=inside, other=0.0) + eps_rsd)
-            d = tl.load(mean + at, mask=inside, other=0.0) * rs
-            weights = (k < K)[None, :] & (c < C)[:, None]
-            f = tl.load(fc + k[None, :] * C + c[:, None], mask=weights, other=0.0).to(tl.float32)
-            total += tl.dot(d, f, input_precision="ieee")
-        tl.store(a + n[:, None] * K + k[None, :], total, mask=(n < N)[:, None] & (k < K)[None, :])
+        _project(pid - POOLS, mean, var, fc, descriptor_scale, logits, N, C, K, unbias, descriptor_eps, BN, BC, KP)
 
 
 @triton.jit
 def an_attention_kernel(
-    a, weight, bias, mean_out, var_out, normal, gates, N, K, eps, BATCH: tl.constexpr, NP: tl.constexpr
-):
-    """One program an output k: BN over the N instances, hsigmoid. BATCH False: mean_out and var_out are given.
+    logits, gain, offset, mean_out, unbiased_out, rstd_out, standardized, attention, N, K, unbias, eps,
+    BATCH: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """One program a component: standardize its logits over the N instances, hsigmoid.
 
-    normal = (a - mean) / sqrt(var + eps), gates = min(max(weight * normal + bias + 3, 0), 6) / 6, (N, K).
+    Not BATCH: mean_out and rstd_out are read.
     """
     k = tl.program_id(0)
     n = tl.arange(0, NP)
     there = n < N
-    value = tl.load(a + n * K + k, mask=there, other=0.0)
+    value = tl.load(logits + n * K + k, mask=there, other=0.0)
     if BATCH:
-        first = tl.load(a + k)
+        first = tl.load(logits + k)
         mean = first + tl.sum(tl.where(there, value - first, 0.0), 0) / N
         d = tl.where(there, value - mean, 0.0)
         var = tl.sum(d * d, 0) / N
+        r = tl.rsqrt(var + eps)
         tl.store(mean_out + k, mean)
-        tl.store(var_out + k, var)
+        tl.store(unbiased_out + k, var * unbias)
+        tl.store(rstd_out + k, r)
     else:
-        mean = tl.load(mean_out + k).to(tl.float32)
-        var = tl.load(var_out + k).to(tl.float32)
-    h = (value - mean) * tl.rsqrt(var + eps)
-    z = h * tl.load(weight + k).to(tl.float32) + tl.load(bias + k).to(tl.float32) + 3.0
-    z = tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
-    tl.store(normal + n * K + k, h, mask=there)
-    tl.store(gates + n * K + k, z / 6.0, mask=there)
+        mean = tl.load(mean_out + k)
+        r = tl.load(rstd_out + k)
+    h = (value - mean) * r
+    z = h * tl.load(gain + k).to(tl.float32) + tl.load(offset + k).to(tl.float32) + 3.0
+    tl.store(standardized + n * K + k, h, mask=there)
+    tl.store(attention + n * K + k, tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z)) / 6.0, mask=there)
 
 
 @triton.jit
 def an_mix_kernel(
-    gates, weight, bias, var, scale, shift, N, C, K, eps, BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr
+    attention, mix_weight, mix_bias, rstd, scale, shift, N, C, K, BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr
 ):
-    """scale = (gates weight) / sqrt(var + eps), shift = gates bias, (N, C)."""
     n0 = tl.program_id(0) * BN
+    n = n0 + tl.arange(0, BN)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     k = tl.arange(0, KP)
-    n = n0 + tl.arange(0, BN)
-    g = tl.load(gates + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+    g = tl.load(attention + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
     mixture = k[:, None] * C + c[None, :]
-    inside = (k < K)[:, None] & (c < C)[None, :]
-    r = tl.rsqrt(tl.load(var + c, mask=c < C, other=1.0).to(tl.float32) + eps)[None, :]
+    known = (k < K)[:, None] & (c < C)[None, :]
+    w = tl.load(mix_weight + mixture, mask=known, other=0.0).to(tl.float32)
+    b = tl.load(mix_bias + mixture, mask=known, other=0.0).to(tl.float32)
+    r = tl.load(rstd + c, mask=c < C, other=0.0)[None, :]
     at, there = _column(c, C, c < C, N, n0, BN)
-    w = tl.load(weight + mixture, mask=inside, other=0.0).to(tl.float32)
     tl.store(scale + at, tl.dot(g, w, input_precision="ieee") * r, mask=there)
-    b = tl.load(bias + mixture, mask=inside, other=0.0).to(tl.float32)
     tl.store(shift + at, tl.dot(g, b, input_precision="ieee"), mask=there)
 
 
 @triton.jit
-def an_mix_backward_kernel(
-    dscale, dshift, gates, scale, weight, bias, var, dweight, dbias, dmu, dvar, dz, N, C, K, eps, POOLS,
+def _mixtures_backward(
+    pid, dscale, dshift, scale, rstd, attention, dmix_weight, dmix_bias, dvar2, dmean1, N, C, K, count,
     BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """The first POOLS programs: gradients of the mixture (K, C) and of the pooled statistics (C,) for BC channels each;
-    the others: dz = hsigmoid' * (gradient of the gates), (N, K), for BN instances each."""
-    pid = tl.program_id(0)
+    """Gradients of the mixtures (K, C), and of the batch statistics as in ``bn_backward_kernel``, for BC channels."""
+    c = pid * BC + tl.arange(0, BC)
+    there = c < C
     k = tl.arange(0, KP)
-    if pid < POOLS:
-        c = pid * BC + tl.arange(0, BC)
-        there = c < C
-        r = tl.rsqrt(tl.load(var + c, mask=there, other=1.0).to(tl.float32) + eps)
-        dw = tl.zeros((KP, BC), tl.float32)
-        db = tl.zeros((KP, BC), tl.float32)
-        of_var = tl.zeros((BN, BC), tl.float32)
-        of_mu = tl.zeros((BN, BC), tl.float32)
-        for n0 in range(0, N, BN):
-            n = n0 + tl.arange(0, BN)
-            at, inside = _column(c, C, there, N, n0, BN)
-            g = tl.load(gates + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
-            ds = tl.load(dscale + at, mask=inside, other=0.0)
-            dh = tl.load(dshift + at, mask=inside, other=0.0)
-            s = tl.load(scale + at, mask=inside, other=0.0)
-            dw += tl.dot(g, ds, input_precision="ieee")
-            db += tl.dot(g, dh, input_precision="ieee")
-            of_var += s * ds
-            of_mu += s * dh
-        mixture = k[:, None] * C + c[None, :]
-        inside = (k < K)[:, None] & there[None, :]
-        tl.store(dweight + mixture, dw * r[None, :], mask=inside)
-        tl.store(dbias + mixture, db, mask=inside)
-        tl.store(dvar + c, -0.5 * r * r * tl.sum(of_var, 0), mask=there)
-        tl.store(dmu + c, -tl.sum(of_mu, 0), mask=there)
-    else:
-        n0 = (pid - POOLS) * BN
+    dw = tl.zeros((KP, BC), tl.float32)
+    db = tl.zeros((KP, BC), tl.float32)
+    of_var = tl.zeros((BN, BC), tl.float32)
+    of_mean = tl.zeros((BN, BC), tl.float32)
+    for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
-        total = tl.zeros((BN, KP), tl.float32)
-        for c0 in range(0, C, BC):
-            c = c0 + tl.arange(0, BC)
-            at, inside = _column(c, C, c < C, N, n0, BN)
-            r = tl.rsqrt(tl.load(var + c, mask=c < C, other=1.0).to(tl.float32) + eps)
-            mixture = k[None, :] * C + c[:, None]
-            known = (k < K)[None, :] & (c < C)[:, None]
-            w = tl.load(weight + mixture, mask=known, other=0.0).to(tl.float32)
-            b = tl.load(bias + mixture, mask=known, other=0.0).to(tl.float32)
-            total += tl.dot(tl.load(dscale + at, mask=inside, other=0.0) * r[None, :], w, input_precision="ieee")
-            total += tl.dot(tl.load(dshift + at, mask=inside, other=0.0), b, input_precision="ieee")
-        cells = n[:, None] * K + k[None, :]
-        there = (n < N)[:, None] & (k < K)[None, :]
-        g = tl.load(gates + cells, mask=there, other=0.0)
-        tl.store(dz + cells, tl.where((g <= 0) | (g >= 1), 0.0, total / 6.0), mask=there)
+        at, inside = _column(c, C, there, N, n0, BN)
+        g = tl.load(attention + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+        of_scale = tl.load(dscale + at, mask=inside, other=0.0)
+        of_shift = tl.load(dshift + at, mask=inside, other=0.0)
+        s = tl.load(scale + at, mask=inside, other=0.0)
+        dw += tl.dot(g, of_scale, input_precision="ieee")
+        db += tl.dot(g, of_shift, input_precision="ieee")
+        of_var += s * of_scale
+        of_mean += s * of_shift
+    r = tl.load(rstd + c, mask=there, other=0.0)
+    mixture = k[:, None] * C + c[None, :]
+    known = (k < K)[:, None] & there[None, :]
+    tl.store(dmix_weight + mixture, dw * r[None, :], mask=known)
+    tl.store(dmix_bias + mixture, db, mask=known)
+    tl.store(dvar2 + c, -r * r * tl.sum(of_var, 0) / count, mask=there)
+    tl.store(dmean1 + c, -tl.sum(of_mean, 0) / count, mask=there)
+
+
+@triton.jit
+def _gates_backward(
+    pid, dscale, dshift, rstd, attention, mix_weight, mix_bias, dgates, N, C, K,
+    BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Gradient before the hsigmoid, (N, K), for BN instances."""
+    n0 = pid * BN
+    n = n0 + tl.arange(0, BN)
+    k = tl.arange(0, KP)
+    total = tl.zeros((BN, KP), tl.float32)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        at, inside = _column(c, C, c < C, N, n0, BN)
+        mixture = k[None, :] * C + c[:, None]
+        known = (k < K)[None, :] & (c < C)[:, None]
+        w = tl.load(mix_weight + mixture, mask=known, other=0.0).to(tl.float32)
+        b = tl.load(mix_bias + mixture, mask=known, other=0.0).to(tl.float32)
+        r = tl.load(rstd + c, mask=c < C, other=0.0)[None, :]
+        total += tl.dot(tl.load(dscale + at, mask=inside, other=0.0) * r, w, input_precision="ieee")
+        total += tl.dot(tl.load(dshift + at, mask=inside, other=0.0), b, input_precision="ieee")
+    cells = n[:, None] * K + k[None, :]
+    there = (n < N)[:, None] & (k < K)[None, :]
+    g = tl.load(attention + cells, mask=there, other=0.0)
+    tl.store(dgates + cells, tl.where((g <= 0) | (g >= 1), 0.0, total / 6.0), mask=there)
+
+
+@triton.jit
+def an_mix_backward_kernel(
+    dscale, dshift, scale, rstd, attention, mix_weight, mix_bias, dmix_weight, dmix_bias, dvar2, dmean1, dgates,
+    N, C, K, count, POOLS, BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """The first POOLS programs take BC channels each, the others BN instances each."""
+    pid = tl.program_id(0)
+    if pid < POOLS:
+        _mixtures_backward(
+            pid, dscale, dshift, scale, rstd, attention, dmix_weight, dmix_bias, dvar2, dmean1, N, C, K, count,
+            BN, BC, KP,
+        )  # fmt: skip
+    else:
+        _gates_backward(
+            pid - POOLS, dscale, dshift, rstd, attention, mix_weight, mix_bias, dgates, N, C, K, BN, BC, KP
+        )
 
 
 @triton.jit
 def an_attention_backward_kernel(
-    dz, normal, weight, var, da, dweight, dbias, N, K, eps, BATCH: tl.constexpr, NP: tl.constexpr
+    dgates, standardized, gain, rstd, dlogits, dgain, doffset, N, K, NP: tl.constexpr
 ):
-    """One program an output k: through the affine and the BN over the N instances, to da (N, K)."""
+    """One program a component: through gain, offset and the standardization over the N instances."""
     k = tl.program_id(0)
     n = tl.arange(0, NP)
     there = n < N
-    g = tl.load(dz + n * K + k, mask=there, other=0.0)
-    h = tl.load(normal + n * K + k, mask=there, other=0.0)
-    db = tl.sum(g, 0)
-    dw = tl.sum(g * h, 0)
-    tl.store(dweight + k, dw)
-    tl.store(dbias + k, db)
-    if BATCH:
-        g = g - (db + h * dw) / N
-    r = tl.rsqrt(tl.load(var + k).to(tl.float32) + eps) * tl.load(weight + k).to(tl.float32)
-    tl.store(da + n * K + k, g * r, mask=there)
+    g = tl.load(dgates + n * K + k, mask=there, other=0.0)
+    h = tl.load(standardized + n * K + k, mask=there, other=0.0)
+    total = tl.sum(g, 0)
+    product = tl.sum(g * h, 0)
+    tl.store(dgain + k, product)
+    tl.store(doffset + k, total)
+    r = tl.load(rstd + k) * tl.load(gain + k).to(tl.float32)
+    tl.store(dlogits + n * K + k, (g - (total + h * product) / N) * r, mask=there)
 
 
 @triton.jit
 def an_backward_kernel(
-    mean, var, mu, dmu, dvar, da, fc, dvar2, dmean1, dfc, N, C, K, count, unbias, eps_rsd, BATCH: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
+    mean, centre, descriptor_scale, batch_dvar2, batch_dmean1, dlogits, fc, dvar2, dmean1, dfc,
+    N, C, K, count, unbias, BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """dvar2, dmean1 (N, C) through descriptor and (BATCH) pooled statistics; the projection's gradient dfc (K, C)."""
+    """The batch statistics' part and the descriptor's part of dvar2 and dmean1 (N, C), count = HW; dfc (K, C)."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < C
     k = tl.arange(0, KP)
     mixture = k[:, None] * C + c[None, :]
     known = (k < K)[:, None] & there[None, :]
     f = tl.load(fc + mixture, mask=known, other=0.0).to(tl.float32)
-    if BATCH:
-        centre = tl.load(mu + c, mask=there, other=0.0)[None, :]
-        dm_pooled = tl.load(dmu + c, mask=there, other=0.0)[None, :] / N
-        dv_pooled = tl.load(dvar + c, mask=there, other=0.0)[None, :] / N
+    mu = tl.load(centre + c, mask=there, other=0.0)[None, :]
+    of_var = tl.load(batch_dvar2 + c, mask=there, other=0.0)[None, :]
+    of_mean = tl.load(batch_dmean1 + c, mask=there, other=0.0)[None, :]
     total = tl.zeros((KP, BC), tl.float32)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
         at, inside = _column(c, C, there, N, n0, BN)
         m = tl.load(mean + at, mask=inside, other=0.0)
-        rs = tl.rsqrt(unbias * tl.load(var + at, mask=inside, other=0.0) + eps_rsd)
-        g = tl.load(da + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
-        dd = tl.dot(g, f, input_precision="ieee")
-        dm = dd * rs
-        dv = -0.5 * unbias * dm * m * rs * rs
-        if BATCH:
-            dm += dm_pooled + 2.0 * dv_pooled * (m - centre)
-            dv += dv_pooled
-        tl.store(dvar2 + at, 2.0 * dv / count, mask=inside)
-        tl.store(dmean1 + at, dm / count, mask=inside)
-        total += tl.dot(tl.trans(g), m * rs, input_precision="ieee")
+        q = tl.load(descriptor_scale + at, mask=inside, other=0.0)
+        g = tl.load(dlogits + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        dq = tl.dot(g, f, input_precision="ieee") * q / count
+        tl.store(dvar2 + at, of_var - unbias * dq * m * q * q, mask=inside)
+        tl.store(dmean1 + at, dq + of_var * (m - mu) + of_mean, mask=inside)
+        total += tl.dot(tl.trans(g), m * q, input_precision="ieee")
     tl.store(dfc + mixture, total, mask=known)

@@ -7,9 +7,10 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from anorm import algebra, ops
-from anorm.ops import reference, triton
+from anorm.ops import reference, triton, triton_laws
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -346,3 +347,135 @@ def test_a_layer_under_torch_compile(layout):
         for eager, compiled in zip(*pair, strict=True):
             torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
             assert compiled.stride() == eager.stride()
+
+
+# ---- coefficients of the hot laws: against float64 autograd through the definition ----------------------------------
+
+LAW_SHAPES = [(5, 12, 3, 4, 9), (70, 40, 8, 20, 49), (1, 16, 1, 10, 1), (3, 7, 7, 3, 196)]  # N, C, groups, K, HW
+EPS_BN, EPS_RSD = 1e-5, 1e-3
+
+
+def moments_like(n, c, mean=3.0):
+    """Means, variances and the sums of a backward reduction, as the passes would give them."""
+    draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+    return 2 * draw(n, c) + mean, torch.rand(n, c, device=DEVICE) + 0.3, draw(n, c), draw(n, c)
+
+
+def exact(*tensors):
+    return [t.double().requires_grad_() for t in tensors]
+
+
+def backpropagate(centre, scale, shift, dscale, dshift):
+    """The gradients that dscale = sum g (x - c) and dshift = sum g stand for; that of the centre is -scale dshift."""
+    loss = (dscale.double() * scale).sum() + (dshift.double() * shift).sum()
+    (loss - (scale.detach() * dshift.double() * centre).sum()).backward()
+
+
+def assert_close(results, expected):
+    for i, (result, value) in enumerate(zip(results, expected, strict=True)):
+        error = (result.double() - value).norm() / value.norm().clamp(min=1e-9)
+        assert error < 2e-5, f"result {i}: relative error {error:.1e}"  # float32 sums of cancelling terms
+
+
+def through_moments(dvar2, dmean1, centre, mean):
+    """dvar2 and dmean1 around ``centre`` -> around the cell's own mean, where ``moments_backward`` is exact."""
+    return dvar2.expand(mean.shape), dmean1 + dvar2 * (mean - centre)
+
+
+@pytest.mark.parametrize("n, c, groups, k, hw", LAW_SHAPES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_bn_coefficients(n, c, groups, k, hw, affine):
+    mean, var, dscale, dshift = moments_like(n, c)
+    weight = torch.randn(c, device=DEVICE) if affine else None
+    centre, scale, rstd, unbiased = triton_laws.bn_coefficients(mean, var, weight, hw, EPS_BN)
+    gradients = triton_laws.bn_coefficients_backward(dscale, dshift, scale, rstd, hw)
+
+    m, v, w, b = exact(mean, var, torch.ones(c, device=DEVICE) if weight is None else weight, torch.zeros_like(centre))
+    pooled = algebra.pool_batch(algebra.Moments(m, v, hw))
+    r = torch.rsqrt(pooled.var + EPS_BN)
+    backpropagate(pooled.mean, w * r, b.expand(n, c), dscale, dshift)
+    unbias = n * hw / (n * hw - 1) if n * hw > 1 else 1
+    assert_close((centre, scale, rstd, unbiased), (pooled.mean, w * r, r, pooled.var * unbias))
+    own = through_moments(*gradients[:2], centre, mean)
+    assert_close((*own, *gradients[2:]), (2 * v.grad / hw, m.grad / hw, w.grad, b.grad))
+
+
+@pytest.mark.parametrize("n, c, groups, k, hw", LAW_SHAPES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_gn_coefficients(n, c, groups, k, hw, affine):
+    mean, var, dscale, dshift = moments_like(n, c)
+    weight = torch.randn(c, device=DEVICE) if affine else None
+    centre, scale, rstd = triton_laws.gn_coefficients(mean, var, weight, groups, EPS_BN)
+    gradients = triton_laws.gn_coefficients_backward(dscale, dshift, scale, rstd, groups, hw)
+
+    m, v, w, b = exact(mean, var, torch.ones(c, device=DEVICE) if weight is None else weight, mean.new_zeros(c))
+    pooled = algebra.pool_groups(algebra.Moments(m, v, hw), groups)
+    r = torch.rsqrt(pooled.var + EPS_BN)
+    backpropagate(pooled.mean, w * r, b.expand(n, c), dscale, dshift)
+    assert_close((centre, scale, rstd), (pooled.mean, w * r, r))
+    own = through_moments(*gradients[:2], centre, mean)
+    assert_close((*own, *gradients[2:]), (2 * v.grad / hw, m.grad / hw, w.grad, b.grad))
+
+
+def attention_network(c, k):
+    draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+    return 1 + 0.1 * draw(k, c), 0.1 * draw(k, c), 0.3 * draw(k, c), torch.rand(k, device=DEVICE) + 0.5, 2 * draw(k)
+
+
+def attention(mean, var, fc, gain, offset, hw, batch=None):
+    """-> (logits' mean, biased variance, hsigmoid of the standardized logits)."""
+    a = (mean * torch.rsqrt(var * (hw / (hw - 1) if hw > 1 else 1) + EPS_RSD)) @ fc.T
+    mu, spread = batch or (a.mean(0), a.var(0, correction=0))
+    return mu, spread, F.relu6((a - mu) * torch.rsqrt(spread + EPS_BN) * gain + offset + 3) / 6
+
+
+@pytest.mark.parametrize("n, c, groups, k, hw", LAW_SHAPES)
+def test_an_coefficients(n, c, groups, k, hw):
+    mean, var, dscale, dshift = moments_like(n, c)
+    network = attention_network(c, k)
+    out = triton_laws.an_coefficients(mean, var, *network, hw, EPS_BN, EPS_RSD, EPS_BN)
+    centre, scale, shift, rstd, unbiased, q, gates, standardized, a_mean, a_unbiased, a_rstd = out
+    gradients = triton_laws.an_coefficients_backward(
+        dscale, dshift, mean, centre, scale, rstd, q, gates, standardized, a_rstd, *network, hw
+    )
+
+    m, v, weight, bias, fc, gain, offset = exact(mean, var, *network)
+    pooled = algebra.pool_batch(algebra.Moments(m, v, hw))
+    mu, spread, exact_gates = attention(m, v, fc, gain, offset, hw)
+    s, b = (exact_gates @ weight) * torch.rsqrt(pooled.var + EPS_BN), exact_gates @ bias
+    backpropagate(pooled.mean, s, b, dscale, dshift)
+    unbias = n * hw / (n * hw - 1) if n * hw > 1 else 1
+    assert_close((centre, scale, shift, unbiased, gates), (pooled.mean, s, b, pooled.var * unbias, exact_gates))
+    assert_close((a_mean, a_unbiased), (mu, spread * (n / (n - 1) if n > 1 else 1)))
+    parameters = (weight.grad, bias.grad, fc.grad, gain.grad, offset.grad)
+    assert_close(gradients, (2 * v.grad / hw, m.grad / hw, *parameters))
+
+
+@pytest.mark.parametrize("n, c, groups, k, hw", LAW_SHAPES)
+def test_an_coefficients_of_running_statistics(n, c, groups, k, hw):
+    mean, var, _, _ = moments_like(n, c)
+    network = attention_network(c, k)
+    rstd, a_mean, a_var = torch.rand(c, device=DEVICE), torch.randn(k, device=DEVICE), torch.rand(k, device=DEVICE) + 1
+    a_rstd = torch.rsqrt(a_var + EPS_BN)
+    scale, shift = triton_laws.an_coefficients_running(mean, var, *network, rstd, a_mean, a_rstd, hw, EPS_RSD)
+    m, v, weight, bias, fc, gain, offset = exact(mean, var, *network)
+    *_, gates = attention(m, v, fc, gain, offset, hw, (a_mean.double(), a_var.double()))
+    assert_close((scale, shift), ((gates @ weight) * rstd, gates @ bias))
+
+
+def test_the_coefficient_operators_are_well_formed():
+    n, c, k, hw = 3, 8, 4, 9
+    mean, var, dscale, dshift = moments_like(n, c)
+    row, square, network = torch.ones(c, device=DEVICE), torch.ones(n, k, device=DEVICE), attention_network(c, k)
+    short = torch.ones(k, device=DEVICE)
+    for operator, arguments in (
+        (triton_laws.bn_coefficients, (mean, var, None, hw, EPS_BN)),
+        (triton_laws.bn_coefficients_backward, (dscale, dshift, row, row, hw)),
+        (triton_laws.gn_coefficients, (mean, var, row, 2, EPS_BN)),
+        (triton_laws.gn_coefficients_backward, (dscale, dshift, mean, var, 2, hw)),
+        (triton_laws.an_coefficients, (mean, var, *network, hw, EPS_BN, EPS_RSD, EPS_BN)),
+        (triton_laws.an_coefficients_backward,
+         (dscale, dshift, mean, row, var, row, var, square, square, short, *network, hw)),
+        (triton_laws.an_coefficients_running, (mean, var, *network, row, short, short, hw, EPS_RSD)),
+    ):  # fmt: skip
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
