@@ -90,7 +90,7 @@ def load_weights(
     if strict and not report.complete:
         raise ValueError(_misfit(report, state, target, names))
     if not fits:
-        raise ValueError(f"nothing in {path} fits this network: {_misfit(report, state, target, names)}")
+        raise ValueError(_misfit(report, state, target, names))
     with torch.no_grad():
         for place, value in fits.items():
             target[place].copy_(value)
@@ -318,21 +318,23 @@ def _forgive_head(model: nn.Module, report: LoadReport, fits: dict[str, Tensor])
 
 def _misfit(report: LoadReport, state: dict[str, Tensor], target: dict, names: dict[str, str]) -> str:
     """The error for a file that does not fit: what is missing, what is left over, what to do."""
-    lines = [f"{report.path} does not fit this network (read as {report.style}); nothing was loaded."]
+    parts = []
     if report.missing:
-        lines.append(f"  missing in the file ({len(report.missing)}): {_some(report.missing)}")
+        parts.append(f"missing in the file ({len(report.missing)}): {_some(report.missing)}")
     if report.unexpected:
-        lines.append(f"  without a place here ({len(report.unexpected)}): {_some(report.unexpected)}")
+        parts.append(f"without a place here ({len(report.unexpected)}): {_some(report.unexpected)}")
     if report.mismatched:
         origin = {place: name for name, place in names.items()}
         shapes = [f"{n} {tuple(state[origin[n]].shape)} for {tuple(target[n].shape)}" for n in report.mismatched]
-        lines.append(f"  other shapes ({len(shapes)}): {_some(shapes)}")
-    lines.append("  Build the network that the file is of (arch, norm, place, num_classes), pass head='replace' for")
-    lines.append("  another number of classes, or strict=False to load what fits.")
-    return "\n".join(lines)
+        parts.append(f"other shapes ({len(shapes)}): {_some(shapes)}")
+    return (
+        f"{report.path} does not fit this network (read as {report.style}); nothing was loaded; {'; '.join(parts)}\n"
+        "Build the network that the file is of (arch, norm, norm.place, number of classes), or load with "
+        "head='replace' (another number of classes) or strict=False (what fits)."
+    )
 
 
-def _some(names: Iterable[str], most: int = 12) -> str:
+def _some(names: Iterable[str], most: int = 6) -> str:
     names = list(names)
     more = f", ... {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

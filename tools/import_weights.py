@@ -1,0 +1,65 @@
+"""Turn weights in any known naming into a file with ours.
+
+    python tools/import_weights.py FILE OUT.safetensors arch=resnet50 norm=an        the authors' ResNet-50 with AN
+    python tools/import_weights.py FILE OUT.safetensors arch=resnet34 norm=an norm.place=[1,2]
+    python tools/import_weights.py FILE OUT.safetensors arch=resnet50 norm=an setup=sota     with the deep stem
+    python tools/import_weights.py FILE arch=mobilenetv2 norm=bn                     only say whether it fits
+
+FILE is what torch.save or safetensors wrote: own checkpoints, torchvision's, timm's and the authors' weights. The other
+arguments are train.py's and describe the network; the number of classes is the file's. entry=NAME picks an entry of a
+checkpoint, such as entry=ema. tools/validate.py OUT.safetensors evaluates the result.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from anorm.engine.commandline import user_errors  # noqa: E402
+
+HEADS = ("fc.weight", "classifier.weight", "classifier.1.weight", "fc2.weight")  # of all namings
+
+
+def main(argv: list[str]) -> int:
+    """Convert and report; the exit status."""
+    with user_errors() as outcome:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(__doc__.strip())
+            return 0 if argv else 2
+        files = [Path(word) for word in argv if "=" not in word]
+        if not 1 <= len(files) <= 2:
+            raise ValueError(f"give a file of weights and the file to write, then key=value arguments; got {len(files)} files")
+        entry = next((word.removeprefix("entry=") for word in argv if word.startswith("entry=")), None)
+        overrides = [word for word in argv if "=" in word and not word.startswith("entry=")]
+        convert(files[0], files[1] if len(files) == 2 else None, overrides, entry)
+    return outcome.status
+
+
+def convert(source: Path, target: Path | None, overrides: list[str], entry: str | None) -> None:
+    from safetensors.torch import save
+
+    from anorm.build import accepted
+    from anorm.engine.checkpoint import write_atomic
+    from anorm.engine.compose import compose
+    from anorm.registry import create_model
+    from anorm.weights import load_weights, read_state
+
+    if target and (target.suffix != ".safetensors" or target.exists()):
+        raise ValueError(f"{target}: " + ("exists already" if target.exists() else "the file to write ends in .safetensors"))
+    config = compose(ROOT / "configs", overrides, accepted).config
+    arch = {key: value for key, value in config["arch"].items() if key != "name"}
+    state = read_state(source, entry)
+    classes = next((state[name].shape[0] for name in HEADS if name in state), 1000)
+    model = create_model(config["arch"]["name"], config["norm"], classes, **arch)
+    print(f"{config['arch']['name']}: {load_weights(model, source, entry=entry)}")
+    if target:
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+        write_atomic(target, save(tensors, {"arch": config["arch"]["name"], "format": "pt"}))
+        print(f"{target}: {model.norm_summary}, {classes} classes")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
