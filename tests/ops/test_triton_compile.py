@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from anorm.ops import triton as backend
+from anorm.ops import triton_laws
 
 compiler = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -21,7 +22,7 @@ if compiler.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from anorm.ops import triton_kernels  # noqa: E402
+from anorm.ops import triton_coefficients, triton_kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     "nvidia" not in compiler.backends.backends, reason="this Triton has no NVIDIA compiler"
@@ -36,11 +37,11 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 class Recorder:
     """Stands where the launchers find their kernels and notes what they would launch."""
 
-    def __init__(self):
-        self.launches = []
+    def __init__(self, module, launches):
+        self.module, self.launches = module, launches
 
     def __getattr__(self, name):
-        kernel = getattr(triton_kernels, name)
+        kernel = getattr(self.module, name)
 
         class Grid:
             def __getitem__(_, grid):
@@ -50,11 +51,12 @@ class Recorder:
 
 
 @pytest.fixture
-def recorder(monkeypatch, tmp_path):
-    recorder = Recorder()
-    monkeypatch.setattr(backend, "_kernels", lambda: recorder)
+def launches(monkeypatch, tmp_path):
+    launches = []
+    for launchers, kernels in ((backend, triton_kernels), (triton_laws, triton_coefficients)):
+        monkeypatch.setattr(launchers, "_kernels", lambda kernels=kernels: Recorder(kernels, launches))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # what was compiled before proves nothing
-    return recorder
+    return launches
 
 
 def launch_all(shape, layout, dtype):
@@ -70,6 +72,21 @@ def launch_all(shape, layout, dtype):
     backend._moments_backward_impl(x, x, c, s, c, s, s, s, "relu")
 
 
+def launch_laws(n, c, k, groups):
+    """The coefficients of every hot law, forward and backward."""
+    cells, row, square, short = (torch.empty(size, device="meta") for size in ((n, c), (c,), (n, k), (k,)))
+    network = (torch.empty(k, c, device="meta"),) * 3 + (short, short)
+    triton_laws._bn(cells, cells, row, 49, 1e-5)
+    triton_laws._bn_backward(cells, cells, row, row, 49)
+    triton_laws._gn(cells, cells, row, groups, 1e-5)
+    triton_laws._gn_backward(cells, cells, cells, cells, groups, 49)
+    triton_laws._an(cells, cells, *network, 49, 1e-5, 1e-3, 1e-5)
+    triton_laws._an_backward(
+        cells, cells, cells, row, cells, row, cells, square, square, short, *network, 49
+    )
+    triton_laws._an_running(cells, cells, *network, row, short, short, 49, 1e-3)
+
+
 def source(kernel, args, named):
     """What Triton's launcher would specialise on: types, constants, None and 1, divisibility by 16."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in named.items() if k not in OPTIONS}
@@ -78,6 +95,9 @@ def source(kernel, args, named):
         value = values[name]
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+            continue
         elif kernel.params[i].is_constexpr or value is None or value == 1:
             signature[name], constants[name] = "constexpr", value
             continue
@@ -109,17 +129,20 @@ def compile_for(capability, launch, folder):
 @pytest.mark.parametrize(
     "capability, dtype", [(70, torch.float16), (75, torch.float16), (80, torch.bfloat16), (90, torch.float16)]
 )
-def test_compiles_without_spills(capability, dtype, recorder, tmp_path, record_property):
+def test_compiles_without_spills(capability, dtype, launches, tmp_path, record_property):
     launch_all((2, 64, 56, 56), "nhwc", dtype)
-    assert len(recorder.launches) == 9, "one launch a pass, and a merge after each of the three split reductions"
+    assert len(launches) == 9, "one launch a pass, and a merge after each of the three split reductions"
+    if capability in (70, 90):
+        launch_laws(256, 256, 20, 32)
+        assert len(launches) == 9 + 14, "at most three launches a law and direction"
     try:
-        results = [compile_for(capability, launch, tmp_path) for launch in recorder.launches]
+        results = [compile_for(capability, launch, tmp_path) for launch in launches]
     except Exception as error:
         if capability >= 80:
             raise
         pytest.skip(f"Triton {compiler.__version__} does not compile for sm_{capability}: {error}")
     record_property("compiles", f"sm_{capability} with Triton {compiler.__version__}")
-    for launch, (_, stack) in zip(recorder.launches, results, strict=True):
+    for launch, (_, stack) in zip(launches, results, strict=True):
         assert stack == 0, f"{launch[0].__name__} spills {stack} bytes a thread on sm_{capability}"
 
 
@@ -135,13 +158,13 @@ WIDE = [
 
 
 @pytest.mark.parametrize("layout, shape, dtype", WIDE)
-def test_accesses_are_wide_on_sm_90(layout, shape, dtype, recorder, tmp_path):
+def test_accesses_are_wide_on_sm_90(layout, shape, dtype, launches, tmp_path):
     """Every access to the map moves 16 bytes a thread."""
     launch_all(shape, layout, dtype)
     p = backend.plan(shape[0], shape[1], shape[2] * shape[3], layout == "nhwc")
     cells = p.block_r * p.block_c // (32 * p.warps)
     each = cells * dtype.itemsize // 16
-    passes = [launch for launch in recorder.launches if not launch[0].__name__.startswith("merge")]
+    passes = [launch for launch in launches if not launch[0].__name__.startswith("merge")]
     for launch, (name, reads, writes) in zip(passes, TRAFFIC, strict=True):
         assert launch[0].__name__ == f"{name}_kernel"
         accesses, stack = compile_for(90, launch, tmp_path)
@@ -151,8 +174,8 @@ def test_accesses_are_wide_on_sm_90(layout, shape, dtype, recorder, tmp_path):
         assert accesses["LDG.E.128"] >= reads * each and accesses["STG.E.128"] == writes * each, f"{name}: {accesses}"
 
 
-def test_float64_and_odd_sizes_compile(recorder, tmp_path):
+def test_float64_and_odd_sizes_compile(launches, tmp_path):
     launch_all((1, 67, 1, 1), "nchw", torch.float64)
     launch_all((1, 1, 5, 5), "nchw", torch.float32)
-    for launch in recorder.launches:
+    for launch in launches:
         assert compile_for(80, launch, tmp_path)[1] == 0
