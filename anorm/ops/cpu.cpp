@@ -3,25 +3,13 @@
 // This file checks and shapes the arguments, splits the work over threads and registers the operators. The kernels are
 // in the headers beside it, compiled once for each instruction set and chosen when the library is loaded, so that one
 // build runs on every machine of its architecture. No -ffast-math (inf and nan have rules here), and no contraction to
-// FMA: a mask that is recomputed from x must round exactly as the forward pass did.
+// FMA by the compiler: a mask that is recomputed from x must round exactly as the forward pass did.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <string>
 #include <tuple>
-#include <type_traits>
-#include <utility>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace anorm {
 
@@ -75,86 +63,16 @@ struct Passes {
   virtual Kernel moments_backward(bool channels_last, Act act, Through through) const = 0;
 };
 
-// ---- the kernels, once per instruction set ---------------------------------------------------------------------------
+}  // namespace anorm
 
-#define INLINE static inline __attribute__((always_inline))
-#define INLINE_MEMBER static inline __attribute__((always_inline))
-#define INLINE_METHOD inline __attribute__((always_inline))
+#define ANORM_KERNELS "cpu_passes.h"
+#include "cpu_isa.h"
 
-namespace baseline {
-#define ANORM_BYTES 16
-#include "cpu_vector.h"
-#include "cpu_passes.h"
-#undef ANORM_BYTES
-}  // namespace baseline
+namespace anorm {
 
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c")
-#endif
-namespace avx2 {
-#define ANORM_BYTES 32
-#include "cpu_vector.h"
-#include "cpu_passes.h"
-#undef ANORM_BYTES
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")
-#endif
-namespace avx512 {
-#define ANORM_BYTES 64
-#include "cpu_vector.h"
-#include "cpu_passes.h"
-#undef ANORM_BYTES
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+const Passes& passes(at::ScalarType type) { return ANORM_DISPATCH(passes(type)); }
 
-// The widest instruction set of this machine; ANORM_CPU_ISA may name a narrower one.
-enum class Isa { baseline, avx2, avx512 };
-
-Isa detect() {
-  Isa widest = Isa::baseline;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) widest = Isa::avx2;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    widest = Isa::avx512;
-  }
-#endif
-  const char* asked = std::getenv("ANORM_CPU_ISA");
-  if (asked == nullptr) return widest;
-  const std::string name = asked;
-  const Isa isa = name == "baseline" ? Isa::baseline : name == "avx2" ? Isa::avx2 : Isa::avx512;
-  return std::min(isa, widest);
-}
-
-const Isa isa = detect();
-
-const Passes& passes(at::ScalarType type) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512) return avx512::passes(type);
-  if (isa == Isa::avx2) return avx2::passes(type);
-#endif
-  return baseline::passes(type);
-}
-
-std::string isa_name() {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
-}
+std::string instruction_set() { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
 
 // ---- arguments -------------------------------------------------------------------------------------------------------
 
@@ -349,6 +267,6 @@ TORCH_LIBRARY_IMPL(anorm_cpu, CPU, m) {
   m.impl("affine_backward_residual", affine_backward_residual);
   m.impl("moments_backward", moments_backward);
 }
-TORCH_LIBRARY_IMPL(anorm_cpu, CatchAll, m) { m.impl("isa", isa_name); }
+TORCH_LIBRARY_IMPL(anorm_cpu, CompositeExplicitAutograd, m) { m.impl("instruction_set", instruction_set); }
 
 }  // namespace anorm

@@ -1,41 +1,102 @@
-"""The C++ backend for CPU tensors: the four passes, built on first use (or ahead, by ``python -m anorm build``)."""
+"""The C++ backend for CPU tensors: the four passes, and the coefficients of BN, GN and AN over BN in one call each.
+
+The passes are the backend's interface (see ``reference.py`` for their definition). The coefficient operators replace a
+law and its autograd for training mode, so that a layer is six calls:
+
+    mean, var = moments(x)                                   forward
+    centre, scale, ..., = an_coefficients(mean, var, ...)
+    y = affine(x, centre, scale, shift, residual, act)
+    dscale, dshift, g = affine_backward(dy, x, centre, scale, shift, y, act)          backward
+    dvar2, dmean1, ... = an_coefficients_backward(dscale, dshift, ...)
+    dx = moments_backward(dy or g, x, centre, scale, shift, about, dvar2, dmean1, act)
+
+(``about`` is what dvar2 multiplies x's distance from: the centre for BN and GN, the instance's mean for AN.) Everything
+between the passes has the statistics' dtype (float32; float64 for float64 maps); parameters of another dtype are
+converted, and parameter gradients come in the statistics' dtype and the parameter's shape. Results are the same for
+any number of threads. Operators are functional, their kernels live in the compiled library (``cpu_build.py``).
+"""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["affine", "affine_backward", "available", "build", "instruction_set", "moments", "moments_backward"]
+from anorm.ops import cpu_build
+
+__all__ = [
+    "ANCoefficients",
+    "affine",
+    "affine_backward",
+    "an_coefficients",
+    "an_coefficients_backward",
+    "available",
+    "bn_coefficients",
+    "bn_coefficients_backward",
+    "build",
+    "gn_coefficients",
+    "gn_coefficients_backward",
+    "instruction_set",
+    "moments",
+    "moments_backward",
+]
 
 _ACTS = {"none": 0, "relu": 1, "relu6": 2}
 
 _log = logging.getLogger(__name__)
 
-# ---- operators: schemas and shapes here, kernels in cpu.cpp --------------------------------------------------------
+# ---- building ------------------------------------------------------------------------------------------------------
+
+
+def build(rebuild: bool = False) -> str:
+    """Compile the kernels if the cache does not hold them, load them, and return the library's path.
+
+    Raises cpu_build.BuildError with the reason where that is not possible.
+    """
+    path = cpu_build.compiled_library(rebuild, lambda: _log.warning("compiling the C++ kernels, once (about a minute)"))
+    _load(str(path))
+    return str(path)
+
+
+@cache
+def _load(path: str) -> None:
+    torch.ops.load_library(path)
+
+
+@cache
+def available() -> str | None:
+    """None if the kernels are loaded (built now if need be), else the reason in words. The answer is kept."""
+    try:
+        build()
+    except (cpu_build.BuildError, OSError) as error:  # OSError: the loader refused the library
+        return str(error)
+    return None
+
+
+def instruction_set() -> str:
+    """The kernels in use: "avx512", "avx2" or "baseline" (ANORM_CPU_ISA may ask for a narrower one than there is)."""
+    return torch.ops.anorm_cpu.instruction_set()
+
+
+# ---- operators: schemas and shapes here, kernels in C++ ------------------------------------------------------------
 
 _library = torch.library.Library("anorm_cpu", "DEF")
+_library.define("instruction_set() -> str")
 
 
-def _operator(schema: str, fake):
-    """Define an operator whose CPU kernel the C++ library brings, and its shape function; its overload is returned."""
+def _operator(schema: str, fake: Callable):
+    """Define an operator whose CPU kernel the compiled library brings; its shape function is ``fake``."""
     name = _library.define(schema)
     torch.library.register_fake(f"anorm_cpu::{name}", fake, lib=_library)
     return getattr(torch.ops.anorm_cpu, name).default
 
 
 def _map(x: Tensor) -> Tensor:
-    """A result with x's shape, dtype and (made dense) layout."""
+    """Shape, dtype and layout of a map made for x; of one that is not dense, as the kernels would make it dense."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return torch.empty_like(x)
     last = x.stride(1) == 1 and x.shape[1] > 1
@@ -44,6 +105,14 @@ def _map(x: Tensor) -> Tensor:
 
 def _cells(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _channels(cells: Tensor) -> Tensor:
+    return cells.new_empty(cells.shape[1:])
+
+
+def _dense(parameter: Tensor, cells: Tensor) -> Tensor:
+    return torch.empty(parameter.shape, dtype=cells.dtype, device=cells.device)
 
 
 _moments = _operator("moments(Tensor x) -> (Tensor mean, Tensor var)", lambda x: (_cells(x), _cells(x)))
@@ -67,20 +136,81 @@ _moments_backward = _operator(
     " Tensor? dmean1, int act) -> Tensor",
     lambda dy, x, *_: _map(x),
 )
-_library.define("isa() -> str")
+_bn = _operator(
+    "bn_coefficients(Tensor mean, Tensor var, Tensor? weight, int hw, float eps)"
+    " -> (Tensor centre, Tensor scale, Tensor rstd, Tensor unbiased)",
+    lambda mean, *_: tuple(_channels(mean) for _ in range(4)),
+)
+_bn_backward = _operator(
+    "bn_coefficients_backward(Tensor dscale, Tensor dshift, Tensor scale, Tensor rstd, int hw)"
+    " -> (Tensor dvar2, Tensor dmean1, Tensor dweight, Tensor dbias)",
+    lambda dscale, *_: tuple(_channels(dscale) for _ in range(4)),
+)
+_gn = _operator(
+    "gn_coefficients(Tensor mean, Tensor var, Tensor? weight, int groups, float eps)"
+    " -> (Tensor centre, Tensor scale, Tensor rstd)",
+    lambda mean, *_: tuple(_cells(mean) for _ in range(3)),
+)
+_gn_backward = _operator(
+    "gn_coefficients_backward(Tensor dscale, Tensor dshift, Tensor scale, Tensor rstd, int groups, int hw)"
+    " -> (Tensor dvar2, Tensor dmean1, Tensor dweight, Tensor dbias)",
+    lambda dscale, *_: (_cells(dscale), _cells(dscale), _channels(dscale), _channels(dscale)),
+)
+
+
+def _an_fake(mean, var, mix_weight, mix_bias, fc, gain, offset, hw, eps, descriptor_eps, attention_eps):
+    k, per_instance = gain.numel(), lambda: mean.new_empty(mean.shape[0], gain.numel())
+    channels, cells = [_channels(mean) for _ in range(3)], [_cells(mean) for _ in range(3)]
+    centre, rstd, unbiased = channels
+    scale, shift, descriptor_scale = cells
+    small = (mean.new_empty(k) for _ in range(3))
+    return centre, scale, shift, rstd, unbiased, descriptor_scale, per_instance(), per_instance(), *small
+
+
+def _an_backward_fake(dscale, dshift, mean, centre, scale, rstd, descriptor_scale, attention, standardized,
+                      attention_rstd, mix_weight, mix_bias, fc, gain, offset, hw):  # fmt: skip
+    parameters = (mix_weight, mix_bias, fc, gain, offset)
+    return _cells(mean), _cells(mean), *(_dense(p, mean) for p in parameters)
+
+
+_an = _operator(
+    "an_coefficients(Tensor mean, Tensor var, Tensor mix_weight, Tensor mix_bias, Tensor fc, Tensor gain,"
+    " Tensor offset, int hw, float eps, float descriptor_eps, float attention_eps)"
+    " -> (Tensor centre, Tensor scale, Tensor shift, Tensor rstd, Tensor unbiased, Tensor descriptor_scale,"
+    " Tensor attention, Tensor standardized, Tensor attention_mean, Tensor attention_unbiased, Tensor attention_rstd)",
+    _an_fake,
+)
+_an_backward = _operator(
+    "an_coefficients_backward(Tensor dscale, Tensor dshift, Tensor mean, Tensor centre, Tensor scale, Tensor rstd,"
+    " Tensor descriptor_scale, Tensor attention, Tensor standardized, Tensor attention_rstd, Tensor mix_weight,"
+    " Tensor mix_bias, Tensor fc, Tensor gain, Tensor offset, int hw)"
+    " -> (Tensor dvar2, Tensor dmean1, Tensor dmix_weight, Tensor dmix_bias, Tensor dfc, Tensor dgain, Tensor doffset)",
+    _an_backward_fake,
+)
+
+# ---- the four passes -----------------------------------------------------------------------------------------------
+# x (N, C, H, W): float32, float64, bfloat16 or float16; contiguous, channels_last, or else made so. Coefficients (C,)
+# or (N, C) of any strides. dy, y and the residual: any strides. ValueError for a shape or dtype that does not fit.
 
 
 def moments(x: Tensor, var: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Mean and biased variance over H x W, (N, C) each; the variance to 1e-6 up to a mean of 1e4 deviations."""
     return _moments(x) if var else (_mean(x), None)
 
 
 def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    """y = act(scale * (x - centre) + shift [+ residual]), in x's dtype and layout; act: none, relu or relu6."""
     return _affine(x, centre, scale, shift, residual, _ACTS[act])
 
 
 def affine_backward(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dscale, dshift, g): sums over H x W of g * (x - centre) and of g = dy * act'.
+
+    Without y the mask is recomputed from x and g is None; with y (a residual was added before the activation) the
+    mask is read off y, and g, the residual's gradient, is returned.
+    """
     if y is None or act == "none":
         return *_affine_backward(dy, x, centre, scale, shift, _ACTS[act]), None
     return _affine_backward_residual(dy, x, centre, y, _ACTS[act])
@@ -97,9 +227,110 @@ def moments_backward(
     dmean1: Tensor | None,
     act: str,
 ) -> Tensor:
+    """dx = scale * g + dvar2 * (x - mean) + dmean1, g = dy * act' with the mask recomputed from x.
+
+    dvar2 may be None (then mean is not read), or dvar2 and dmean1 both. mean, dvar2, dmean1: (C,) or (N, C).
+    """
     return _moments_backward(dy, x, centre, scale, shift, mean, dvar2, dmean1, _ACTS[act])
 
 
-# ---- building and loading ------------------------------------------------------------------------------------------
-if __name__ != "__main__" and os.environ.get("ANORM_SO"):
-    torch.ops.load_library(os.environ["ANORM_SO"])
+# ---- coefficients of the hot laws, training mode -------------------------------------------------------------------
+
+
+def bn_coefficients(
+    mean: Tensor, var: Tensor, weight: Tensor | None, hw: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """BN from instance moments (N, C): (centre, scale, rstd, unbiased), each (C,).
+
+    centre = mu = E_n[m], var = E_n[v] + E_n[(m - mu)^2], rstd = (var + eps)^(-1/2), scale = weight * rstd (the shift is
+    the bias itself); unbiased = var M/(M-1) with M = N HW is what the running variance takes in (var itself if M = 1).
+    """
+    return _bn(mean, var, weight, hw, eps)
+
+
+def bn_coefficients_backward(
+    dscale: Tensor, dshift: Tensor, scale: Tensor, rstd: Tensor, hw: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dvar2, dmean1, dweight, dbias), each (C,): dx = scale * g + dvar2 * (x - centre) + dmean1."""
+    return _bn_backward(dscale, dshift, scale, rstd, hw)
+
+
+def gn_coefficients(
+    mean: Tensor, var: Tensor, weight: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GN from instance moments (N, C): (centre, scale, rstd), each (N, C); groups = 1 is LN over (C, H, W), C is IN.
+
+    The moments of a group pool those of its C/groups channels as BN's pool those of the batch.
+    """
+    return _gn(mean, var, weight, groups, eps)
+
+
+def gn_coefficients_backward(
+    dscale: Tensor, dshift: Tensor, scale: Tensor, rstd: Tensor, groups: int, hw: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dvar2 (N, C), dmean1 (N, C), dweight (C,), dbias (C,)): dx = scale * g + dvar2 * (x - centre) + dmean1."""
+    return _gn_backward(dscale, dshift, scale, rstd, groups, hw)
+
+
+class ANCoefficients(NamedTuple):
+    """What ``an_coefficients`` returns: three coefficients, what running statistics take in, and what backward reads."""
+
+    centre: Tensor  # (C,) mu
+    scale: Tensor  # (N, C) rstd * (attention @ mix_weight)
+    shift: Tensor  # (N, C) attention @ mix_bias
+    rstd: Tensor  # (C,)
+    unbiased: Tensor  # (C,) for the running variance, as in bn_coefficients
+    descriptor_scale: Tensor  # (N, C) q
+    attention: Tensor  # (N, K) lambda
+    standardized: Tensor  # (N, K) the attention BN's output before its affine part
+    attention_mean: Tensor  # (K,) for the attention BN's running mean
+    attention_unbiased: Tensor  # (K,) for its running variance: var N/(N-1) (var itself if N = 1)
+    attention_rstd: Tensor  # (K,)
+
+
+def an_coefficients(
+    mean: Tensor,
+    var: Tensor,
+    mix_weight: Tensor,
+    mix_bias: Tensor,
+    fc: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    hw: int,
+    eps: float = 1e-5,
+    descriptor_eps: float = 1e-3,
+    attention_eps: float = 1e-5,
+) -> ANCoefficients:
+    """AN over BN in its published form (Li, Sun, Wu 2020; descriptor and constants as the authors' code has them).
+
+    BN's mu and rstd as in ``bn_coefficients``;  descriptor m * q with q = (v HW/(HW-1) + descriptor_eps)^(-1/2), the
+    factor 1 at HW = 1;  attention = hsigmoid(gain * BN_N(descriptor @ fc^T) + offset), the BN over the N instances,
+    hsigmoid(z) = clip(z + 3, 0, 6) / 6.  mix_weight, mix_bias and fc hold K x C values (fc may be (K, C, 1, 1)), gain
+    and offset, the attention BN's weight and bias, K.
+    """
+    return ANCoefficients(
+        *_an(mean, var, mix_weight, mix_bias, fc, gain, offset, hw, eps, descriptor_eps, attention_eps)
+    )
+
+
+def an_coefficients_backward(
+    dscale: Tensor,
+    dshift: Tensor,
+    mean: Tensor,
+    saved: ANCoefficients,
+    mix_weight: Tensor,
+    mix_bias: Tensor,
+    fc: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    hw: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dvar2 (N, C), dmean1 (N, C), dmix_weight, dmix_bias, dfc, dgain, doffset).
+
+    dx = scale * g + dvar2 * (x - mean) + dmean1, with the instances' mean.
+    """
+    s = saved
+    return _an_backward(
+        dscale, dshift, mean, s.centre, s.scale, s.rstd, s.descriptor_scale, s.attention, s.standardized,
+        s.attention_rstd, mix_weight, mix_bias, fc, gain, offset, hw,
+    )  # fmt: skip

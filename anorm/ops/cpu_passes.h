@@ -8,6 +8,41 @@
 // Sums run in registers over at most 64 values per lane and continue in double. A span that is not a multiple of a
 // register ends with a register that overlaps the one before: it counts nothing twice and writes the same values again.
 
+// ---- activations -------------------------------------------------------------------------------------------------------
+
+template <Act act, class V>
+INLINE V activate(V z) {  // comparisons are false for NaN, which therefore passes
+  if constexpr (act != Act::none) z = z <= 0 ? V{} : z;
+  if constexpr (act == Act::relu6) z = z >= 6 ? V{} + 6 : z;
+  return z;
+}
+
+// The largest float32 that rounds to 0 in T, and the smallest that rounds to 6: with these the mask of the rounded
+// value is read off the unrounded one. Half of the smallest subnormal is a tie and goes to the even 0; the midpoint
+// below 6 is a tie and goes to 6, whose last bit is even.
+template <class T>
+struct Rounding {
+  static constexpr T zero = 0, six = 6;
+};
+template <>
+struct Rounding<c10::BFloat16> {
+  static constexpr float zero = 0x1p-134f, six = 6 - 0x1p-6f;
+};
+template <>
+struct Rounding<c10::Half> {
+  static constexpr float zero = 0x1p-25f, six = 6 - 0x1p-9f;
+};
+
+// g where the activation of T(z) lets the gradient pass, else 0. z is not yet rounded to T.
+template <Act act, class T, class V>
+INLINE V gate(V z, V g) {
+  if constexpr (act != Act::none) g = z <= Rounding<T>::zero ? V{} : g;
+  if constexpr (act == Act::relu6) g = z >= Rounding<T>::six ? V{} : g;
+  return g;
+}
+
+// ---- coefficients ----------------------------------------------------------------------------------------------------
+
 constexpr int64_t kRun = 64;
 
 template <class V>
@@ -35,7 +70,7 @@ struct MomentTerms {  // x - centre, (x - centre)^2
   INLINE_METHOD void add(int64_t i, const Coefficients<V>& k, V& first, V& second) const {
     V d = load<V>(x + i) - k.centre;
     first += d;
-    second += d * d;
+    second = multiply_add(d, d, second);
   }
 };
 
@@ -46,9 +81,9 @@ struct GradientTerms {  // g, g * (x - centre); the mask is recomputed from x
   template <class V>
   INLINE_METHOD void add(int64_t i, const Coefficients<V>& k, V& first, V& second) const {
     V d = load<V>(x + i) - k.centre;
-    V g = gate<act, T>(k.scale * d + k.shift, load<V>(dy + i));
+    V g = gate<act, T>(multiply_add(k.scale, d, k.shift), load<V>(dy + i));
     first += g;
-    second += g * d;
+    second = multiply_add(g, d, second);
   }
 };
 
@@ -65,7 +100,7 @@ struct ResidualGradientTerms {  // the same; the mask is read off y, and g is ke
     V gated = gate<act, typename Shape<V>::Lane>(load<V>(y + i), load<V>(dy + i));
     store<V>(g + i, gated);
     first += gated;
-    second += gated * d;
+    second = multiply_add(gated, d, second);
   }
 };
 
@@ -341,7 +376,7 @@ struct Affine {
         : x(p.x_at<T>(at)), add(residual ? p.y_at<T>(at) : nullptr), y(p.out_at<T>(at)), centre(K::of(p.centre, n, c)),
           scale(K::of(p.scale, n, c)), shift(K::of(p.shift, n, c)) {}
     INLINE_METHOD void at(int64_t i) const {
-      V z = scale.at(i) * (load<V>(x + i) - centre.at(i)) + shift.at(i);
+      V z = multiply_add(scale.at(i), load<V>(x + i) - centre.at(i), shift.at(i));
       if constexpr (residual) z += load<V>(add + i);
       store<V>(y + i, activate<act>(z));
     }
@@ -362,11 +397,13 @@ struct InputGradient {
           dvar2(K::of(p.dvar2, n, c)), dmean1(K::of(p.dmean1, n, c)) {}
     INLINE_METHOD void at(int64_t i) const {
       V s = scale.at(i), g = load<V>(dy + i);
-      if constexpr (act != Act::none) g = gate<act, T>(s * (load<V>(x + i) - centre.at(i)) + shift.at(i), g);
-      g = s * g;
-      if constexpr (through == Through::mean_var) g += dvar2.at(i) * (load<V>(x + i) - mean.at(i));
-      if constexpr (through != Through::nothing) g += dmean1.at(i);
-      store<V>(dx + i, g);
+      if constexpr (act != Act::none) g = gate<act, T>(multiply_add(s, load<V>(x + i) - centre.at(i), shift.at(i)), g);
+      V d;
+      if constexpr (through == Through::nothing) d = s * g;
+      if constexpr (through == Through::mean) d = multiply_add(s, g, dmean1.at(i));
+      if constexpr (through == Through::mean_var)
+        d = multiply_add(s, g, multiply_add(dvar2.at(i), load<V>(x + i) - mean.at(i), dmean1.at(i)));
+      store<V>(dx + i, d);
     }
   };
 };

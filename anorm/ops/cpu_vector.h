@@ -39,6 +39,29 @@ INLINE V splat(A a) {
   return a - V{};  // a + 0 would turn -0 into 0
 }
 
+// a * b + c in one rounding where the instruction set has it; the compiler itself may not contract (a mask recomputed
+// in backward must round as the forward pass did), so every use is written out.
+template <class V>
+INLINE V multiply_add(V a, V b, V c) {
+#if ANORM_BYTES == 64
+  if constexpr (std::is_same_v<typename Shape<V>::Lane, float> && lanes<V> == 16)
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else if constexpr (lanes<V> == 8)
+    return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  else
+    return std::fma(a, b, c);
+#elif ANORM_BYTES == 32
+  if constexpr (std::is_same_v<typename Shape<V>::Lane, float> && lanes<V> == 8)
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  else if constexpr (lanes<V> == 4)
+    return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  else
+    return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // ---- storage -------------------------------------------------------------------------------------------------------
 
 template <class V, class T>
@@ -158,37 +181,4 @@ INLINE V last_lanes(V v, int64_t count) {
     for (Lane i = 0; i < Lane(lanes<V>); ++i) index[i] = i;
     return index >= Lane(lanes<V> - count) ? v : V{};
   }
-}
-
-// ---- activations -------------------------------------------------------------------------------------------------------
-
-template <Act act, class V>
-INLINE V activate(V z) {  // comparisons are false for NaN, which therefore passes
-  if constexpr (act != Act::none) z = z <= 0 ? V{} : z;
-  if constexpr (act == Act::relu6) z = z >= 6 ? V{} + 6 : z;
-  return z;
-}
-
-// The largest float32 that rounds to 0 in T, and the smallest that rounds to 6: with these the mask of the rounded
-// value is read off the unrounded one. Half of the smallest subnormal is a tie and goes to the even 0; the midpoint
-// below 6 is a tie and goes to 6, whose last bit is even.
-template <class T>
-struct Rounding {
-  static constexpr T zero = 0, six = 6;
-};
-template <>
-struct Rounding<c10::BFloat16> {
-  static constexpr float zero = 0x1p-134f, six = 6 - 0x1p-6f;
-};
-template <>
-struct Rounding<c10::Half> {
-  static constexpr float zero = 0x1p-25f, six = 6 - 0x1p-9f;
-};
-
-// g where the activation of T(z) lets the gradient pass, else 0. z is not yet rounded to T.
-template <Act act, class T, class V>
-INLINE V gate(V z, V g) {
-  if constexpr (act != Act::none) g = z <= Rounding<T>::zero ? V{} : g;
-  if constexpr (act == Act::relu6) g = z >= Rounding<T>::six ? V{} : g;
-  return g;
 }
