@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anorm.data import sources
+from anorm.data.decode import decode
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.mixing import Mixing
 from anorm.data.random import seed_of
 from anorm.data.sources import Source
+from anorm.data.transforms import Crop
 from anorm.engine import optim
+from anorm.engine.checkpoint import write_atomic
 from anorm.engine.distributed import World
 from anorm.engine.ema import Ema
+from anorm.engine.evaluate import Evaluator
 from anorm.engine.fit import Progress, Run, restore
 from anorm.engine.record import Record, environment
 from anorm.engine.schedule import WarmupCosine
@@ -49,6 +55,8 @@ def complete(config: dict) -> dict:
         if "name" not in config[section]:
             raise ValueError(f"{section}.name is missing: choose {section}=...")
         full[section] = {"name": config[section]["name"]} | (_arguments(section, config[section]) or {}) | config[section]
+    if full["norm"]["name"] == "module" and not full["norm"].get("target"):
+        raise ValueError("norm=module needs the class of the layer: norm.target=package.module.Class")
     return full
 
 
@@ -130,7 +138,7 @@ def check_batches(config: dict, processes: int) -> None:
     if fitting:
         ways.append(f"hardware.processes={min(fitting, key=lambda n: abs(n - processes))}")
     if sizes:
-        ways.append(f"batch_size={min(sizes, key=lambda n: abs(n - micro))}")
+        ways.append(f"batch_size={min(sizes, key=lambda n: (abs(n - micro), -n))}")
     ways.append(f"optim.global_batch={max(1, round(whole / (micro * processes))) * micro * processes}")
     raise ValueError(f"optim.global_batch={whole} is no whole number of batches of batch_size={micro} on {processes} "
                      f"process{'es' if processes > 1 else ''}: set {' or '.join(ways)}")
@@ -178,17 +186,19 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
 
     groups = optim.parameter_groups(model, settings.optim.weight_decay, settings.optim.decay_norm, settings.optim.layer_decay)
     notes += optim.describe_groups(groups)
+    autocast = _autocast(hardware, device)
     scaled = hardware.dtype == "fp16"
     scale = 2.0**16 if hardware.loss_scale == "dynamic" else float(hardware.loss_scale)
     run = Run(
         settings=settings, folder=folder, signature=signature, arch=config["arch"]["name"], world=world, model=model, network=model,
-        evaluated=model, train=train, val=val,
+        evaluated=model, train=train,
         mixing=Mixing(settings.mix.mixup, settings.mix.cutmix, settings.mix.label_smoothing, source.num_classes),
         optimizer=optim.create_optimizer(groups, settings.optim),
         schedule=WarmupCosine(settings.optim.peak_lr, settings.epochs, train.steps_per_epoch, settings.schedule.warmup_epochs,
                               settings.schedule.floor),
         scaler=torch.amp.GradScaler(device.type, init_scale=scale, enabled=scaled),
-        autocast=_autocast(hardware, device), ema=Ema(model, settings.ema.decay) if settings.ema.decay else None,
+        autocast=autocast, evaluator=Evaluator(model, train, val, world, autocast, settings.eval, settings.epochs),
+        ema=Ema(model, settings.ema.decay) if settings.ema.decay else None,
         record=Record(folder, active=False), progress=Progress(), sums=torch.zeros(4, dtype=torch.float64, device=device))
     if resume:
         notes += restore(run, resume)
@@ -199,6 +209,8 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
         run.network = nn.parallel.DistributedDataParallel(
             run.network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
             gradient_as_bucket_view=True)
+    if world.main:
+        write_data_card(folder, source)
     run.record = Record(folder, world.main, settings.log.tensorboard, offset=resume["log_offset"] if resume else 0,
                         step=run.progress.step, total_steps=run.total_steps)
     run.record.write("start", step=run.progress.step, signature=signature, parameters=sum(p.numel() for p in model.parameters()),
@@ -207,6 +219,59 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
         run.record.say(note)
     run.record.say(_describe(run, source))
     return run
+
+
+def evaluator(config: dict, weights: Path | None = None) -> Evaluator:
+    """What evaluates the network of a complete and resolved configuration, in this process; its weights are in ``weights``."""
+    settings, source = settings_from(config), create_source(config)
+    world = World().on(settings.hardware.device)
+    model = create_network(config, source.num_classes)
+    if weights:
+        load_weights(model, weights)
+    layout = torch.channels_last if settings.hardware.channels_last else torch.contiguous_format
+    model.to(world.device, memory_format=layout)
+    _set_backends(settings.hardware, None)
+    loading = {"workers": settings.hardware.workers, "device": world.device, "channels_last": settings.hardware.channels_last}
+    return Evaluator(
+        model, TrainLoader(source, settings.seed, settings.optim.global_batch, settings.batch_size, **loading),
+        EvalLoader(source.val, settings.eval.batch_size or settings.batch_size, **loading), world,
+        _autocast(settings.hardware, world.device), settings.eval, settings.epochs)
+
+
+CARD = "data.json"
+
+
+def write_data_card(folder: Path, source: Source) -> None:
+    """data.json: what a prediction needs to know about the data, so that it does not need the data."""
+    crop = getattr(source.val, "crop", None)
+    card = {"classes": source.classes, "mean": source.mean, "std": source.std, "image_size": source.image_size,
+            "eval_resize": crop.short_side if crop else source.image_size, "interpolation": crop.interpolation if crop else "bilinear"}
+    write_atomic(folder / CARD, json.dumps(card).encode())
+
+
+def predictor(folder: Path, config: dict) -> tuple[nn.Module, Callable[[Path], Tensor], list[str]]:
+    """(network in evaluation mode with the run's last weights, image file -> normalised (1, 3, S, S), class names)."""
+    if not (folder / CARD).is_file():
+        raise ValueError(f"{folder} has no {CARD}: is it a run folder?")
+    card = json.loads((folder / CARD).read_text())
+    crop = Crop(card["image_size"], card["eval_resize"], card["interpolation"])
+    mean, std = (torch.tensor(card[key]).view(3, 1, 1) * 255 for key in ("mean", "std"))
+    model = create_network(config, len(card["classes"]))
+    load_weights(model, last_weights(folder))
+
+    def read(path: Path) -> Tensor:
+        encoded = torch.frombuffer(bytearray(path.read_bytes()) or bytearray(1), dtype=torch.uint8)
+        return ((crop.evaluate(decode(encoded, str(path))) - mean) / std)[None]
+
+    return model.eval(), read, card["classes"]
+
+
+def last_weights(folder: Path) -> Path:
+    """The newest weights of a run. Raises ValueError when it has none yet."""
+    for name in ("last.ckpt", "weights.safetensors"):
+        if (folder / name).exists():
+            return folder / name
+    raise ValueError(f"{folder} holds no weights yet: the run saves its first at the end of an epoch")
 
 
 def _describe(run: Run, source: Source) -> str:

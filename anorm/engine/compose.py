@@ -55,6 +55,21 @@ def compose(folder: Path, overrides: list[str], accepted: Accepted) -> Composed:
     return Composed(config, chosen, said)
 
 
+def change(config: dict, overrides: list[str], accepted: Accepted) -> dict:
+    """A composed configuration with some keys (not groups) set anew. Raises ValueError as ``compose`` does."""
+    from omegaconf import OmegaConf
+
+    changed = OmegaConf.create(config)
+    for override in overrides:
+        parsed = _parse(override)
+        if parsed.key_or_group in GROUPS:
+            raise ValueError(f"{override}: a run keeps its {parsed.key_or_group}; change single keys, such as eval.stats=batch")
+        OmegaConf.update(changed, parsed.key_or_group, parsed.value(), force_add=True)
+    changed = OmegaConf.to_container(changed, resolve=True)
+    _check_keys(config, changed, accepted)
+    return changed
+
+
 def sweep(overrides: list[str]) -> list[list[str]]:
     """Every job of a sweep: the cartesian product of overrides such as norm=bn,an or seed=range(0,3)."""
     axes = []

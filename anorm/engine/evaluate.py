@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anorm.engine.distributed import World
+from anorm.data.loaders import EvalLoader, TrainLoader
+from anorm.engine.distributed import World, join_statistics
+from anorm.engine.settings import Eval
 from anorm.norms.base import RunningNorm
 
 
@@ -59,6 +61,46 @@ def evaluate(model: nn.Module, batches: Iterable, world: World, autocast: Callab
         raise ValueError("there are no images to evaluate on")
     columns = [torch.cat(column).cpu() for column in zip(*rows, strict=True)] if rows else [torch.empty(0)] * 4
     return Result(100 * first / images, 100 * among_five / images, loss / images, int(images), *columns)
+
+
+@dataclass
+class Evaluator:
+    """What it takes to evaluate a network under the statistics that ``settings`` names.
+
+    train: for recalibration, an epoch of it that training does not use.
+    """
+
+    model: nn.Module
+    train: TrainLoader
+    val: EvalLoader
+    world: World
+    autocast: Callable[[], AbstractContextManager]
+    settings: Eval
+    unused_epoch: int
+
+    def __call__(self, model: nn.Module | None = None, called: nn.Module | None = None) -> Result:
+        """Evaluate ``model`` (default: the own one); ``called`` is what runs it, where it is compiled."""
+        model = model or self.model
+        with statistics_from(model, self.settings.stats, lambda: self.recalibrate(model)):
+            return evaluate(called or model, self.val, self.world, self.autocast)
+
+    @torch.no_grad()
+    def recalibrate(self, model: nn.Module) -> None:
+        """Pass training images, augmented as in training and not mixed, through ``model``: only its statistics change."""
+        left = self.settings.recalibrate_batches
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
+        for step_batches in self.train.epoch(self.unused_epoch):
+            for images, _, _ in step_batches[:left]:
+                with self.autocast():
+                    model(images)
+            left -= len(step_batches)
+            if left <= 0:
+                break
+        model.eval()
+        join_statistics(self.world, model, "mean")
 
 
 @contextmanager

@@ -15,13 +15,13 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from anorm.data.loaders import EvalLoader, TrainLoader
+from anorm.data.loaders import TrainLoader
 from anorm.data.mixing import Mixing
 from anorm.data.random import seed_of, stream
 from anorm.engine import checkpoint, optim
 from anorm.engine.distributed import Agreement, World, join_statistics
 from anorm.engine.ema import Ema, after_step
-from anorm.engine.evaluate import Result, evaluate, statistics_from
+from anorm.engine.evaluate import Evaluator, Result
 from anorm.engine.interrupt import Interrupted
 from anorm.engine.nonfinite import explain
 from anorm.engine.record import Record
@@ -58,12 +58,12 @@ class Run:
     network: nn.Module  # what is called in training: compiled, distributed
     evaluated: nn.Module  # what is called in evaluation
     train: TrainLoader
-    val: EvalLoader
     mixing: Mixing
     optimizer: torch.optim.Optimizer
     schedule: WarmupCosine
     scaler: torch.amp.GradScaler
     autocast: Callable[[], AbstractContextManager]
+    evaluator: Evaluator
     ema: Ema | None
     record: Record
     progress: Progress
@@ -76,7 +76,7 @@ class Run:
     def close(self) -> None:
         """End the loaders' workers, close the log."""
         self.train.close()
-        self.val.close()
+        self.evaluator.val.close()
         self.record.close()
 
 
@@ -85,7 +85,7 @@ def fit(run: Run) -> dict[str, Any]:
 
     Raises Interrupted after saving when a signal asked to stop, FloatingPointError when the loss is no longer finite.
     """
-    settings, world, progress, record = run.settings, run.world, run.progress, run.record
+    settings, world, progress = run.settings, run.world, run.progress
     agreement, clock = Agreement(world), _Clock(progress)
     save_due = _SaveTimer(settings)
     try:
@@ -261,24 +261,22 @@ def evaluate_and_keep_best(run: Run, epoch: int) -> Result:
     settings, world, progress = run.settings, run.world, run.progress
     join_statistics(world, run.model, settings.dist.stats)
     started = time.perf_counter()
-    with statistics_from(run.model, settings.eval.stats, lambda: recalibrate(run, run.model)):
-        result = evaluate(run.evaluated, run.val, world, run.autocast)
-        fields = {"step": progress.step, "epoch": epoch, "top1": result.top1, "top5": result.top5, "loss": result.loss,
-                  "images": result.images, "stats": settings.eval.stats}
-        improved = result.top1 > progress.best_top1
-        if improved:
-            progress.best_top1, progress.best_epoch = result.top1, epoch
-        progress.top1, progress.top5 = result.top1, result.top5
-        if improved and world.main:
-            checkpoint.save(run.folder / "best.ckpt", weights_state(run))
-        if progress.step == run.total_steps:
-            _keep_predictions(run, result)
-            if world.main:
-                _save_release(run)
+    result = run.evaluator(called=run.evaluated)
+    fields = {"step": progress.step, "epoch": epoch, "top1": result.top1, "top5": result.top5, "loss": result.loss,
+              "images": result.images, "stats": settings.eval.stats}
+    improved = result.top1 > progress.best_top1
+    if improved:
+        progress.best_top1, progress.best_epoch = result.top1, epoch
+    progress.top1, progress.top5 = result.top1, result.top5
+    if improved and world.main:
+        checkpoint.save(run.folder / "best.ckpt", weights_state(run))
+    if progress.step == run.total_steps:
+        _keep_predictions(run, result)
+        if world.main:
+            _save_release(run)
     if run.ema:
         join_statistics(world, run.ema.model, settings.dist.stats)
-        with statistics_from(run.ema.model, settings.eval.stats, lambda: recalibrate(run, run.ema.model)):
-            average = evaluate(run.ema.model, run.val, world, run.autocast)
+        average = run.evaluator(run.ema.model)
         fields |= {"ema_top1": average.top1, "ema_top5": average.top5}
     fields["seconds"] = time.perf_counter() - started
     run.record.write("eval", **fields)
@@ -286,28 +284,6 @@ def evaluate_and_keep_best(run: Run, epoch: int) -> Result:
     run.record.say(f"epoch {epoch}/{settings.epochs}: top-1 {result.top1:.2f} % top-5 {result.top5:.2f} % of {result.images} images"
                    f"{averaged}, best {progress.best_top1:.2f} % in epoch {progress.best_epoch}")
     return result
-
-
-@torch.no_grad()
-def recalibrate(run: Run, model: nn.Module) -> None:
-    """Pass the first training batches of a fixed order through ``model`` in training mode: running statistics only.
-
-    The images are augmented as in training and not mixed.
-    """
-    left, settings = run.settings.eval.recalibrate_batches, run.settings
-    model.train()
-    dropouts = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
-    for module in dropouts:
-        module.eval()
-    for step_batches in run.train.epoch(settings.epochs):  # an order that training does not use
-        for images, _, _ in step_batches[:left]:
-            with run.autocast():
-                model(images)
-        left -= len(step_batches)
-        if left <= 0:
-            break
-    model.eval()
-    join_statistics(run.world, model, "mean")
 
 
 def weights_state(run: Run) -> dict[str, Any]:

@@ -31,17 +31,17 @@ def standing(folder: Path, signature: str, config: dict) -> dict[str, Any] | Non
 
     Raises ValueError when the folder holds a run of another configuration.
     """
-    path = folder / CONFIG
+    path, finished = folder / CONFIG, final_metrics(folder)
+    if not finished and not (folder / "last.ckpt").exists():
+        return None  # nothing of worth, such as what a start that failed leaves
     if not path.exists():
-        if any((folder / name).exists() for name in (METRICS, "last.ckpt")):
-            raise ValueError(f"{folder} holds a run without its {CONFIG}: set another run_dir, or move that folder away")
-        return None
+        raise ValueError(f"{folder} holds a run without its {CONFIG}: set another run_dir, or move that folder away")
     held = yaml.safe_load(path.read_text())
     if held.get("signature") != signature:
-        state = "a finished run" if final_metrics(folder) else "a run"
+        state = "a finished run" if finished else "a run"
         raise ValueError(f"{folder} already holds {state} of another configuration ({_difference(held, config)}): set another run_dir, "
                          "leave run_dir out, or move that folder away")
-    return final_metrics(folder)
+    return finished
 
 
 def freeze(folder: Path, config: dict, choices: dict[str, str], signature: str) -> None:

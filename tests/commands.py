@@ -1,0 +1,47 @@
+"""train.py and the tools, called as a user does: in this process for speed, or in processes of their own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# a whole run in about two seconds
+SMALL = ["arch=resnet18", "norm=bn", "data=synthetic", "data.image_size=32", "data.num_classes=4", "data.train_images=64",
+         "data.val_images=21", "batch_size=8", "optim.global_batch=16", "epochs=2", "schedule.warmup_epochs=0", "hardware=cpu",
+         "hardware.threads=1", "log.tensorboard=false", "log.every=2"]
+
+
+def script(path):
+    """The module of a script, by its path from the root."""
+    name = path.removesuffix(".py").replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def train(*arguments):
+    """Exit status of train.py in this process."""
+    return script("train.py").main(list(arguments))
+
+
+def environment(**more):
+    """One thread a process: tests measure no speed, and equal sums need equal threads."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | more
+
+
+def start_train(*arguments, **more):
+    """train.py in a process group of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=environment(**more), start_new_session=True)
+
+
+def run_train(*arguments, **more):
+    """(status, stdout, stderr) of train.py in a process of its own."""
+    process = start_train(*arguments, **more)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
