@@ -26,11 +26,15 @@ SHORTCUT = re.compile(r"(^|\.)(downsample|shortcut|proj|project|skip|conv_skip|i
 
 @dataclass(frozen=True)
 class Call:
-    """One module's first call, in the order of completion. ``shape``: of its output where that is a single tensor;
-    ``source``: the convolution whose output it was given directly, if any."""
+    """One module's first call, in the order of completion (the network itself comes last, under the name "").
+
+    ``given``, ``shape``: the shapes of its first argument and of its output, where they are tensors; ``source``: the
+    convolution whose output it was given directly, if any.
+    """
 
     name: str
     module: nn.Module
+    given: tuple[int, ...] | None
     shape: tuple[int, ...] | None
     source: str | None
 
@@ -77,8 +81,8 @@ def _run(model: nn.Module, forward) -> list[Call]:
             given = args[0] if args and isinstance(args[0], Tensor) else None
             ref, source = written.get(id(given), (None, None))
             source = source if ref is not None and ref() is given else None
-            shape = tuple(output.shape) if isinstance(output, Tensor) else None
-            calls.setdefault(name, Call(name, module, shape, source))
+            shapes = (tuple(t.shape) if isinstance(t, Tensor) else None for t in (given, output))
+            calls.setdefault(name, Call(name, module, *shapes, source))
             if isinstance(module, nn.Conv2d):
                 written[id(output)] = (weakref.ref(output), name)
 
