@@ -16,6 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 ACTS = ("none", "relu", "relu6")
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # Triton 3.6, numpy
 # odd sizes, prime channels, 1x1, one instance; the last two have reductions in several splits in both layouts
 SHAPES = [(2, 7, 5, 3), (3, 67, 4, 4), (5, 24, 1, 1), (1, 3, 40, 37), (2, 40, 16, 12)]
 
