@@ -40,7 +40,7 @@ def sparsestmax(z: Tensor, radius: Tensor | float, centre: str = "support") -> T
     one-hot from r = sqrt(1 - 1/K). Where p = u there is no direction to move in and p stays (the recursion
     divides 0 by 0).
 
-    The recursion is at most K - 1 deep and a level leaves a settled point where it is, so that all levels run,
+    The recursion is at most K - 1 deep and a level leaves a settled point where it is: all levels run,
     without a branch on a value.
 
     Args:
