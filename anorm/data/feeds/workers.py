@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -44,22 +45,24 @@ class WorkerFeed(Feed):
         if workers:
             self._loader = DataLoader(
                 self._answers, batch_size=None, sampler=self._requests, num_workers=workers, pin_memory=self._pin,
-                persistent_workers=True, worker_init_fn=_leave_signals_to_the_rank,
+                persistent_workers=True, worker_init_fn=_start,
                 generator=torch.Generator())  # else every epoch takes a draw from the model's global generator
 
     def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
-        if self._loader is None:
-            answers = map(self._answers.__getitem__, requests)
-        else:
-            self._requests.current = requests
-            answers = iter(self._loader)
-        for answer in answers:
+        # no name for the iterator: in the frame of a traceback it would outlive close(), and its workers with it
+        for answer in self._answer(requests):
             if isinstance(answer, Failed):
                 raise ValueError(str(answer))
             self.note(answer.bad)
             if self._loader is None and self._pin:
                 answer = answer._replace(images=answer.images.pin_memory(), labels=answer.labels.pin_memory())
             yield answer
+
+    def _answer(self, requests: Iterable[Request]) -> Iterator[Fetched | Failed]:
+        if self._loader is None:
+            return map(self._answers.__getitem__, requests)
+        self._requests.current = requests
+        return iter(self._loader)
 
     def close(self) -> None:
         self._loader = None  # the DataLoader ends its workers when it is collected
@@ -74,7 +77,14 @@ class _Requests:
         return iter(self.current)
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
+def _start(worker: int) -> None:
+    # What was forked is the rank's to collect: a worker that collected the remains of another loader would close
+    # that one's queues. It also keeps the collector from copying the rank's memory.
+    gc.freeze()
+    _leave_signals_to_the_rank()
+
+
+def _leave_signals_to_the_rank() -> None:
     """Ctrl-C and Slurm signal every process of a job, but a rank may still need batches to reach a step boundary.
     So a worker ends only when its rank says so, through the DataLoader's own means, the last of which is SIGTERM."""
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
