@@ -34,14 +34,14 @@ def environment(**more):
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | more
 
 
-def start_train(*arguments, **more):
+def start_train(*arguments, cwd=None, **more):
     """train.py in a process group of its own."""
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=environment(**more), start_new_session=True)
+                            text=True, cwd=cwd, env=environment(**more), start_new_session=True)
 
 
-def run_train(*arguments, **more):
+def run_train(*arguments, cwd=None, **more):
     """(status, stdout, stderr) of train.py in a process of its own."""
-    process = start_train(*arguments, **more)
+    process = start_train(*arguments, cwd=cwd, **more)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err

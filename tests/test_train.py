@@ -1,0 +1,243 @@
+"""train.py and the tools, run for real."""
+
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+import torch
+import yaml
+from commands import ROOT, SMALL, environment, run_train, script, start_train, train
+from PIL import Image
+
+from anorm.engine.record import read_metrics
+
+
+def events(folder, kind):
+    return [line for line in read_metrics(folder) if line["event"] == kind]
+
+
+def weights(folder, name="last.ckpt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def test_help_names_everything_and_loads_no_heavy_package():
+    code = (f"import sys, runpy; sys.argv = ['train.py', '--help']; sys.path.insert(0, {str(ROOT)!r})\n"
+            f"try: runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+            "except SystemExit as end: assert end.code == 0\n"
+            "print([m for m in ('torchvision', 'timm', 'hydra', 'sklearn', 'tensorboard') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()).stdout
+    assert out.rstrip().endswith("[]")
+    assert out.count("    python train.py") == 3
+    for group in ("arch", "norm", "setup", "data", "hardware"):
+        line = next(line for line in out.splitlines() if line.split()[:1] == [group])
+        assert line.split()[1:] == sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
+
+
+def test_cfg_job_prints_every_key_with_its_value(capsys):
+    assert train("norm=an", "arch=resnet18", "norm.k=[1,2,3,4]", "data=digits", "--cfg", "job") == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["norm"]["k"] == [1, 2, 3, 4] and config["norm"]["attention"] == "a2"
+    assert config["arch"] == {"name": "resnet18", "stem": "7x7", "shortcut": "conv", "zero_init": False}
+    assert config["optim"]["global_batch"] == 64 and config["data"]["max_shift"] == 3
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of two epochs on real digits."""
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    assert train("data=digits", "arch=resnet18", "norm=an", "hardware=cpu", "hardware.threads=1", "epochs=2", "optim.lr=0.2",
+                 "schedule.warmup_epochs=0", "log.every=4", f"run_dir={folder}") == 0
+    return folder
+
+
+def test_the_loss_of_a_digits_run_falls(finished):
+    losses = [line["loss"] for line in events(finished, "train")]
+    assert losses[-1] < 0.5 * losses[0]
+    final = read_metrics(finished)[-1]
+    assert final["event"] == "final" and {"top1", "top5", "best_top1", "seconds", "images_per_second"} <= final.keys()
+    evals = events(finished, "eval")
+    assert final["top1"] == evals[-1]["top1"] and final["best_top1"] == max(line["top1"] for line in evals)
+    assert final["top1"] > 30  # chance is 10
+
+
+def test_what_a_run_folder_holds(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "last.ckpt", "best.ckpt", "weights.safetensors", "predictions.npz", "tensorboard"} <= names
+    assert not [name for name in names if name.endswith(".tmp") or "new" in name]
+    start = events(finished, "start")[0]
+    assert {"command", "torch", "git", "machine"} <= start["environment"].keys()
+    steps = [line["step"] for line in events(finished, "train")]
+    assert steps == sorted(set(steps)) and steps[-1] == 44
+    for line in events(finished, "train"):
+        assert {"loss", "lr", "images_per_second", "data_wait", "memory_mib"} <= line.keys()
+    saved = numpy.load(finished / "predictions.npz")
+    assert list(saved["index"]) == list(range(359))
+    assert 100 * saved["top1"].mean() == pytest.approx(read_metrics(finished)[-1]["top1"], abs=1e-9)
+
+
+def test_the_same_command_says_that_it_is_finished(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert train("--config", str(finished / "config.yaml")) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("target", [".", "last.ckpt", "weights.safetensors"])
+def test_validate_prints_the_numbers_of_the_run(finished, capsys, target):
+    final, last = read_metrics(finished)[-1], events(finished, "eval")[-1]
+    assert script("tools/validate.py").main([str(finished / target)]) == 0
+    top1, top5, loss, images = re.search(r"top-1 (\S+) % top-5 (\S+) % loss (\S+) \((\d+) images", capsys.readouterr().out).groups()
+    assert float(top1) == pytest.approx(final["top1"], abs=5e-5) and float(top5) == pytest.approx(final["top5"], abs=5e-5)
+    assert float(loss) == pytest.approx(last["loss"], abs=1e-6) and int(images) == 359
+
+
+def test_validate_under_other_statistics(finished, capsys):
+    losses = {}
+    for stats in ("running", "batch", "recalibrated"):
+        assert script("tools/validate.py").main([str(finished), f"eval.stats={stats}", "eval.recalibrate_batches=10"]) == 0
+        losses[stats] = re.search(r"loss (\S+)", capsys.readouterr().out).group(1)
+    assert len(set(losses.values())) == 3
+
+
+def test_predict_names_the_five_likeliest_classes(finished, capsys, tmp_path):
+    from anorm.data import sources
+
+    image, label = sources.create("digits").val.sample(0, None)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "digit.png")
+    assert script("tools/predict.py").main([str(finished), str(tmp_path / "digit.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 5
+    shares = [float(line.split()[0]) for line in lines]
+    assert shares == sorted(shares, reverse=True) and {line.split()[2] for line in lines} <= {str(d) for d in range(10)}
+
+
+DROPOUT = [*SMALL, "arch=mobilenetv2", "arch.dropout=0.3", "epochs=2", "data.train_images=128", "mix.mixup=0.2", "ema.decay=0.9",
+           "checkpoint.every_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    status, _, err = run_train(*DROPOUT, f"run_dir={folder}")
+    assert status == 0, err
+    return folder
+
+
+def assert_same_run(a, b):
+    """Weights bit for bit, and a log with the same steps and values."""
+    for name in ("model", "ema"):
+        assert_same_tensors(weights(a)[name], weights(b)[name])
+    for kind, keys in (("train", ("step", "epoch", "loss", "lr")), ("eval", ("step", "epoch", "top1", "top5", "loss", "ema_top1"))):
+        assert [[line[key] for key in keys] for line in events(a, kind)] == [[line[key] for key in keys] for line in events(b, kind)]
+    assert len(events(b, "final")) == 1
+
+
+def test_kills_at_random_moments_leave_no_trace(uninterrupted, tmp_path):
+    folder, rng = tmp_path / "run", random.Random(0)
+    for _ in range(10):
+        process = start_train(*DROPOUT, f"run_dir={folder}")
+        # let it get somewhere: the start takes a few seconds of which nothing can be said in general
+        before = _progress(folder)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and _progress(folder) <= before + rng.randrange(2) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.communicate()
+    status, _, err = run_train(*DROPOUT, f"run_dir={folder}")
+    assert status == 0, err
+    assert_same_run(uninterrupted, folder)
+
+
+def _progress(folder):
+    """Bytes of the log, which grow with every few steps."""
+    path = folder / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_saves_at_a_step_boundary_and_the_run_continues_from_there(uninterrupted, tmp_path, name):
+    folder, number = tmp_path / "run", getattr(signal, name)
+    process = start_train(*DROPOUT, "checkpoint.every_steps=0", f"run_dir={folder}")
+    while process.poll() is None and not events(folder, "train"):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "everything is saved" in err
+    step = weights(folder)["step"]
+    assert step > 0
+    status, out, err = run_train(*DROPOUT, f"run_dir={folder}")
+    assert status == 0, err
+    assert f"continuing at step {step} of" in out or step == 16
+    assert_same_run(uninterrupted, folder)
+
+
+def test_resume_never_starts_again(tmp_path):
+    arguments = [*SMALL, "epochs=1", f"run_dir={tmp_path / 'run'}"]
+    assert train(*arguments) == 0
+    first = weights(tmp_path / "run")["model"]
+    assert train(*arguments, "resume=never") == 0
+    assert [line["step"] for line in events(tmp_path / "run", "start")] == [0]
+    assert_same_tensors(first, weights(tmp_path / "run")["model"])
+
+
+def test_the_run_folder_is_named_by_the_signature(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train(*SMALL, "epochs=1") == 0
+    assert train(*SMALL, "epochs=1", "hardware.workers=3", "log.every=1") == 0
+    assert "is finished" in capsys.readouterr().out
+    [folder] = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"resnet18-bn-synthetic-vanilla-s0-[0-9a-f]{10}", folder.name)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_layer(tmp_path, capsys):
+    status = train(*SMALL, f"run_dir={tmp_path / 'run'}", "optim.lr=1e30")
+    message = capsys.readouterr().err
+    assert status == 1
+    found = re.search(r"not finite at step (\d+) .*first: the (output|gradient at the output) of (\S+) ", message)
+    assert found and int(found.group(1)) >= 1
+    assert len(message.strip().splitlines()) <= 2
+
+
+def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(tmp_path):
+    status, out, err = run_train("-m", *SMALL, "epochs=1", "arch=convnet", "seed=0,1", "norm=bn,attn", cwd=tmp_path)
+    assert status == 1
+    assert err.count("unknown norm 'attn'") == 2
+    assert len(re.findall(r"^  done", out, re.M)) == 2 and len(re.findall(r"^  failed", out, re.M)) == 2
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_setups_differ_as_the_paper_says(capsys):
+    configs = {}
+    for name, arguments in {"vanilla": [], "sota": ["setup=sota"], "code": ["faithful=code"]}.items():
+        assert train("arch=resnet50", "norm=an", *arguments, "--cfg", "job") == 0
+        configs[name] = yaml.safe_load(capsys.readouterr().out)
+    vanilla, sota, code = configs["vanilla"], configs["sota"], configs["code"]
+    assert vanilla["epochs"] == 120 and sota["epochs"] == 200
+    assert vanilla["optim"] == sota["optim"]
+    rate = vanilla["optim"]["lr"] * vanilla["optim"]["global_batch"] / vanilla["optim"]["lr_batch"]
+    assert math.isclose(rate, 0.4) and vanilla["optim"]["weight_decay"] == 1e-4 and vanilla["optim"]["momentum"] == 0.9
+    assert vanilla["schedule"] == sota["schedule"] == {"warmup_epochs": 5.0, "floor": 0.0}
+    assert sota["mix"] == {"mixup": 0.2, "cutmix": 0.0, "label_smoothing": 0.1}
+    assert vanilla["arch"] == {"name": "resnet50", "stem": "7x7", "shortcut": "conv", "zero_init": False}
+    assert sota["arch"] == {"name": "resnet50", "stem": "deep", "shortcut": "avgpool", "zero_init": True}
+    assert code["arch"]["zero_init"] is True and vanilla["batch_size"] == 128
+
+
+def test_metrics_are_one_json_object_a_line(finished):
+    for line in (finished / "metrics.jsonl").read_text().splitlines():
+        assert "event" in json.loads(line)
