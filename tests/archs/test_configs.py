@@ -1,0 +1,40 @@
+"""Every architecture has a yaml of its name, and every yaml one architecture; what it changes in the recipe composes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import anorm
+from anorm.build import accepted, complete
+from anorm.engine.compose import compose
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ARCHS = sorted(path.stem for path in (CONFIGS / "arch").glob("*.yaml"))
+
+
+def test_architectures_and_yamls_are_the_same():
+    named = {arch: yaml.safe_load((CONFIGS / "arch" / f"{arch}.yaml").read_text())["name"] for arch in ARCHS}
+    own = {arch: name for arch, name in named.items() if ":" not in str(name)}
+    assert own == {name: name for name in anorm.list_archs()}
+
+
+def conditions(arch):
+    """The words under which an architecture changes the recipe, and none."""
+    keys = yaml.safe_load((CONFIGS / "arch" / f"{arch}.yaml").read_text()).get("recipe") or {}
+    return [[], *(key.split() for key in keys if "=" in key)]
+
+
+@pytest.mark.parametrize(("arch", "extra"), [(arch, extra) for arch in ARCHS for extra in conditions(arch)])
+def test_yaml_builds(arch, extra):
+    config = complete(compose(CONFIGS, [f"arch={arch}", *extra], accepted).config)
+    options = {key: value for key, value in config["arch"].items() if key != "name"}
+    with torch.device("meta"):
+        anorm.create_model(config["arch"]["name"], config["norm"], 10, **options)
+
+
+def test_recipe_of_mobilenetv2():
+    config = complete(compose(CONFIGS, ["arch=mobilenetv2"], accepted).config)
+    assert (config["epochs"], config["optim"]["lr"], config["optim"]["weight_decay"]) == (150, 0.05, 4e-5)
+    assert config["arch"]["dropout"] == 0.2
