@@ -277,7 +277,7 @@ def _(layer: AttentiveNorm, weight: Tensor, bias: Tensor) -> None:
     last = layer.attention.norm or layer.attention.fc
     last.weight.zero_()
     last.bias.fill_(1.0 if layer.attention.activation == "relu" else 0.0)
-    lambdas = ACTIVATIONS[layer.attention.activation](last.bias[None].float())[0, : layer.k]
+    lambdas = ACTIVATIONS[layer.attention.activation](last.bias[None].double())[0, : layer.k]
     for mixture, value in ((layer.weight, weight), (layer.bias, bias)):
         mixture.copy_((value / lambdas.sum().to(value)).expand_as(mixture))
         if last is layer.attention.fc and layer.k > 1:
@@ -328,7 +328,8 @@ def _measure(old: nn.Module, new: nn.Module) -> tuple[str, str]:
             expected = act.train(training)(F.batch_norm(x, *stats, weight, bias, batch, 0.0, old.eps))
             found = twin.train(training)(x)
         deviation.append(float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)))
-    tolerance = 32 * torch.finfo(torch.float32 if reference is None else reference.dtype).eps
+    dtype = torch.float32 if reference is None else reference.dtype
+    tolerance = 32 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     if deviation[0] <= tolerance:
         return ("yes", "") if deviation[1] <= tolerance else ("in evaluation", f"training: off by {deviation[1]:.0%}")
     has_batch = any(isinstance(layer, (RunningNorm, nn.BatchNorm2d)) for layer in new.modules())
@@ -337,11 +338,10 @@ def _measure(old: nn.Module, new: nn.Module) -> tuple[str, str]:
 
 
 def _is_norm(layer: nn.Module) -> bool:
-    return isinstance(layer, Norm) or (bool(NORM.search(type(layer).__name__)) and not _holds_weights(layer))
-
-
-def _holds_weights(layer: nn.Module) -> bool:
-    return any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in layer.modules())
+    if isinstance(layer, (Norm, nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return True
+    holds_weights = any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in layer.modules())
+    return bool(NORM.search(type(layer).__name__)) and not holds_weights
 
 
 def _channels(layer: nn.Module) -> int:
@@ -393,7 +393,7 @@ def _chooser(norm: str | MakeNorm, where: Where) -> Callable[[str, nn.Module, Si
 def _nothing(report: Report, where: Where) -> str:
     """Why nothing was replaced, in words."""
     start = f"nothing to replace in {report.network}: "
-    if not any("Batch" in row.was for row in report.rows):
+    if all(row.why == "not a BatchNorm2d" for row in report.rows):
         others = ", ".join(f"{was} x{n}" for was, n in Counter(row.was for row in report.rows).items())
         return f"{start}it has no BatchNorm2d ({others or 'no norm at all'}); only BatchNorm2d layers are replaced"
     reasons = "; ".join(f"{n} {why}" for why, n in Counter(row.why for row in report.kept).items())

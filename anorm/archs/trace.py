@@ -126,11 +126,11 @@ def find_sites(model: nn.Module, norms: Iterable[str], example: object = None) -
         if home[call.name] in blocks:
             members.setdefault(home[call.name], []).append(call)
 
-    focus, last, number, sizes = set(), set(), {}, []
-    for block in members.values():
+    focus, last, number, outputs = set(), set(), {}, {}
+    for name, block in members.items():
         path = [c for c in block if not SHORTCUT.search(c.name)]
         own = [c.name for c in path if c.name in wanted]
-        if not own:
+        if not own:  # a shortcut of several convolutions
             continue
         number |= {name: i + 1 for i, name in enumerate(own)}
         last.add(own[-1])
@@ -138,8 +138,8 @@ def find_sites(model: nn.Module, norms: Iterable[str], example: object = None) -
         if spatial:
             behind = [name for name in own if order[name] > spatial[-1]]
             focus.add(behind[0] if behind else own[-1])
-        sizes.append(calls[order[own[-1]]].shape[2:])
-    levels = list(dict.fromkeys(sizes)) or [None]
+        outputs[name] = calls[order[own[-1]]].shape[2:]
+    levels = list(dict.fromkeys(outputs.values())) or [None]
     ends = [order[c.name] for block in members.values() for c in block]
 
     sites = {}
@@ -164,7 +164,8 @@ def find_sites(model: nn.Module, norms: Iterable[str], example: object = None) -
                     role = "final"
                 elif role != "spatial":
                     role = "transition"
-            site = replace(site, role=role, stage=_stage(call.shape[2:], levels))
+            stage = _stage(outputs.get(home[name], call.shape[2:]), levels)
+            site = replace(site, role=role, stage=stage)
         sites[name] = replace(site, block_norm=number.get(name, 0), focus=name in focus, last=name in last)
     return sites
 
