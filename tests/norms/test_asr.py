@@ -134,7 +134,7 @@ def test_parameter_count_for_shared_encoders():
 
 
 def test_the_floor_bounds_the_gain():
-    """lambda_sigma near 1, no sigma_stan: sigma^ is (1 - 0.9975) sigma, a gain of 404; the floor makes it 10."""
+    """lambda_sigma near 1, no sigma_stan: sigma^ is (1 - 0.9975) sigma, a gain of 404; floored, 10."""
     for floor, gain in ((0.0, 404.4), (0.1, 10.0)):
         layer = anorm.create_norm("asrn", C, mix_start=6.0, floor=floor).double()
         with torch.no_grad():
