@@ -1,4 +1,4 @@
-"""Weights from files into networks: own checkpoints, safetensors, torchvision's, timm's and the authors' published ones.
+"""Weights from files into networks: own checkpoints, safetensors, torchvision's, timm's and the authors'.
 
 A file is read without running anything in it, its names are translated into the network's, and nothing is copied
 unless everything fits: a partial match is refused with the list of what is missing.
@@ -228,7 +228,9 @@ def _rules(*pairs: tuple[str, str]) -> Callable[[str, dict], str]:
 
 
 def _aognet(name: str, shapes: dict) -> str:
-    """stage0.stage_0_block_1.stage_0_block_1_node_5_op.conv_norm_ac_2.conv_norm.conv_norm.1.X -> stage1.blocks.1.nodes.5.norm2.X"""
+    """Stages count from 0 there: stage0.stage_0_block_1.stage_0_block_1_node_5_op.conv_norm_ac_2.conv_norm.conv_norm.1
+    is stage1.blocks.1.nodes.5.norm2 here (0 is the convolution, 1 the norm).
+    """
     conv_norm = {"0": "conv", "1": "norm"}
     if m := re.match(r"stem\.(\d)\.conv_norm\.conv_norm\.([01])\.", name):
         new = f"stem.{m[1]}.{conv_norm[m[2]]}."

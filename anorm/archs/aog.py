@@ -1,6 +1,6 @@
 """The AND-OR grammar of AOGNet: which nodes a block has, who feeds whom, in which order.
 
-Source: Li, Song, Wu, "AOGNets: Compositional Grammatical Architectures for Deep Learning" (CVPR 2019), Sec. 3.
+Li, Song and Wu, "AOGNets: Compositional Grammatical Architectures for Deep Learning" (CVPR 2019), section 3.
 Pure data: this module knows no tensors. A block of `dim` unit channel slices is a sentence of length `dim`:
 
     T[a, b]     terminal: the slices a..b of the block's input
@@ -13,6 +13,7 @@ root is OR[0, dim-1]. Lateral edges join neighbours of one kind and one width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -75,7 +76,7 @@ class Grammar:
     def residual_scale(self, node: Node, child: int) -> float:
         """Factor on a syntactic child in the residual sum or concatenation: paths(node) / paths(child).
 
-        It removes the double counting of a child that several nodes share (AOGNets, Sec. 3.3).
+        It removes the double counting of a child that several nodes share (AOGNets, section 3.3).
         """
         return node.paths / self.nodes[child].paths
 
@@ -159,7 +160,7 @@ def hash_order(ids: list[int]) -> list[int]:
 
 
 def _free_slot(table: list[int | None], key: int) -> int:
-    """Open addressing: up to nine neighbours where they fit into the table, else a jump mixed with the key's high bits."""
+    """Open addressing: nine neighbours where they fit into the table, else a jump mixed with the key's high bits."""
     mask = len(table) - 1
     slot, perturb = key & mask, key
     while True:
@@ -172,7 +173,7 @@ def _free_slot(table: list[int | None], key: int) -> int:
 
 
 def _count_paths(nodes: list[Node]) -> None:
-    """paths(root) = 1; paths(n) = sum over n's syntactic parents. Wider nodes first, an OR before its own ANDs and T."""
+    """paths(root) = 1; paths(n) = sum over n's syntactic parents. Wider nodes first, an OR before its ANDs and T."""
     nodes[0].paths = 1
     for node in sorted(nodes, key=lambda n: (-n.width, n.kind != OR)):
         for child in node.children:
@@ -196,7 +197,7 @@ def _add_lateral_edges(nodes: list[Node]) -> None:
                 continue
             if rightward == turned:
                 row.reverse()
-            for giver, taker in zip(row, row[1:]):
+            for giver, taker in itertools.pairwise(row):
                 taker.lateral = giver.id
             turned = False
 

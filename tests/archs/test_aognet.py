@@ -1,6 +1,7 @@
 """AOGNet: recorded blocks, parameter counts to the digit, the sites of its norms, dropout as a mask."""
 
 import json
+from functools import partial
 
 import numpy as np
 import published_weights as published
@@ -34,14 +35,15 @@ def test_recorded_block(name, mode):
     def norm(site):
         return AttentiveNorm(site.channels, site.act, k=k) if k and site.focus else BatchNorm(site.channels, site.act)
 
-    site = lambda channels, role, **where: Site(channels, 0, 1, role, **where)  # noqa: E731
+    site = partial(Site, stage=0, stages=1)
     block = aognet.Block(inputs, outputs, aog.build(dim, symmetry), 0.25, 0.0, site, norm).double()
     prefix = "stage1.blocks.0."
     named = {f"stage0.stage_0_block_0.{key}": tuple(shape) for key, shape in params + buffers}
     _, places = translate(named, {prefix + key for key in block.state_dict()})
     place = {key: places[f"stage0.stage_0_block_0.{key}"].removeprefix(prefix) for key, _ in params + buffers}
     own = block.state_dict()
-    block.load_state_dict({place[k]: v.reshape(own[place[k]].shape) for k, v in published.state(params + buffers).items()})
+    values = published.state(params + buffers)
+    block.load_state_dict({place[key]: value.reshape(own[place[key]].shape) for key, value in values.items()})
 
     block.train(mode == "train")
     x = torch.from_numpy(recorded["x"]).requires_grad_()
@@ -125,7 +127,7 @@ def test_forward_stages_match_feature_info():
 def test_dropout_is_dropout2d_before_the_residual():
     """The mask on the last norm's coefficients equals torch's Dropout2d of its output, for the same drawn mask."""
     torch.manual_seed(0)
-    site = lambda channels, role, **where: Site(channels, 0, 1, role, **where)  # noqa: E731
+    site = partial(Site, stage=0, stages=1)
     node = aognet.Node(6, 8, 0.5, 0.4, False, site, lambda s: BatchNorm(s.channels, s.act)).double().train()
     op, res = torch.randn(2, 5, 6, 4, 4, dtype=torch.double)
     torch.manual_seed(1)

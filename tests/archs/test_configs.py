@@ -1,4 +1,4 @@
-"""Every architecture has a yaml of its name, and every yaml one architecture; what it changes in the recipe composes."""
+"""Every architecture has a yaml of its name, every yaml one architecture, and its recipe composes."""
 
 from pathlib import Path
 

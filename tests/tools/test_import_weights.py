@@ -39,7 +39,8 @@ def test_the_authors_file_becomes_ours(tool, tmp_path, capsys):
     torch.manual_seed(0)
     model = anorm.create_model("resnet18", "an", num_classes=7)
     torch.save(in_the_authors_names(model), tmp_path / "theirs.pth")
-    assert tool.main([str(tmp_path / "theirs.pth"), str(tmp_path / "ours.safetensors"), "arch=resnet18", "norm=an"]) == 0
+    files = [str(tmp_path / name) for name in ("theirs.pth", "ours.safetensors")]
+    assert tool.main([*files, "arch=resnet18", "norm=an"]) == 0
     said = capsys.readouterr().out
     assert "the authors' names" in said and "7 classes" in said
     other = anorm.create_model("resnet18", "an", num_classes=7)
