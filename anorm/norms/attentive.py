@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, squeeze, then
-from anorm.norms.base import Norm, ParamNeeds, Site, fully_connected
+from anorm.norms.base import Norm, ParamNeeds, Site, fully_connected, untracked
+from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build, build_base
+from anorm.ops.hot import HotLaw, hot_an
 
 __all__ = ["NORMS", "Attention", "AttentiveGroupNorm", "AttentiveNorm"]
 
@@ -128,13 +130,39 @@ class AttentiveNorm(Norm):
             moments = Moments(mean, var, moments.count)
         return self.attention(moments)
 
+    def hot(self, x: Tensor) -> HotLaw | None:
+        base, attention = self.base, self.attention
+        published = (
+            type(base) is BatchNorm
+            and type(attention.norm) is BatchNorm
+            and (attention.input, attention.activation, self.source) == ("rsd", "hsigmoid", "input")
+            and not self.separate
+        )
+        if not published or x.shape[0] < 2:
+            return None
+        norms = base, attention.norm
+        if not all(norm.from_batch and not norm.sync for norm in norms) or base.learning != attention.norm.learning:
+            return None
+
+        def track(mean: Tensor, var: Tensor, attention_mean: Tensor, attention_var: Tensor) -> None:
+            base.track(mean, var)
+            attention.norm.track(attention_mean, attention_var)
+
+        return hot_an(
+            (self.weight, self.bias, attention.fc.weight, attention.norm.weight, attention.norm.bias),
+            (base.eps, attention.eps, attention.norm.eps),
+            untracked(self),
+            track if base.learning else None,
+        )
+
     def zero_init(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
     def param_needs(self) -> dict[str, ParamNeeds]:
-        attention = {name: ParamNeeds("attention") for name, _ in self.named_parameters()}
-        return attention | {name: ParamNeeds("mixture") for name in ("weight", "bias")}
+        needs = {f"base.{name}": needs for name, needs in self.base.param_needs().items()}
+        needs |= {f"attention.{name}": ParamNeeds("attention") for name, _ in self.attention.named_parameters()}
+        return needs | {name: ParamNeeds("mixture") for name in ("weight", "bias")}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from anorm.algebra import Affine, Moments, gate, pool_batch, then
 from anorm.ops import normalize
 from anorm.ops.activations import lookup
+from anorm.ops.hot import HotLaw
 
-__all__ = ["Norm", "ParamNeeds", "RunningNorm", "Site", "fully_connected"]
+__all__ = ["Norm", "ParamNeeds", "RunningNorm", "Site", "fully_connected", "untracked"]
 
 ROLES = ("stem", "reduce", "spatial", "expand", "shortcut", "transition", "final")
 
@@ -101,8 +102,13 @@ class Norm(nn.Module):
         """act(mask * N(x) + residual); x and residual (N, C, H, W), mask (N, C) (a dropout of whole channels)."""
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"{type(self).__name__} of {self.channels} channels got a shape {tuple(x.shape)}")
-        law = self.law if mask is None else lambda moments: gate(self.law(moments), mask)
-        return normalize(x, law, self.act, residual, self.needs())
+        if mask is None:
+            return normalize(x, self.law, self.act, residual, self.needs(), self.hot(x))
+        return normalize(x, lambda moments: gate(self.law(moments), mask), self.act, residual, self.needs())
+
+    def hot(self, x: Tensor) -> HotLaw | None:
+        """This law as the compiled backends compute it in one call, where they can for the present mode and x."""
+        return None
 
     def zero_init(self) -> None:
         """Start as the zero function (the last norm of a residual branch: the block starts as its shortcut)."""
@@ -175,6 +181,7 @@ class RunningNorm(Norm):
         self.unbiased = unbiased
         self.sync = False
         self.eval_stats = "running"
+        self._tracking = True
 
     def _make_buffers(self) -> None:
         self.register_buffer("running_mean", torch.zeros(self.channels))
@@ -203,28 +210,43 @@ class RunningNorm(Norm):
                 "least 2 per process (batch_size=2), or a norm without batch statistics (norm=gn, norm=an_gn; for "
                 "AN over BN also norm.attention=a1)"
             )
-        pooled = pool_batch(moments, self.sync)
-        if self.learning:
-            self._track(pooled)
+        pooled = pool_batch(moments, self.sync and self.learning)  # processes evaluate unequal numbers of batches
+        if self.learning and self._tracking:
+            var = pooled.var * (pooled.count / (pooled.count - 1)) if self.unbiased else pooled.var
+            self.track(pooled.mean, var)
         return pooled.mean, pooled.var
 
     @torch.no_grad()
-    def _track(self, pooled: Moments) -> None:
+    def track(self, mean: Tensor, var: Tensor) -> None:
+        """Take a batch's statistics (C,) into the running ones."""
         self.num_batches_tracked.add_(1)
-        var = pooled.var
-        if self.unbiased:
-            var = var * (pooled.count / (pooled.count - 1))
         if self.momentum is None:
             rate = 1.0 / self.num_batches_tracked.to(self.running_mean.dtype)
         else:
             rate = self.momentum
-        self.running_mean.lerp_(pooled.mean.to(self.running_mean.dtype), rate)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
         self.running_var.lerp_(var.to(self.running_var.dtype), rate)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         if self.tracked:  # checkpoints from before torch 0.4.1 have no counter; nn.BatchNorm2d fills it in too
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0, dtype=torch.long))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def untracked(norm: Norm) -> Callable[[Moments], Affine]:
+    """The norm's law without its side effect, the tracking of running statistics."""
+
+    def law(moments: Moments) -> Affine:
+        trackers = [module for module in norm.modules() if isinstance(module, RunningNorm) and module._tracking]
+        for module in trackers:
+            module._tracking = False
+        try:
+            return norm.law(moments)
+        finally:
+            for module in trackers:
+                module._tracking = True
+
+    return law
 
 
 def fully_connected(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from anorm.algebra import Affine, Moments, standardize
-from anorm.norms.base import RunningNorm
+from anorm.norms.base import RunningNorm, untracked
+from anorm.ops.hot import HotLaw, hot_bn
 
 __all__ = ["NORMS", "BatchNorm"]
 
@@ -41,6 +44,11 @@ class BatchNorm(RunningNorm):
 
     def law(self, moments: Moments | None) -> Affine:
         return self._then_affine(standardize(*self.batch_statistics(moments), self.eps))
+
+    def hot(self, x: Tensor) -> HotLaw | None:
+        if not self.from_batch or self.sync or x.numel() <= self.channels:
+            return None
+        return hot_bn(self.weight, self.bias, self.eps, untracked(self), self.track if self.learning else None)
 
 
 NORMS = {"bn": BatchNorm}

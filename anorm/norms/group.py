@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from anorm.algebra import Affine, Moments, pool_groups, standardize
 from anorm.norms.base import Norm
+from anorm.ops.hot import HotLaw, hot_gn
 
 __all__ = ["NORMS", "GroupNorm", "InstanceNorm", "LayerNorm", "resolve_groups"]
 
@@ -53,6 +56,9 @@ class GroupNorm(Norm):
     def law(self, moments: Moments) -> Affine:
         mean, var, _ = pool_groups(moments, self.groups)
         return self._then_affine(standardize(mean, var, self.eps))
+
+    def hot(self, x: Tensor) -> HotLaw:
+        return hot_gn(self.weight, self.bias, self.groups, self.eps, self.law)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"

@@ -9,7 +9,6 @@ there), ``cpu`` (C++), ``triton`` (GPU); ``auto`` takes the fastest that works f
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from anorm.algebra import Affine, Moments
 from anorm.ops import reference
 from anorm.ops.activations import lookup
 from anorm.ops.autograd import fixed_affine, moments_and_slots, slotted_affine
+from anorm.ops.hot import HotLaw, normalize_hot
 
 __all__ = ["BACKENDS", "normalize", "resolve", "set_backend", "use_backend", "why_not"]
 
@@ -39,6 +39,7 @@ def normalize(
     act: str | None = None,
     residual: Tensor | None = None,
     needs: str = "mean_var",
+    hot: HotLaw | None = None,
 ) -> Tensor:
     """y = act(scale * (x - centre) + shift [+ residual]) with (centre, scale, shift) = law(moments of x).
 
@@ -50,6 +51,7 @@ def normalize(
         residual: added before the activation; the shape of x.
         needs: "mean_var", "mean" (``var`` is None, the reduction reads x once for the mean alone) or "none" (the law
             gets None: no reduction pass runs, and backward is scale * dy).
+        hot: the same law as the compiled backends compute it in one call, where they do (``anorm.ops.hot``).
 
     Backward is one reduction over (dy, x), the law's own backward on small tensors, and one elementwise pass.
     Gradients of gradients work (through the reference formulas). Raises ValueError for a shape, dtype or name that
@@ -68,16 +70,18 @@ def normalize(
         x, residual = x.to(common), residual.to(common)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            y = _run(x, law, fused, residual, needs)
+            y = _run(x, law, fused, residual, needs, hot)
     else:
-        y = _run(x, law, fused, residual, needs)
+        y = _run(x, law, fused, residual, needs, hot)
     return y if activation.fused else activation.function(y)
 
 
-def _run(x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str) -> Tensor:
+def _run(x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str, hot: HotLaw | None) -> Tensor:
     if torch.compiler.is_exporting():
         return _plain(x, law, act, residual, needs)
     backend = resolve(x.device.type)
+    if hot is not None and not torch.compiler.is_compiling() and backend.laws(x.dtype) is not None:
+        return normalize_hot(x, hot, act, residual, backend)
     if needs == "none":
         return fixed_affine(x, *_dense(law(None)), residual, act, backend)
     mask_from_x = act if residual is None else "none"
@@ -100,23 +104,35 @@ def _plain(x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: s
     return reference.affine(x, *law(m), residual, act)
 
 
-@cache
+_modules: dict[str, ModuleType] = {"reference": reference}
+
+
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"anorm.ops.{name}")
+    if name not in _modules:
+        _modules[name] = importlib.import_module(f"anorm.ops.{name}")
+    return _modules[name]
 
 
 @cache
 def _auto(device: str) -> str:
     """The fastest backend for a device; the choice and the reason are logged once."""
-    name = {"cuda": "triton"}.get(device)  # TEMP: cpu when it is complete
-    if name is None or importlib.util.find_spec(f"anorm.ops.{name}") is None:
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    if name is None:
         return "reference"
-    reason = _module(name).available()
+    reason = why_not(name)
     if reason is None:
         _log.info("backend for %s tensors: %s", device, name)
         return name
     _log.info("backend for %s tensors: reference (%s is not usable: %s)", device, name, reason)
     return "reference"
+
+
+@torch.compiler.assume_constant_result
+def _name(device: str) -> str:
+    """The backend's name, its module imported: torch.compile calls this while it traces and keeps the answer."""
+    name = _auto(device) if _chosen == "auto" else _chosen
+    _module(name)
+    return name
 
 
 def why_not(name: str) -> str | None:
@@ -126,7 +142,7 @@ def why_not(name: str) -> str | None:
 
 def resolve(device: str) -> ModuleType:
     """The module that runs the passes for a device type ("cpu", "cuda") under the present choice."""
-    return _module(_auto(device) if _chosen == "auto" else _chosen)
+    return _modules[_name(device)]
 
 
 def set_backend(name: str) -> None:

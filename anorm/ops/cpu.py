@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ __all__ = [
     "gn_coefficients",
     "gn_coefficients_backward",
     "instruction_set",
+    "laws",
     "moments",
     "moments_backward",
 ]
@@ -187,6 +189,21 @@ _an_backward = _operator(
     " -> (Tensor dvar2, Tensor dmean1, Tensor dmix_weight, Tensor dmix_bias, Tensor dfc, Tensor dgain, Tensor doffset)",
     _an_backward_fake,
 )
+
+_LAWS = SimpleNamespace(
+    bn_coefficients=_bn,
+    bn_coefficients_backward=_bn_backward,
+    gn_coefficients=_gn,
+    gn_coefficients_backward=_gn_backward,
+    an_coefficients=_an,
+    an_coefficients_backward=_an_backward,
+)
+
+
+def laws(dtype: torch.dtype) -> SimpleNamespace:
+    """The coefficient operators for maps of a dtype (any), as ``hot.py`` calls them."""
+    return _LAWS
+
 
 # ---- the four passes -----------------------------------------------------------------------------------------------
 # x (N, C, H, W): float32, float64, bfloat16 or float16; contiguous, channels_last, or else made so. Coefficients (C,)

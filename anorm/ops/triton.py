@@ -11,15 +11,17 @@ interpreter, slowly: for tests.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from functools import cache, lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["affine", "affine_backward", "available", "moments", "moments_backward"]
+__all__ = ["affine", "affine_backward", "available", "laws", "moments", "moments_backward"]
 
 TILE = 4096  # cells of a tile: 16 a thread, two 16-byte loads of 2-byte numbers
 FILL = 512  # programs that fill a large GPU: about 4 on each of its 132 to 148 processors
@@ -69,6 +71,11 @@ class Plan(NamedTuple):
     splits: int  # of the positions in a reduction, of rows
     rows: int
     warps: int
+
+
+def laws(dtype: torch.dtype) -> ModuleType | None:
+    """The coefficient operators for maps of a dtype; None for float64, whose laws run as they are written."""
+    return None if dtype == torch.float64 else importlib.import_module("anorm.ops.triton_laws")
 
 
 @lru_cache(maxsize=4096)

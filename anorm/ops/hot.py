@@ -1,0 +1,157 @@
+"""Laws whose coefficients the compiled backends make in one call each way: BN, GN (LN, IN) and AN over BN, training.
+
+A layer of one of these is a single autograd node of six calls (moments, coefficients, affine; affine_backward,
+coefficients_backward, moments_backward) instead of three nodes with the law's own small graph between them. On small
+maps that graph costs more than the passes. Every other law goes through ``autograd.py`` and needs nothing from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from anorm.algebra import Affine, Moments
+from anorm.ops import reference
+from anorm.ops.activations import masked
+
+__all__ = ["HotLaw", "hot_an", "hot_bn", "hot_gn", "normalize_hot"]
+
+Tensors = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class HotLaw:
+    """How a compiled backend's module of laws computes a law; ``made`` is what its forward function returned.
+
+    parameters: the law's.
+    forward: (laws, mean, var, count, parameters) -> made.
+    affine: (made, parameters) -> coefficients.
+    backward: (laws, dscale, dshift, mean, made, parameters, count) -> (about, dvar2, dmean1, *parameter gradients).
+    law: the same law in PyTorch without side effects, for gradients of gradients.
+    track: takes made; running statistics.
+    """
+
+    parameters: Tensors
+    forward: Callable[[ModuleType, Tensor, Tensor, int, Tensors], Tensors]
+    affine: Callable[[Tensors, Tensors], Affine]
+    backward: Callable[[ModuleType, Tensor, Tensor, Tensor, Tensors, Tensors, int], Tensors]
+    law: Callable[[Moments], Affine]
+    track: Callable[[Tensors], None] | None = None
+
+
+def normalize_hot(x: Tensor, hot: HotLaw, act: str, residual: Tensor | None, backend: ModuleType) -> Tensor:
+    """``normalize`` by a backend that has laws for x's dtype."""
+    y, _, *made = _Hot.apply(x, residual, act, backend, hot, *hot.parameters)
+    if hot.track is not None:
+        hot.track(made)
+    return y
+
+
+class _Hot(Function):
+    @staticmethod
+    def forward(x, residual, act, backend, hot, *parameters):
+        mean, var = backend.moments(x, True)
+        made = hot.forward(backend.laws(x.dtype), mean, var, x.shape[2] * x.shape[3], parameters)
+        return backend.affine(x, *hot.affine(made, parameters), residual, act), mean, *made
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, residual, ctx.act, ctx.backend, ctx.hot, *parameters = inputs
+        y, *rest = output
+        ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)
+        ctx.has_residual, ctx.number = residual is not None, len(parameters)
+        ctx.save_for_backward(x, y if ctx.has_residual and ctx.act != "none" else None, *parameters, *rest)
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:  # y took no part in the loss
+            return (None,) * (5 + ctx.number)
+        x, y, *rest = ctx.saved_tensors
+        parameters, (mean, *made) = rest[: ctx.number], rest[ctx.number :]
+        if torch.is_grad_enabled():
+            dx, g, to_parameters = _differentiable(ctx.hot, ctx.act, dy, x, y, parameters)
+            return dx, g if ctx.has_residual else None, None, None, None, *to_parameters
+        backend, hot, act, g = ctx.backend, ctx.hot, ctx.act, dy
+        coefficients = hot.affine(made, parameters)
+        dscale, dshift, masked_g = backend.affine_backward(dy, x, *coefficients, y, act)
+        about, dvar2, dmean1, *to_parameters = hot.backward(
+            backend.laws(x.dtype), dscale, dshift, mean, made, parameters, x.shape[2] * x.shape[3]
+        )
+        if masked_g is not None:
+            g, act = masked_g, "none"
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = backend.moments_backward(g, x, *coefficients, about, dvar2, dmean1, act)
+        to_parameters = [None if p is None else d.to(p.dtype) for p, d in zip(parameters, to_parameters, strict=True)]
+        return dx, g if ctx.has_residual else None, None, None, None, *to_parameters
+
+
+def _differentiable(hot: HotLaw, act: str, dy: Tensor, x: Tensor, y: Tensor | None, parameters: list):
+    """(dx, g, parameter gradients) as differentiable functions: the definition, run again under autograd."""
+    z = reference.affine(x, *hot.law(Moments(*reference.moments(x), x.shape[2] * x.shape[3])), None, "none")
+    g = masked(act, dy, z if y is None else y)
+    wanted = [t for t in (x, *parameters) if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(z, wanted, g, create_graph=True))
+    dx, *rest = (next(found) if t is not None and t.requires_grad else None for t in (x, *parameters))
+    return dx, g, rest
+
+
+def _shift(bias: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if bias is None else bias.to(like.dtype)
+
+
+def hot_bn(weight: Tensor | None, bias: Tensor | None, eps: float, law: Callable, track: Callable | None) -> HotLaw:
+    """Batch normalization with the batch's statistics; ``track(mean, unbiased variance)``."""
+    return HotLaw(
+        parameters=(weight, bias),
+        forward=lambda laws, mean, var, count, p: laws.bn_coefficients(mean, var, p[0], count, eps),
+        affine=lambda made, p: Affine(made[0], made[1], _shift(p[1], made[1])),
+        backward=lambda laws, dscale, dshift, mean, made, p, count: (
+            made[0],
+            *laws.bn_coefficients_backward(dscale, dshift, made[1], made[2], count),
+        ),
+        law=law,
+        track=track and (lambda made: track(made[0], made[3])),
+    )
+
+
+def hot_gn(weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, law: Callable) -> HotLaw:
+    """Group normalization."""
+    return HotLaw(
+        parameters=(weight, bias),
+        forward=lambda laws, mean, var, count, p: laws.gn_coefficients(mean, var, p[0], groups, eps),
+        affine=lambda made, p: Affine(made[0], made[1], _shift(p[1], made[1][0])),
+        backward=lambda laws, dscale, dshift, mean, made, p, count: (
+            made[0],
+            *laws.gn_coefficients_backward(dscale, dshift, made[1], made[2], groups, count),
+        ),
+        law=law,
+    )
+
+
+def hot_an(parameters: Tensors, eps: tuple[float, float, float], law: Callable, track: Callable | None) -> HotLaw:
+    """Attentive normalization over BN in its published form.
+
+    parameters: mixtures of scale and shift (K, C), FC (K, C), weight and bias of the attention norm (K). eps: of the
+    base norm, the descriptor, the attention norm. ``track(mean, unbiased variance, mean, unbiased variance)``: of the
+    base norm and of the attention norm.
+    """
+    return HotLaw(
+        parameters=parameters,
+        forward=lambda laws, mean, var, count, p: laws.an_coefficients(mean, var, *p, count, *eps),
+        affine=lambda made, p: Affine(*made[:3]),
+        backward=lambda laws, dscale, dshift, mean, made, p, count: (
+            mean,
+            *laws.an_coefficients_backward(
+                dscale, dshift, mean, *(made[i] for i in (0, 1, 3, 5, 6, 7, 10)), *p, count
+            ),
+        ),
+        law=law,
+        track=track and (lambda made: track(made[0], made[4], made[8], made[9])),
+    )
