@@ -105,31 +105,32 @@ class Evaluator:
 
 @contextmanager
 def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], None]) -> Iterator[None]:
-    """Within: norms evaluate with their running statistics ("running"), each batch's own ("batch"), or statistics taken
+    """Within: norms evaluate with their running statistics ("running", the default), each batch's own ("batch"), or statistics taken
     afresh from training batches by ``recalibrate`` ("recalibrated"). Afterwards all is as before."""
     norms = [module for module in model.modules() if isinstance(module, RunningNorm) and not module.frozen]
+    before = [norm.eval_stats for norm in norms]  # a law may have its own way (afn_as_released)
     if source == "running":
         yield
     elif source == "batch":
-        synced = [norm.sync for norm in norms]
-        for norm in norms:  # never over processes, which may have different numbers of batches
-            norm.eval_stats, norm.sync = "batch", False
+        for norm in norms:
+            norm.eval_stats = "batch"
         try:
             yield
         finally:
-            for norm, sync in zip(norms, synced, strict=True):
-                norm.eval_stats, norm.sync = "running", sync
+            for norm, stats in zip(norms, before, strict=True):
+                norm.eval_stats = stats
     else:
         kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the cumulative average
+            norm.eval_stats = "running"
         try:
             recalibrate()
             yield
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+            for norm, momentum, stats in zip(norms, momenta, before, strict=True):
+                norm.momentum, norm.eval_stats = momentum, stats
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
