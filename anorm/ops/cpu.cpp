@@ -31,6 +31,7 @@ struct Coefficient {
 // The arguments of a pass; a kernel reads those it needs.
 struct Pass {
   int64_t n = 0, c = 0, hw = 0;
+  double per_cell = 0;                       // 1 / hw
   int64_t segments = 1, segment_rows = 0;  // channels_last reductions: how the hw rows of an instance are cut
   const void *x = nullptr, *dy = nullptr;
   const void* y = nullptr;  // the residual (forward) or the output whose sign is the mask (backward)
@@ -111,6 +112,7 @@ class Call {
     pass.n = map.x.size(0);
     pass.c = map.x.size(1);
     pass.hw = map.x.size(2) * map.x.size(3);
+    pass.per_cell = 1.0 / static_cast<double>(pass.hw);
     pass.x = map.x.const_data_ptr();
   }
 

@@ -5,7 +5,7 @@
 // rows (n, position) of c values in the elementwise passes, and segments (n, s) of rows in the reductions; the sums of
 // several segments are merged in order afterwards.
 //
-// Sums run in registers over at most 64 values per lane and continue in double. A span that is not a multiple of a
+// Sums run in registers over at most 32 values per lane and continue in double. A span that is not a multiple of a
 // register ends with a register that overlaps the one before: it counts nothing twice and writes the same values again.
 
 // ---- activations -------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ INLINE V gate(V z, V g) {
 
 // ---- coefficients ----------------------------------------------------------------------------------------------------
 
-constexpr int64_t kRun = 64;
+constexpr int64_t kRun = 32;
 
 template <class V>
 struct Coefficients {
@@ -143,9 +143,9 @@ INLINE void plane_moments(const Pass& p, int64_t r) {
   const int64_t head = std::min<int64_t>(p.hw, 1024);
   double first, second;
   span_sums<V>(MeanTerms<T>::of(p, r * p.hw), Coefficients<V>{}, head, first, second);
-  const A shift = finite_or_zero<A>(A(first / head));
+  const A shift = finite_or_zero<A>(A(first) / A(head));
   span_sums<V>(MomentTerms<T>::of(p, r * p.hw), Coefficients<V>{splat<V>(shift)}, p.hw, first, second);
-  const double offset = first / p.hw, spread = second / p.hw - offset * offset;
+  const double offset = first * p.per_cell, spread = second * p.per_cell - offset * offset;
   *p.first_at<A>(r) = A(shift + offset);
   *p.second_at<A>(r) = A(spread < 0 ? 0 : spread);
 }
@@ -198,7 +198,10 @@ void gradients_nchw(const Pass& p, int64_t begin, int64_t end) {
 }
 
 // ---- reductions, channels_last ---------------------------------------------------------------------------------------
-// U registers of neighbouring channels at a time, down the rows of a segment.
+// U registers of neighbouring channels at a time, down the rows of a segment. Fewer would fit AVX2's 16 registers better
+// and be slower: what counts is how much of a row is read at once.
+
+constexpr int kColumns = 4;
 
 template <class V, int U, class Terms>
 INLINE void column_sums(const Terms& terms, const Coefficients<V> (&k)[U], int64_t stride, int64_t rows, double* first,
@@ -249,7 +252,7 @@ struct MomentBlock {
   template <class V, int U>
   INLINE_MEMBER void run(const Pass& p, const Segment& s, int64_t c) {
     constexpr int64_t W = lanes<V>, count = U * W;
-    const int64_t at = (s.n * p.hw + s.row) * p.c + c, head = std::min(s.rows, kRun);
+    const int64_t at = (s.n * p.hw + s.row) * p.c + c, head = std::min<int64_t>(s.rows, 64);
     Coefficients<V> k[U] = {};
     double first[count], second[count];
     column_sums<V, U>(MeanTerms<T>::of(p, at), k, p.c, head, first, second);
@@ -302,7 +305,7 @@ void segments_nhwc(const Pass& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const Segment s(p, item);
     int64_t c = 0;
-    for (; c + 4 * W <= p.c; c += 4 * W) Block::template run<V, 4>(p, s, c);
+    for (; c + kColumns * W <= p.c; c += kColumns * W) Block::template run<V, kColumns>(p, s, c);
     for (; c + W <= p.c; c += W) Block::template run<V, 1>(p, s, c);
     if (c < p.c && p.c >= W) {
       Block::template run<V, 1>(p, s, p.c - W);
