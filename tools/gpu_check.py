@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from anorm import create_model, create_norm, ops  # noqa: E402
-from anorm.norms.placement import Placement  # noqa: E402
-from anorm.ops import reference, triton  # noqa: E402
+from anorm import create_model, create_norm, ops
+from anorm.norms.placement import Placement
+from anorm.ops import reference, triton
 
 MAPS = [(64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)]  # ResNet-50
 AN_MAPS = [(64, 56), (128, 28), (256, 14), (512, 7)]  # where ResNet-50 has AN
@@ -389,7 +389,7 @@ def main() -> int:
         print(f"{name}: {SECTIONS[name].__doc__.splitlines()[0]}", flush=True)
         try:
             SECTIONS[name]()
-        except Exception as error:  # a section that fails is reported and does not cost the others their figures
+        except Exception as error:  # noqa: BLE001 - a section that fails is reported and does not cost the others their figures
             failed = True
             RESULTS.setdefault(name, {})["error"] = f"{type(error).__name__}: {error}"
             print(f"  FAILED: {type(error).__name__}: {error}", flush=True)

@@ -141,7 +141,7 @@ def gn_backward_kernel(
     dscale, dshift, scale, rstd, dvar2, dmean1, dweight_n, G, D, count, BG: tl.constexpr, BD: tl.constexpr
 ):
     """As for the batch, over count = HW D values a group; dweight_n is each instance's part of the weight's gradient."""
-    c, at, there = _group_cells(G, D, BG, BD)
+    _, at, there = _group_cells(G, D, BG, BD)
     s = tl.load(scale + at, mask=there, other=0.0)
     r = tl.load(rstd + at, mask=there, other=0.0)
     ds = tl.load(dscale + at, mask=there, other=0.0)

@@ -15,7 +15,7 @@ CASES = Path(__file__).with_name("triton_cases.py")
 
 def run_cases(environment):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", str(CASES)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[2])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[2], check=False)
     assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
 
 
@@ -46,5 +46,5 @@ def test_says_why_it_cannot_run():
         "with pytest.raises(RuntimeError, match='cannot be used here'): ops.set_backend('triton')\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -19,10 +19,10 @@ compiler = pytest.importorskip("triton", reason="Triton is not installed")
 if compiler.knobs.runtime.interpret:
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from anorm.ops import triton_coefficients, triton_kernels  # noqa: E402
+from anorm.ops import triton_coefficients, triton_kernels
 
 pytestmark = pytest.mark.skipif(
     "nvidia" not in compiler.backends.backends, reason="this Triton has no NVIDIA compiler"

@@ -358,7 +358,7 @@ EPS_BN, EPS_RSD = 1e-5, 1e-3
 
 def moments_like(n, c, mean=3.0):
     """Means, variances and the sums of a backward reduction, as the passes would give them."""
-    draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, device=DEVICE)
     return 2 * draw(n, c) + mean, torch.rand(n, c, device=DEVICE) + 0.3, draw(n, c), draw(n, c)
 
 
@@ -419,7 +419,7 @@ def test_gn_coefficients(n, c, groups, k, hw, affine):
 
 
 def attention_network(c, k):
-    draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, device=DEVICE)
     return 1 + 0.1 * draw(k, c), 0.1 * draw(k, c), 0.3 * draw(k, c), torch.rand(k, device=DEVICE) + 0.5, 2 * draw(k)
 
 
