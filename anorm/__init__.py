@@ -2,10 +2,12 @@
 
     model = anorm.create_model("resnet50", norm="an")
     layer = anorm.create_norm("an", 64, act="relu")
+    print(anorm.convert(torchvision.models.resnet50(), norm="an"))
 """
 
+from anorm.convert import convert
 from anorm.registry import create_model, create_norm, list_archs, list_norms
 from anorm.weights import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "create_norm", "list_archs", "list_norms", "load_weights"]
+__all__ = ["convert", "create_model", "create_norm", "list_archs", "list_norms", "load_weights"]

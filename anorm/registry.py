@@ -12,6 +12,7 @@ from functools import cache
 from torch import nn
 
 from anorm.archs.base import MakeNorm
+from anorm.convert import create
 from anorm.norms.build import build, norm_classes
 from anorm.norms.placement import Placement
 
@@ -57,7 +58,8 @@ def create_model(
     """A network by name: images (N, in_channels, H, W) -> logits (N, num_classes).
 
     Args:
-        arch: one of ``list_archs()``.
+        arch: one of ``list_archs()``, or ``timm:NAME``, ``torchvision:NAME`` for any network of those libraries (see
+            ``anorm.convert.create``).
         norm: a law's name; or {name: ..., place: ..., elsewhere: ..., and the law's options} (see
             ``anorm.norms.placement.Placement``); or any callable from ``Site`` to a module.
         num_classes, in_channels: of the classifier and the images.
@@ -66,13 +68,15 @@ def create_model(
     The result has ``forward_stages(x)``, ``feature_info`` and ``norm_summary``. Raises ValueError for an unknown
     name or option, naming the nearest.
     """
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive number")
+    if ":" in arch:
+        return create(arch, norm, num_classes, in_channels, **arch_options)
     builders = arch_builders()
     if arch not in builders:
         near = difflib.get_close_matches(str(arch), builders, n=3) or list(builders)
         raise ValueError(f"unknown architecture {arch!r}; try {', '.join(near)}")
-    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a positive number")
     known = [p for p in inspect.signature(builders[arch]).parameters if p not in ("norm", "num_classes", "in_channels")]
     for option in arch_options:
         if option not in known:

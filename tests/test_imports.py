@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "anorm"
-ORDER = ["algebra", "ops", "norms", "archs", "registry", "convert", "weights", "data", "engine", "build", "__main__"]
+ORDER = ["algebra", "ops", "norms", "archs", "convert", "registry", "weights", "data", "engine", "build", "__main__"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
