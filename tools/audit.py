@@ -12,7 +12,7 @@ True parameters: every trainable number. True FLOPs: multiply-adds of convolutio
     convention   another way of counting gives the printed number (FLOPs), which is named
     misprint     the printed number is not this network's; the reason is given where it is known
 
-No arithmetic runs: torch's fake tensors have shapes only.
+No arithmetic runs: shapes only, on torch's meta device.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import torch  # noqa: E402
 from tables import FAITHFUL, Counted, Row, Table, load, names  # noqa: E402
 from torch import nn  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from anorm.algebra import Moments  # noqa: E402
 from anorm.build import accepted  # noqa: E402
 from anorm.engine.compose import compose  # noqa: E402
-from anorm.norms.base import Norm  # noqa: E402
-from anorm.ops import use_backend  # noqa: E402
+from anorm.norms.base import Norm, Site  # noqa: E402
+from anorm.norms.placement import Placement  # noqa: E402
 from anorm.registry import create_model  # noqa: E402
 
 UNITS = {"M": 10**6, "G": 10**9}
@@ -77,39 +77,55 @@ class Audited:
 
 def size_of(arguments: Iterable[str]) -> Size:
     """The size of the network that train.py builds for these arguments."""
-    config = compose(ROOT / "configs", list(arguments), accepted).config
-    return _size(json.dumps([config["arch"], config["norm"]], sort_keys=True))
+    arch, norm = _composed(tuple(arguments))
+    return _size(arch, norm)
 
 
 @cache
-def _size(built: str) -> Size:
-    arch, norm = json.loads(built)
-    with FakeTensorMode():
-        model = create_model(arch.pop("name"), norm, num_classes=1000, **arch).eval()
-        return _measure(model, torch.empty(1, 3, 224, 224))
+def _composed(arguments: tuple[str, ...]) -> tuple[str, str]:
+    config = compose(ROOT / "configs", list(arguments), accepted).config
+    return json.dumps(config["arch"], sort_keys=True), json.dumps(config["norm"], sort_keys=True)
 
 
-def _measure(model: nn.Module, image: torch.Tensor) -> Size:
-    outputs = [0, 0]
+@cache
+def _size(arch_config: str, norm_config: str) -> Size:
+    arch, place = json.loads(arch_config), Placement(**json.loads(norm_config))
+    laws: list[LawOnly] = []
 
-    def count(layer: Norm, args: tuple, y: torch.Tensor) -> None:
-        outputs[0] += y.numel()
-        outputs[1] += y.numel() if layer.act else 0
+    def norm(site: Site) -> LawOnly:
+        laws.append(LawOnly(place(site)))
+        return laws[-1]
 
-    within = {child for m in model.modules() if isinstance(m, Norm) for child in m.modules() if child is not m}
-    for layer in model.modules():
-        if isinstance(layer, Norm) and layer not in within:
-            layer.register_forward_hook(count)
-    with torch.no_grad(), use_backend("reference"), FlopCounterMode(display=False) as counter:
-        model(image)
+    with torch.device("meta"), torch.no_grad():
+        model = create_model(arch.pop("name"), norm, **arch).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 224, 224))
     macs = counter.get_total_flops() // 2
     leaves = (m for m in model.modules() if not list(m.children()))
     return Size(
         all=sum(p.numel() for p in model.parameters()),
         leaf=sum(p.numel() for m in leaves for p in m.parameters()),
         macs=macs,
-        thop=macs + 4 * outputs[0] + outputs[1],
+        thop=macs + sum((5 if layer.norm.act else 4) * layer.outputs for layer in laws),
     )
+
+
+class LawOnly(nn.Module):
+    """A norm of which only the law runs: the rest of it is elementwise, and costs no multiply-add by this counting."""
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.outputs = 0
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, mask: object = None) -> torch.Tensor:
+        self.outputs += x.numel()
+        moment = x.new_empty(x.shape[:2])
+        self.norm.law(Moments(moment, moment, x.shape[2] * x.shape[3]))
+        return x
+
+    def zero_init(self) -> None:
+        self.norm.zero_init()
 
 
 def judge(printed: str, true: int, explanation: tuple[Counted, int | None] | None) -> Verdict:
