@@ -78,6 +78,13 @@ class Crop:
         w = min(width, round(height * self.crop_ratio[1]))
         return Window((height - h) // 2, (width - w) // 2, h, w, mirror)
 
+    def evaluation(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What `evaluate` does to an image of height x width: its (height, width) after the resize, and the (top, left)
+        of the centre crop in that. Rounded as torchvision rounds."""
+        short = self.short_side
+        tall, wide = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+        return (tall, wide), (round((tall - self.image_size) / 2), round((wide - self.image_size) / 2))
+
     def train(self, image: Tensor, rng: torch.Generator) -> Tensor:
         """uint8 (3,H,W) -> uint8 (3,S,S): the random window, resized to S = image_size, mirrored or not."""
         window = self.window(image.shape[1], image.shape[2], rng)

@@ -9,7 +9,7 @@ from anorm.data.sources.base import Dataset
 
 __all__ = ["Feed", "Request", "open_feed", "LOADERS"]
 
-LOADERS = ("torch",)
+LOADERS = ("torch", "device", "dali")
 
 
 def open_feed(dataset: Dataset, seed: int, batch: int, workers: int, device: torch.device) -> Feed:
@@ -18,6 +18,14 @@ def open_feed(dataset: Dataset, seed: int, batch: int, workers: int, device: tor
         raise ValueError(f"hardware.workers={workers} must not be negative")
     if dataset.loader not in LOADERS:
         raise ValueError(f"data.loader={dataset.loader!r} is unknown: choose one of {', '.join(LOADERS)}")
+    if dataset.loader == "device":
+        from anorm.data.feeds.device import DeviceFeed
+
+        return DeviceFeed(dataset, seed, workers, device)
+    if dataset.loader == "dali":
+        from anorm.data.feeds.dali import DaliFeed
+
+        return DaliFeed(dataset, seed, batch, workers, device)
     from anorm.data.feeds.workers import WorkerFeed
 
     return WorkerFeed(dataset, seed, 0 if dataset.in_memory else workers, device)

@@ -1,0 +1,177 @@
+"""data.loader=dali: NVIDIA DALI decodes, crops and resizes, on the CPU or, for a GPU, with its hardware decoder.
+
+Order, crops and flips come from here, not from DALI's readers and random operators, so epochs, the last batch and resume
+are exact and the images those of data.loader=torch, up to the rounding of another decoder and resize (antialiased).
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy
+import torch
+
+from anorm.data.decode import BadImage, decode, is_jpeg
+from anorm.data.feeds.base import Feed, Request, generators
+from anorm.data.sources.base import EncodedImages, Fetched
+
+INSTALL = ("data.loader=dali needs NVIDIA DALI: pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120 where torch is a "
+           "CUDA 12 build)")
+INPUTS = ("encoded", "start", "shape", "size", "first", "mirror")
+
+
+class _Sent(NamedTuple):
+    """A request on its way through the pipeline, and the images that stand for it."""
+
+    request: Request
+    indices: list[int]
+
+
+class DaliFeed(Feed):
+    """One DALI pipeline with `workers` threads (at least one). Files are read and cropping is decided in this process."""
+
+    def __init__(self, dataset: EncodedImages, seed: int, batch: int, workers: int, device: torch.device):
+        super().__init__()
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError as error:
+            raise ValueError(INSTALL) from error
+        self._dataset, self._seed, self._batch, self._workers, self._device = dataset, seed, batch, workers, device
+        self._pipeline = None
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
+        self._waiting, self._sent = iter(requests), deque()
+        self._pipeline = self._build()  # a pipeline reads ahead, so what it holds is of no use to another run
+        while True:
+            try:
+                (images,) = self._pipeline.run()
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                self._find_bad_files(error)
+                self._waiting = itertools.chain([sent.request for sent in self._sent], self._waiting)
+                self._sent, self._pipeline = deque(), self._build()
+                continue
+            index = torch.tensor(self._sent.popleft().indices, dtype=torch.int64)
+            # a copy, because DALI uses the buffer again
+            pixels = torch.from_dlpack(images.as_tensor()).clone().permute(0, 3, 1, 2)
+            yield Fetched(pixels, self._dataset.labels[index], index, [])
+
+    def close(self) -> None:
+        self._pipeline = None
+
+    def _build(self):
+        from nvidia.dali import fn, pipeline_def, types
+
+        on_gpu, size = self._device.type == "cuda", self._dataset.image_size
+        kind = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[self._dataset.crop.interpolation]
+
+        @pipeline_def
+        def crop_resize_flip():
+            encoded, start, shape, to, first, mirror = fn.external_source(source=self._inputs, num_outputs=len(INPUTS), batch=True)
+            region = fn.decoders.image_slice(
+                encoded, start=start, shape=shape, axis_names="HW", output_type=types.RGB, adjust_orientation=False,
+                device="mixed" if on_gpu else "cpu", **({"jpeg_fancy_upsampling": True} if on_gpu else {}))
+            resized = fn.resize(region, size=to, interp_type=kind, antialias=True)
+            cropped = fn.slice(resized, start=first, shape=[size, size], axis_names="HW")
+            return fn.flip(cropped, horizontal=mirror)
+
+        pipeline = crop_resize_flip(batch_size=self._batch, num_threads=max(1, self._workers), prefetch_queue_depth=2,
+                                    device_id=(self._device.index or 0) if on_gpu else None)
+        pipeline.build()
+        return pipeline
+
+    def _inputs(self) -> tuple[list[numpy.ndarray], ...]:
+        """The next request's inputs, in the order of INPUTS; called by DALI, ahead of need."""
+        while True:
+            request = next(self._waiting)  # StopIteration tells DALI that there are no more
+            rows, indices = self._rows(request)
+            if rows:
+                self._sent.append(_Sent(request, indices))
+                return tuple(list(column) for column in zip(*rows, strict=True))
+
+    def _rows(self, request: Request) -> tuple[list[tuple[numpy.ndarray, ...]], list[int]]:
+        rngs, rows, indices = generators(request, self._seed), [], []
+        for position, index in enumerate(request.indices.tolist()):
+            for at in (index,) if rngs is None else range(index, index + len(self._dataset)):
+                at %= len(self._dataset)
+                if at in self.bad:
+                    continue
+                try:
+                    encoded, height, width = self._readable(at)
+                except BadImage as error:
+                    self._reject(at, error)
+                    continue
+                rows.append((encoded, *self._cut(height, width, None if rngs is None else rngs[position])))
+                indices.append(at)
+                break
+            else:
+                if rngs is not None:
+                    raise BadImage(f"every one of the {len(self._dataset)} training images is unreadable")
+        return rows, indices
+
+    def _readable(self, index: int) -> tuple[numpy.ndarray, int, int]:
+        """The file, or, where DALI might not read it as Pillow does, the decoded image as a bitmap; height and width."""
+        encoded, name = self._dataset.store.read(index), self._dataset.store.name(index)
+        data = encoded.numpy()
+        shape = jpeg_shape(data.tobytes()) if is_jpeg(encoded) else None
+        if shape is not None and data[-2:].tobytes() == b"\xff\xd9":
+            return data, *shape
+        image = decode(encoded, name)  # no colour JPEG, or one that may be cut off, which decoding a region need not notice
+        return _bitmap(image), image.shape[1], image.shape[2]
+
+    def _cut(self, height: int, width: int, rng: torch.Generator | None) -> tuple[numpy.ndarray, ...]:
+        crop = self._dataset.crop
+        if rng is None:
+            (tall, wide), (top, left) = crop.evaluation(height, width)
+            numbers = (0, 0), (height, width), (tall, wide), (top, left)
+            mirror = False
+        else:
+            window, size = crop.window(height, width, rng), crop.image_size
+            numbers = (window.top, window.left), (window.height, window.width), (size, size), (0, 0)
+            mirror = window.mirror
+        start, shape, to, first = (numpy.array(pair, dtype=numpy.int32) for pair in numbers)
+        return start, shape, to.astype(numpy.float32), first, numpy.array(mirror, dtype=numpy.int32)
+
+    def _find_bad_files(self, error: RuntimeError) -> None:
+        """DALI does not say which file it could not decode."""
+        before = len(self.bad)
+        for index in dict.fromkeys(index for sent in self._sent for index in sent.indices):
+            try:
+                self._dataset.decoded(index)
+            except BadImage as bad:
+                self._reject(index, bad)
+        if len(self.bad) == before:
+            raise error
+
+    def _reject(self, index: int, error: BadImage) -> None:
+        if self._dataset.on_error == "error":
+            raise error
+        self.note([(index, str(error))])
+
+
+def jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """Height and width in a JPEG's frame header; None unless it is 8-bit, grey or three colours."""
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:
+            at += 1
+        elif 0xC0 <= marker <= 0xC2:  # baseline, extended, progressive
+            height, width = int.from_bytes(data[at + 5:at + 7], "big"), int.from_bytes(data[at + 7:at + 9], "big")
+            return (height, width) if data[at + 4] == 8 and data[at + 9] in (1, 3) and height and width else None
+        else:
+            at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
+    return None
+
+
+def _bitmap(image: torch.Tensor) -> numpy.ndarray:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "BMP")
+    return numpy.frombuffer(buffer.getvalue(), dtype=numpy.uint8)

@@ -1,0 +1,152 @@
+"""data.loader=device: every image decoded once and kept as uint8 on the device, cropped and resized there.
+
+The crops and flips are those of data.loader=torch (same streams); the resize is the same antialiased filter, as two
+small matrix products an image, and agrees to one level of 255. For a set that fits: a new norm in an afternoon on one GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from anorm.data.decode import BadImage
+from anorm.data.feeds.base import Feed, Request, generators
+from anorm.data.sources.base import EncodedImages, Fetched
+
+FREE_SHARE = 0.6  # of the device's free memory for images; the rest is the network's
+
+
+class DeviceFeed(Feed):
+    """Reads the whole data set when it is made. Raises ValueError where it does not fit, with the numbers."""
+
+    def __init__(self, dataset: EncodedImages, seed: int, workers: int, device: torch.device):
+        super().__init__()
+        self._dataset, self._seed, self._device = dataset, seed, device
+        self._load(workers)
+
+    def _load(self, workers: int) -> None:
+        limit, parts, shapes, used = FREE_SHARE * _free_memory(self._device), [], [], 0
+        whole = DataLoader(_Whole(self._dataset), batch_size=None, num_workers=workers, generator=torch.Generator())
+        for index, image in enumerate(whole):
+            if isinstance(image, str):
+                if self._dataset.on_error == "error":
+                    raise ValueError(image)
+                self.note([(index, image)])
+                image = torch.zeros((3, 0, 0), dtype=torch.uint8)
+            used += image.numel()
+            if used > limit:
+                raise ValueError(
+                    f"data.loader=device: {index} of {len(self._dataset)} images already take {used / 1e9:.1f} GB, and {self._device} "
+                    f"has {limit / 1e9:.1f} GB for them: use data.loader=torch, or smaller images (tools/prepare_imagenet.py "
+                    "--short-side)")
+            parts.append(image.reshape(-1))
+            shapes.append(tuple(image.shape[1:]))
+        if len(self.bad) == len(shapes):
+            raise ValueError(f"every one of the {len(shapes)} images is unreadable; the first: {self.bad[0]}")
+        self._shapes = shapes
+        starts = list(itertools.accumulate((len(part) for part in parts), initial=0))
+        self._starts = torch.tensor(starts[:-1]).to(self._device)
+        self._pixels = torch.cat(parts).to(self._device)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
+        for request in requests:
+            rngs = generators(request, self._seed)
+            if rngs is None:
+                indices = [i for i in request.indices.tolist() if i not in self.bad]
+                cuts = [self._evaluation(*self._shapes[i]) for i in indices]
+            else:
+                indices = [self._good(i) for i in request.indices.tolist()]
+                cuts = [self._training(*self._shapes[i], rng) for i, rng in zip(indices, rngs, strict=True)]
+            index = torch.tensor(indices, dtype=torch.int64)
+            images = self._resized(index, torch.tensor(cuts, dtype=torch.int64).view(-1, CUT)) if indices else \
+                torch.empty((0, 3, self._dataset.image_size, self._dataset.image_size), dtype=torch.uint8)
+            yield Fetched(images, self._dataset.labels[index], index, [])
+
+    def _good(self, index: int) -> int:
+        while index in self.bad:
+            index = (index + 1) % len(self._dataset)
+        return index
+
+    def _training(self, height: int, width: int, rng: torch.Generator) -> tuple[int, ...]:
+        window, size = self._dataset.crop.window(height, width, rng), self._dataset.image_size
+        return (height, width, window.top, window.left, window.height, window.width, size, size, 0, 0, window.mirror)
+
+    def _evaluation(self, height: int, width: int) -> tuple[int, ...]:
+        (tall, wide), (top, left) = self._dataset.crop.evaluation(height, width)
+        return (height, width, 0, 0, height, width, tall, wide, top, left, 0)
+
+    def _resized(self, index: Tensor, cuts: Tensor) -> Tensor:
+        """uint8 (n,3,S,S). cuts (n,CUT): image height and width; top, left, height and width of the window; height and
+        width it is resized to; the first row and column of that which are wanted; mirror."""
+        extent = cuts[:, 4:6].amax(0).tolist()
+        tall, wide = extent
+        cuts = cuts.to(self._device, non_blocking=True)
+        height, width, top, left, h, w, to_h, to_w, first_y, first_x, mirror = cuts.unbind(1)
+        y = torch.arange(tall, device=self._device).minimum(h[:, None] - 1) + top[:, None]
+        x = torch.arange(wide, device=self._device).minimum(w[:, None] - 1) + left[:, None]
+        base = self._starts[index.to(self._device)]
+        planes = base[:, None] + torch.arange(3, device=self._device) * (height * width)[:, None]
+        place = planes[:, :, None, None] + (y * width[:, None])[:, None, :, None] + x[:, None, None, :]
+        window = self._pixels[place].float()
+        size, kind = self._dataset.image_size, self._dataset.crop.interpolation
+        columns = _filter(w, to_w, first_x, wide, size, kind)
+        columns = torch.where(mirror.bool()[:, None, None], columns.flip(1), columns)
+        rows = _filter(h, to_h, first_y, tall, size, kind)
+        # columns first, rounded in between, as Pillow and torchvision do
+        narrow = torch.matmul(window, columns.transpose(1, 2)[:, None]).round_().clamp_(0, 255)
+        return torch.matmul(rows[:, None], narrow).round_().clamp_(0, 255).to(torch.uint8)
+
+
+CUT = 11
+
+
+def _filter(length: Tensor, to: Tensor, first: Tensor, extent: int, size: int, kind: str) -> Tensor:
+    """(n,size,extent): row i holds the weights that make pixel first + i of `to` pixels out of `length` (padded to extent).
+
+    The antialiased filters of Pillow: the kernel is stretched by the scale where it shrinks. bilinear: the triangle of
+    half-width 1; bicubic: Keys' with a = -1/2 and half-width 2.
+    """
+    scale = (length.double() / to.double())[:, None, None]
+    stretch, radius = scale.clamp(min=1), 1 if kind == "bilinear" else 2
+    centre = (first[:, None] + torch.arange(size, device=length.device) + 0.5)[:, :, None] * scale
+    place = torch.arange(extent, device=length.device)
+    # Pillow keeps the pixels whose index lies between these, rounded
+    low = (centre - radius * stretch + 0.5).floor().clamp(min=0)
+    high = (centre + radius * stretch + 0.5).floor().minimum(length[:, None, None].double())
+    distance = ((place + 0.5 - centre) / stretch).abs()
+    if kind == "bilinear":
+        weight = (1 - distance).clamp(min=0)
+    else:
+        near = (1.5 * distance - 2.5) * distance * distance + 1
+        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+        weight = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+    weight = torch.where((place >= low) & (place < high), weight, 0)
+    return (weight / weight.sum(2, keepdim=True)).float()
+
+
+class _Whole(TorchDataset):
+    """Decoded images, contiguous (3,H,W), or the message of what is wrong with one."""
+
+    def __init__(self, dataset: EncodedImages):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return self.dataset.decoded(index).contiguous()
+        except BadImage as error:
+            return str(error)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,95 @@
+"""Whatever timm's dataset readers with random access read: Hugging Face sets (hfds/...), folders, tars of a class each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy
+import torch
+from torch import Tensor
+
+from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, EncodedImages, Source
+from anorm.data.transforms import Crop
+
+STREAMS = ("hfids", "tfds", "wds")
+
+
+class TimmStore:
+    """A reader of timm that gives (file, label) for an index."""
+
+    def __init__(self, reader, title: str):
+        self.reader, self.title = reader, title
+        self.labels = torch.from_numpy(numpy.asarray(_labels(reader), dtype=numpy.int64))
+
+    def read(self, index: int) -> Tensor:
+        file, _ = self.reader[index]
+        with file:
+            return torch.frombuffer(bytearray(file.read()) or bytearray(1), dtype=torch.uint8)
+
+    def name(self, index: int) -> str:
+        return f"{self.title}: image {index}"
+
+    def classes(self) -> list[str]:
+        """The reader's names in the order of their labels, else the labels' numbers."""
+        names = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", None)
+        if names:
+            return [str(name) for name, _ in sorted(names.items(), key=lambda item: item[1])]
+        return [str(label) for label in range(int(self.labels.max()) + 1)]
+
+
+def _labels(reader) -> Sequence[int]:
+    """All labels without reading an image."""
+    if hasattr(reader, "label_key"):
+        return reader.dataset[reader.label_key]
+    if hasattr(reader, "targets"):
+        return reader.targets
+    return [label for _, label in reader.samples]
+
+
+def timm(reader: str | None = None, root: str | None = None, train: str = "train", val: str = "validation",
+         image_size: int = 224, eval_resize: int | None = None, interpolation: str = "bilinear",
+         crop_scale: Sequence[float] = (0.08, 1.0), crop_ratio: Sequence[float] = (3 / 4, 4 / 3), flip: bool = True,
+         mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, on_error: str = "error",
+         loader: str = "torch") -> Source:
+    """reader: timm's name of a data set, "hfds/OWNER/NAME" (needs the package datasets; root is its cache, optional) or
+    "folder" (root/train, root/val: folders, or tars, given by train and val). Other options as of `imagefolder`.
+
+    Raises ValueError for the readers that only stream (hfids, tfds, wds): their epochs are not exact.
+    """
+    import os
+
+    from timm.data.readers import create_reader
+
+    if reader is None:
+        raise ValueError("data.reader is not set: give timm's name of a data set, such as hfds/OWNER/NAME")
+    prefix = reader.partition("/")[0].lower()
+    if prefix in STREAMS:
+        raise ValueError(f"data.reader={reader} only streams, so epochs and resume would not be exact: use hfds/... for "
+                         "Hugging Face sets, data=imagenet_shards for WebDataset tars")
+    if prefix not in ("hfds", "folder"):
+        raise ValueError(f"data.reader={reader} is unknown: use hfds/OWNER/NAME or folder")
+    if prefix == "folder" and not root:
+        raise ValueError("data.reader=folder needs data.root, the folder that holds data.train and data.val")
+    crop = Crop(image_size, eval_resize, interpolation, tuple(crop_scale), tuple(crop_ratio), flip)
+    stores = []
+    for split in (train, val):
+        place = os.path.join(root, split) if prefix == "folder" else root
+        if prefix == "folder" and not os.path.exists(place):
+            raise ValueError(f"{place} does not exist: set data.root, data.train and data.val")
+        try:
+            found = create_reader("" if prefix == "folder" else reader, root=place, split=split)
+        except ImportError as error:
+            raise ValueError(f"data.reader={reader} needs a package that is not installed ({error.name}): "
+                             "pip install datasets") from error
+        stores.append(TimmStore(found, f"{reader} {split}"))
+    if stores[0].classes() != stores[1].classes():
+        raise ValueError(f"the classes of data.train={train} and data.val={val} differ in {reader}")
+    digest = hashlib.blake2b(reader.encode(), digest_size=16)
+    for store in stores:
+        digest.update(store.labels.numpy().tobytes())
+    return Source(*(EncodedImages(store, crop, on_error, loader, mean, std) for store in stores), stores[0].classes(),
+                  f"timm-{digest.hexdigest()}")
+
+
+SOURCES = {"timm": timm}
