@@ -182,7 +182,7 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
     if settings.weights:
         notes.append(f"weights: {load_weights(model, settings.weights, head='replace')}")
     notes += optim.freeze(model, settings.freeze)
-    model.to(device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format)
+    place(model, hardware, device)
 
     groups = optim.parameter_groups(model, settings.optim.weight_decay, settings.optim.decay_norm, settings.optim.layer_decay)
     notes += optim.describe_groups(groups)
@@ -200,15 +200,12 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
         autocast=autocast, evaluator=Evaluator(model, train, val, world, autocast, settings.eval, settings.epochs),
         ema=Ema(model, settings.ema.decay) if settings.ema.decay else None,
         record=Record(folder, active=False), progress=Progress(), sums=torch.zeros(4, dtype=torch.float64, device=device))
-    if resume:
-        notes += restore(run, resume)
     if hardware.compile:
         run.network = run.evaluated = torch.compile(model)
     if world.size > 1:
-        # the ranks' statistics are joined where they are needed, by dist.stats, and not overwritten at every step
-        run.network = nn.parallel.DistributedDataParallel(
-            run.network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
-            gradient_as_bucket_view=True)
+        run.network = distributed(run.network, device)
+    if resume:  # after DDP, which starts every process with rank 0's statistics: each continues with its own
+        notes += restore(run, resume)
     if world.main:
         write_data_card(folder, source)
     run.record = Record(folder, world.main, settings.log.tensorboard, offset=resume["log_offset"] if resume else 0,
@@ -228,8 +225,7 @@ def evaluator(config: dict, weights: Path | None = None) -> Evaluator:
     model = create_network(config, source.num_classes)
     if weights:
         load_weights(model, weights)
-    layout = torch.channels_last if settings.hardware.channels_last else torch.contiguous_format
-    model.to(world.device, memory_format=layout)
+    place(model, settings.hardware, world.device)
     _set_backends(settings.hardware, None)
     loading = {"workers": settings.hardware.workers, "device": world.device, "channels_last": settings.hardware.channels_last}
     return Evaluator(
@@ -274,6 +270,15 @@ def last_weights(folder: Path) -> Path:
     raise ValueError(f"{folder} holds no weights yet: the run saves its first at the end of an epoch")
 
 
+def distributed(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network over all processes. Their statistics are joined where they are needed, by dist.stats, and not overwritten
+    at every step by those of rank 0, as DDP does by default."""
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    no_overwriting = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name until torch 2.14
+    return nn.parallel.DistributedDataParallel(
+        network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **{no_overwriting: False})
+
+
 def _describe(run: Run, source: Source) -> str:
     settings, world = run.settings, run.world
     micro = settings.optim.global_batch // settings.batch_size // world.size
@@ -283,6 +288,13 @@ def _describe(run: Run, source: Source) -> str:
             f"accumulated x {world.size} process{'es' if world.size > 1 else ''}; peak rate {settings.optim.peak_lr:g}; "
             f"{settings.hardware.dtype} on {world.device.type}"
             + (f"; continuing at step {run.progress.step} of {run.total_steps}" if run.progress.step else ""))
+
+
+def place(model: nn.Module, hardware: Hardware, device: torch.device) -> None:
+    """Onto the device, in the layout and, for fp64, the precision that ``hardware`` asks for."""
+    model.to(device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format)
+    if hardware.dtype == "fp64":
+        model.double().register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
 
 
 def _set_backends(hardware: Hardware, resume: dict | None) -> None:

@@ -315,7 +315,8 @@ def save(run: Run) -> None:
 
 
 def restore(run: Run, state: dict[str, Any]) -> list[str]:
-    """Continue from a checkpoint's state; returns what a person should know about it. Called before DDP looks at the model.
+    """Continue from a checkpoint's state; returns what a person should know about it. Called after DDP has looked
+    at the model, as that copies rank 0's statistics.
 
     With another number of processes the statistics of each become the mean over those of the old ones.
     """

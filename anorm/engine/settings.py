@@ -131,7 +131,7 @@ class Hardware:
 
     device: str = "auto"  # auto, cpu, gpu
     processes: int | str = "auto"  # auto: one a GPU; one on a CPU
-    dtype: str = "auto"  # auto: fp16 on a GPU, fp32 on a CPU; or fp32, tf32, fp16, bf16
+    dtype: str = "auto"  # auto: fp16 on a GPU, fp32 on a CPU; or fp64 (to compare to the last digit), fp32, tf32, fp16, bf16
     loss_scale: float | str = "dynamic"  # fp16 only; a number is a static scale (the paper's is 128)
     channels_last: bool | str = "auto"
     compile: bool = False
@@ -141,7 +141,7 @@ class Hardware:
 
     def __post_init__(self):
         one_of("hardware", self, "device", ("auto", "cpu", "gpu"))
-        one_of("hardware", self, "dtype", ("auto", "fp32", "tf32", "fp16", "bf16"))
+        one_of("hardware", self, "dtype", ("auto", "fp64", "fp32", "tf32", "fp16", "bf16"))
         positive("hardware", self, "processes", "threads", *(("loss_scale",) if self.loss_scale != "dynamic" else ()))
         not_negative("hardware", self, "workers")
         if isinstance(self.loss_scale, str) and self.loss_scale != "dynamic":

@@ -1,0 +1,37 @@
+"""train.py in processes of its own, and what they leave."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from commands import ROOT, SMALL, environment, run_train, start_train  # noqa: E402
+
+from anorm.engine.record import read_metrics  # noqa: E402
+
+__all__ = ["ROOT", "SMALL", "environment", "events", "ranks_of", "run_train", "start_train", "weights"]
+
+
+def events(folder, kind):
+    return [line for line in read_metrics(folder) if line["event"] == kind]
+
+
+def weights(folder, name="last.ckpt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def ranks_of(launcher):
+    """Process ids of the ranks of a launcher, in the order of their start."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            continue
+        if parent == launcher and "spawn_main" in command:
+            found.append(int(pid))
+    return sorted(found)

@@ -1,0 +1,192 @@
+"""Several processes over gloo, started in every way that a machine without GPUs can."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from processes import ROOT, SMALL, environment, events, ranks_of, run_train, start_train, weights
+
+TWO = "hardware.processes=2"
+# four steps an epoch of 2 x 8 images
+FP64 = [*SMALL, "arch=convnet", "hardware.dtype=fp64"]
+
+
+def final_weights(folder, *arguments):
+    status, _, err = run_train(*arguments, f"run_dir={folder}")
+    assert status == 0, err
+    return weights(folder)["model"], events(folder, "eval")[-1]
+
+
+def assert_close(a, b, statistics=True):
+    """Equal to float64 rounding: sums of a few thousand terms of order one, over eight steps."""
+    assert a.keys() == b.keys()
+    for key in a:
+        if statistics or "running" not in key and "tracked" not in key:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-11, msg=key)
+
+
+@pytest.mark.parametrize("norm", [["norm=gn"], ["norm=bn", "norm.sync=true"], ["norm=an", "norm.sync=true"]], ids=lambda n: n[0])
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, norm):
+    """Also in evaluation, of 21 images on two processes: nothing padded, nothing counted twice."""
+    one, evaluated_by_one = final_weights(tmp_path / "one", *FP64, *norm, "batch_size=16")
+    two, evaluated_by_two = final_weights(tmp_path / "two", *FP64, *norm, "batch_size=8", TWO)
+    assert_close(one, two)
+    assert evaluated_by_one["images"] == evaluated_by_two["images"] == 21
+    assert evaluated_by_one["loss"] == pytest.approx(evaluated_by_two["loss"], rel=1e-9)
+    assert evaluated_by_one["top1"] == evaluated_by_two["top1"]
+
+
+@pytest.mark.parametrize("norm", ["bn", "an"])
+def test_statistics_of_each_process_equal_one_process_that_accumulates(tmp_path, norm):
+    one, _ = final_weights(tmp_path / "one", *FP64, f"norm={norm}")
+    two, _ = final_weights(tmp_path / "two", *FP64, f"norm={norm}", TWO)
+    assert_close(one, two, statistics=False)
+
+
+def test_running_statistics_are_joined_by_mean_or_rank_0(tmp_path):
+    mean, _ = final_weights(tmp_path / "mean", *FP64, TWO)
+    rank0, _ = final_weights(tmp_path / "rank0", *FP64, TWO, "dist.stats=rank0")
+    assert_close(mean, rank0, statistics=False)
+    name = next(key for key in mean if key.endswith("running_mean"))
+    assert not torch.allclose(mean[name], rank0[name])
+    kept = weights(tmp_path / "mean")["processes"]["buffers"]
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+LONG = [*SMALL, "arch=mobilenetv2", "arch.dropout=0.3", "data.train_images=128", "mix.mixup=0.2", TWO, "checkpoint.every_steps=2",
+        "log.every=1"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    final_weights(folder, *LONG)
+    return folder
+
+
+def assert_same_run(a, b):
+    one, other = weights(a)["model"], weights(b)["model"]
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    for kind, keys in (("train", ("step", "loss", "lr")), ("eval", ("step", "top1", "top5", "loss"))):
+        assert [[line[key] for key in keys] for line in events(a, kind)] == [[line[key] for key in keys] for line in events(b, kind)]
+
+
+def wait_for_step(process, folder, step):
+    while process.poll() is None and not any(line["step"] >= step for line in events(folder, "train")):
+        time.sleep(0.02)
+    assert process.poll() is None
+
+
+def wait_until_gone(pids):
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.mark.parametrize("victim", ["launcher", "rank 0", "rank 1", "all"])
+def test_a_kill_is_noticed_and_the_same_command_continues(uninterrupted, tmp_path, victim):
+    folder = tmp_path / "run"
+    process = start_train(*LONG, f"run_dir={folder}")
+    wait_for_step(process, folder, 5)
+    ranks = ranks_of(process.pid)
+    assert len(ranks) == 2
+    if victim == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        os.kill({"launcher": process.pid, "rank 0": ranks[0], "rank 1": ranks[1]}[victim], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    wait_until_gone(ranks)
+    if victim.startswith("rank"):
+        assert process.returncode == 1
+        assert "killed by signal 9" in err and "Repeat the command" in err
+    status, out, err = run_train(*LONG, f"run_dir={folder}")
+    assert status == 0, err
+    assert "continuing at step" in out
+    assert_same_run(uninterrupted, folder)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_to_the_launcher_stops_all_at_one_step(uninterrupted, tmp_path, name):
+    folder, number = tmp_path / "run", getattr(signal, name)
+    process = start_train(*LONG, "checkpoint.every_steps=0", f"run_dir={folder}")
+    wait_for_step(process, folder, 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "everything is saved" in out + err
+    assert weights(folder)["step"] >= 3
+    status, _, err = run_train(*LONG, f"run_dir={folder}")
+    assert status == 0, err
+    assert_same_run(uninterrupted, folder)
+
+
+def test_another_number_of_processes_continues_with_the_same_batches(tmp_path):
+    one, _ = final_weights(tmp_path / "one", *FP64, "norm=gn")
+    folder = tmp_path / "changed"
+    process = start_train(*FP64, "norm=gn", TWO, "log.every=1", "checkpoint.every_steps=1", f"run_dir={folder}")
+    while process.poll() is None and not (folder / "last.ckpt").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    time.sleep(1)
+    status, out, err = run_train(*FP64, "norm=gn", f"run_dir={folder}")
+    assert status == 0, err
+    if events(folder, "start")[-1]["processes"] == 1 and len(events(folder, "start")) > 1:
+        assert "continuing on 1 processes what ran on 2" in out
+    assert_close(one, weights(folder)["model"])
+
+
+def test_torchrun(tmp_path):
+    ours, _ = final_weights(tmp_path / "ours", *SMALL, TWO)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train.py"), *SMALL,
+                           f"run_dir={tmp_path / 'theirs'}"], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    theirs = weights(tmp_path / "theirs")["model"]
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert done.stdout.count("run folder:") == 1
+
+
+def test_srun(tmp_path):
+    """Two tasks with the environment that srun gives them."""
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4242", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS_PER_NODE": "2"}
+    tasks = [start_train(*SMALL, f"run_dir={tmp_path / 'run'}", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in (0, 1)]
+    for task in tasks:
+        _, err = task.communicate(timeout=300)
+        assert task.returncode == 0, err
+    assert len(events(tmp_path / "run", "final")) == 1
+    assert events(tmp_path / "run", "start")[0]["processes"] == 2
+
+
+def test_a_mistake_under_another_launcher_ends_every_task_with_status_2(tmp_path):
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4243", "SLURM_STEP_NODELIST": "localhost"}
+    tasks = [start_train("norm=attn", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in (0, 1)]
+    errors = []
+    for task in tasks:
+        errors.append(task.communicate(timeout=300)[1])
+        assert task.returncode == 2
+    assert sum("unknown norm 'attn'" in err for err in errors) == 1
+
+
+def test_a_rank_that_meets_a_mistake_reports_it_once(tmp_path):
+    status, _, err = run_train(*SMALL, TWO, "norm=gn", "norm.groups=7", f"run_dir={tmp_path / 'run'}")
+    assert status == 2
+    assert err.count("error:") == 1 and "7" in err and len(err.strip().splitlines()) <= 2
+
+
+def test_a_loss_that_is_not_finite_on_two_processes(tmp_path):
+    status, _, err = run_train(*SMALL, TWO, "optim.lr=1e30", f"run_dir={tmp_path / 'run'}")
+    assert status == 1
+    assert re.search(r"not finite at step \d+", err) and err.count("error:") == 1
+
+
+def test_first_host_of_a_slurm_list():
+    from anorm.engine.launch import first_host
+
+    for listed, first in {"gpu3": "gpu3", "gpu[003-007,12],cpu1": "gpu003", "a1,b2": "a1", "n[5,7]-ib": "n5-ib"}.items():
+        assert first_host(listed) == first

@@ -1,0 +1,137 @@
+import pytest
+import torch
+from torch import nn
+
+from anorm import create_model
+from anorm.engine import optim
+from anorm.engine.settings import Optim
+
+
+def groups_of(**options):
+    return optim.parameter_groups(create_model("resnet18", "an", 10), 1e-4, **options)
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = create_model("resnet18", "an", 10)
+    groups = optim.parameter_groups(model, 1e-4, decay_norm=False, layer_decay=0.9)
+    names = [name for group in groups for name in group["names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_everything_decays_by_default_as_the_authors_code_does():
+    [group] = groups_of()
+    assert group["weight_decay"] == 1e-4
+    assert set(group["roles"]) == {"weight", "bias", "norm", "mixture", "attention"}
+
+
+def test_decay_norm_false_excludes_what_norms_declare_and_nothing_else():
+    decayed, excluded = sorted(groups_of(decay_norm=False), key=lambda group: -group["weight_decay"])
+    assert set(excluded["roles"]) == {"norm", "mixture", "attention"} and excluded["weight_decay"] == 0
+    assert "fc.bias" in decayed["names"]  # a bias, but of no norm
+    assert "layer1.0.bn2.weight" in excluded["names"]  # K x C, and yet no weight matrix
+    assert "layer1.0.downsample.1.weight" not in decayed["names"]
+
+
+def test_a_module_declares_its_own_needs():
+    """Switchable norms ask for a tenth of the rate, no decay and a gradient clip for their control parameters, if they do."""
+    from anorm.norms.base import Norm, ParamNeeds
+
+    class Controlled(Norm):
+        def __init__(self):
+            super().__init__(4)
+            self.control = nn.Parameter(torch.ones(3))
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def param_needs(self):
+            return {"control": ParamNeeds("control", decay=False, lr_scale=0.1, clip=1.0), "weight": ParamNeeds("norm")}
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Controlled())
+    groups = {tuple(group["roles"]): group for group in optim.parameter_groups(model, 0.5)}
+    control = groups[("control",)]
+    assert (control["weight_decay"], control["lr_scale"], control["clip"]) == (0.0, 0.1, 1.0)
+    optimizer = optim.create_optimizer(list(groups.values()), Optim(momentum=0.0, weight_decay=0.5))
+    optim.set_rate(optimizer, 1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optim.step(optimizer, torch.amp.GradScaler("cpu", enabled=False), None)
+    moved = before["1.control"] - model[1].control
+    assert moved.norm().item() == pytest.approx(0.1, rel=1e-5)  # rate 1 x 0.1 on a gradient clipped to norm 1
+    torch.testing.assert_close(before["1.weight"] - model[1].weight, torch.full((4,), 100.0) + 0.5 * before["1.weight"])
+
+
+def test_layer_decay_falls_with_the_distance_from_the_head():
+    groups = optim.parameter_groups(create_model("resnet18", "bn", 10), 1e-4, layer_decay=0.5)
+    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert scale["fc.weight"] == 1.0
+    assert scale["layer4.1.conv1.weight"] == scale["layer4.1.bn2.weight"] == 0.5
+    assert scale["layer4.0.conv1.weight"] == 0.25
+    assert scale["conv1.weight"] == min(scale.values())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+def test_names_of_timms_factory(name):
+    optimizer = optim.create_optimizer(groups_of(), Optim(name=name))
+    optim.set_rate(optimizer, 0.3)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.3}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+
+
+def test_sgd_is_torchs_and_not_nesterov_unless_asked():
+    """timm's name sgd means Nesterov; the papers' SGD does not."""
+    for nesterov in (False, True):
+        torch.manual_seed(0)
+        weight, twin = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+        ours = optim.create_optimizer([{"params": [weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.1}],
+                                      Optim(nesterov=nesterov, weight_decay=0.1))
+        theirs = torch.optim.SGD([twin], lr=0.2, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
+        for _ in range(3):
+            optim.set_rate(ours, 0.2)
+            weight.grad = twin.grad = torch.randn(7)
+            optim.step(ours, torch.amp.GradScaler("cpu", enabled=False), None)
+            theirs.step()
+        torch.testing.assert_close(weight, twin, rtol=1e-6, atol=1e-7)  # fused and plain kernels round differently
+
+
+def test_clipping_and_a_gradient_that_is_not_finite():
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = optim.create_optimizer([{"params": [weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.0}],
+                                       Optim(momentum=0.0, weight_decay=0.0))
+    optim.set_rate(optimizer, 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    weight.grad = torch.full((4,), 3.0)
+    assert optim.step(optimizer, scaler, clip=1.0).item() == pytest.approx(6.0)
+    assert weight.norm().item() == pytest.approx(1.0, rel=1e-5)
+    before = weight.detach().clone()
+    weight.grad = torch.tensor([1.0, float("nan"), 1.0, 1.0])
+    assert not optim.step(optimizer, scaler, clip=None).isfinite()
+    assert torch.equal(weight, before)
+
+
+def test_freeze_mixtures_leaves_the_attention_free():
+    """Section 3.3: mixtures and the statistics of the standardization are frozen, the attention is fine-tuned."""
+    model = create_model("resnet18", "an", 10)
+    [said] = optim.freeze(model, ["mixtures"])
+    assert "8 norms" in said
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randn(4, 3, 64, 64)).square().sum().backward()
+    after = model.state_dict()
+    layer = "layer1.0.bn2."
+    assert model.layer1[0].bn2.weight.grad is None and model.layer1[0].bn2.bias.grad is None
+    assert model.layer1[0].bn2.attention.fc.weight.grad.abs().sum() > 0
+    assert torch.equal(before[layer + "base.running_mean"], after[layer + "base.running_mean"])
+    assert not torch.equal(before[layer + "attention.norm.running_mean"], after[layer + "attention.norm.running_mean"])
+    assert not torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])  # no AN there
+
+
+def test_freeze_by_role_and_by_pattern():
+    model = create_model("resnet18", "bn", 10)
+    optim.freeze(model, ["layer1.*", "norm"])
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("layer1.") or "bn" in name)
+    assert model.layer2[0].conv1.weight.requires_grad and model.bn1.frozen and model.layer1[0].bn1.frozen
+    names = [name for group in optim.parameter_groups(model, 0.0) for name in group["names"]]
+    assert names and not any("bn" in name for name in names)
+    with pytest.raises(ValueError, match=r"layer9\.\*"):
+        optim.freeze(model, ["layer9.*"])

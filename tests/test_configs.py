@@ -1,0 +1,93 @@
+"""Every yaml under configs/ composes, and says what the code says."""
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+from commands import ROOT
+
+from anorm.build import accepted, complete, create_network
+from anorm.engine.compose import GROUPS, choices, compose
+from anorm.engine.settings import Settings, sections
+
+CONFIGS = ROOT / "configs"
+PAIRS = [(group, choice) for group in GROUPS for choice in choices(CONFIGS, group)]
+
+
+def composed(*arguments):
+    found = compose(CONFIGS, list(arguments), accepted)
+    return complete(found.config), found
+
+
+@pytest.mark.parametrize(("group", "choice"), PAIRS, ids=lambda value: value)
+def test_every_choice_composes(group, choice):
+    extra = ["norm.target=torch.nn.BatchNorm2d"] if (group, choice) == ("norm", "module") else []
+    config, found = composed(f"{group}={choice}", *extra)
+    assert found.choices[group] == choice
+    assert set(config) == {field.name for field in dataclasses.fields(Settings)} | {"arch", "norm", "data"}
+    if group in ("arch", "norm"):
+        assert config[group]["name"] == choice
+
+
+@pytest.mark.parametrize("arch", choices(CONFIGS, "arch"))
+def test_every_architecture_builds_under_every_setup(arch):
+    configs = [composed(f"arch={arch}", "norm=an", setup)[0] for setup in ("setup=vanilla", "setup=sota", "faithful=code")]
+    for i, config in enumerate(configs):
+        if config["arch"] not in [earlier["arch"] for earlier in configs[:i]]:
+            with torch.device("meta"):
+                create_network(config, 10)
+
+
+@pytest.mark.parametrize("norm", [name for name in choices(CONFIGS, "norm") if name != "module"])
+def test_every_norm_builds(norm):
+    config, _ = composed(f"norm={norm}", "arch=resnet18")
+    create_network(config, 10)
+
+
+def test_a_plain_module_is_a_norm():
+    config, _ = composed("norm=module", "norm.target=torch.nn.GroupNorm", "norm.num_groups=8", "arch=resnet18")
+    # GroupNorm takes its groups first, so it is called with both: a class whose first argument is not C is refused
+    with pytest.raises(ValueError, match="norm.target"):
+        create_network(config, 10)
+    config, _ = composed("norm=module", "norm.target=torch.nn.InstanceNorm2d", "norm.affine=true", "arch=resnet18")
+    model = create_network(config, 10)
+    assert isinstance(model.bn1.module, torch.nn.InstanceNorm2d) and model.bn1.module.affine
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert model.bn1.module.weight.grad is not None
+
+
+def test_yaml_and_dataclass_defaults_are_equal():
+    config, _ = composed("arch=resnet50", "norm=bn")
+    assert {key: config[key] for key in config if key not in ("arch", "norm", "data")} == dataclasses.asdict(Settings())
+
+
+def test_sota_is_written_as_a_diff_of_vanilla():
+    sota = yaml.safe_load((CONFIGS / "setup" / "sota.yaml").read_text())
+    assert sota["defaults"] == ["vanilla", "_self_"]
+    assert set(sota) == {"defaults", "epochs", "mix"}
+
+
+def test_every_section_of_the_settings_is_spelled_out():
+    spelled = set(yaml.safe_load((CONFIGS / "train.yaml").read_text())) | set(
+        yaml.safe_load((CONFIGS / "setup" / "vanilla.yaml").read_text())) | {"hardware"}
+    assert set(sections()) <= spelled
+
+
+def test_what_a_recipe_changes_is_said_and_the_command_line_wins():
+    _, found = composed("arch=resnet50", "setup=sota", "arch.stem=7x7")
+    assert "arch=resnet50 with setup=sota: arch.zero_init=true" in found.recipe
+    assert not [line for line in found.recipe if "stem" in line]
+    assert found.config["arch"]["stem"] == "7x7"
+
+
+def test_networks_are_equal_across_norms_but_for_their_norms():
+    """The same seed gives the same convolutions and classifier, whatever stands between them."""
+    models = {norm: dict(create_network(composed("arch=resnet18", f"norm={norm}")[0], 10).named_parameters())
+              for norm in ("bn", "an", "gn")}
+    for name, parameter in models["bn"].items():
+        if "bn" not in name and "downsample.1" not in name:
+            assert torch.equal(parameter, models["an"][name]) and torch.equal(parameter, models["gn"][name]), name
+    other = dict(create_network(composed("arch=resnet18", "norm=an", "seed=1")[0], 10).named_parameters())
+    assert not torch.equal(other["conv1.weight"], models["an"]["conv1.weight"])
+    assert not torch.equal(other["layer1.0.bn2.weight"], models["an"]["layer1.0.bn2.weight"])
