@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,11 +13,11 @@ from anorm.norms.base import Norm, ParamNeeds, fully_connected
 
 __all__ = ["NORMS", "Adaptation", "AdaptiveStandardizationRescaling"]
 
-MIX_START = {"paper": -3.0, "code": torch.tensor(-3.0).sigmoid().item()}
+MIX_START = {"paper": -3.0, "code": 1 / (1 + math.exp(3.0))}
 """lambda_mu and lambda_sigma before the sigmoid. The papers start from sigmoid(-3) = 0.047; AFN's code stores
 that number as the raw value, so that the sigmoid acts twice: 0.512."""
 
-RESCALE_START = {"sigmoid": -5.0, "free": torch.tensor(-5.0).sigmoid().item(), "none": 1.0}
+RESCALE_START = {"sigmoid": -5.0, "free": 1 / (1 + math.exp(5.0)), "none": 1.0}
 
 
 class AdaptiveStandardizationRescaling(Norm):
