@@ -21,12 +21,17 @@ SHOWN = "bn", "an"
 
 
 def norms() -> str:
-    rows = ["| norm | layer | module |", "| --- | --- | --- |"]
+    rows = ["| norm | equation | from |", "| --- | --- | --- |"]
     for name, cls in sorted(norm_classes().items()):
-        first = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
-        module = cls.__module__.removeprefix("anorm.").replace(".", "/")
-        rows.append(f"| `{name}` | {first.replace('|', '/')} | [{cls.__name__}](anorm/{module}.py) |")
+        module = sys.modules[cls.__module__]
+        path = cls.__module__.replace(".", "/")
+        title = _first_line(module).split(":")[0]
+        rows.append(f"| `{name}` | {_first_line(cls)} | [{title}]({path}.py) |")
     return "\n".join(rows)
+
+
+def _first_line(documented: object) -> str:
+    return documented.__doc__.strip().splitlines()[0].rstrip(".").replace("``", "`").replace("|", "/")
 
 
 def archs() -> str:

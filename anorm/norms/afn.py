@@ -15,8 +15,9 @@ __all__ = ["NORMS", "AdaptiveFusionNorm", "AdaptiveFusionNormAsReleased"]
 
 
 class AdaptiveFusionNorm(RunningNorm):
-    """y = gamma^ (x - mu^) / sigma^ + beta^ (eq. 1-8, written out at ``anorm.norms.asr.Adaptation``), mu and
-    sigma over (N, H, W), (C,) each. With all lambdas 0 it is BN.
+    """y = gamma^ (x - mu^) / sigma^ + beta^, from mu and sigma over (N, H, W) by small networks (eq. 1-8).
+
+    ``anorm.norms.asr.Adaptation`` writes the equations out. With all lambdas 0 it is BN.
 
     Gradients flow through the statistics. In training mu and sigma are the batch's; in evaluation the
     encoders too are fed with the running mean and sqrt(running variance + eps), which are tracked as BN's
@@ -136,7 +137,7 @@ class AdaptiveFusionNorm(RunningNorm):
 
 
 class AdaptiveFusionNormAsReleased(AdaptiveFusionNorm):
-    """AFN as its authors released it, batch statistics in evaluation included; see ``AdaptiveFusionNorm``.
+    """AFN as its authors released it, batch statistics in evaluation included.
 
     Guarded only where the released layer gives NaN or cannot be built: dead channels, one value, fewer than
     16 channels.

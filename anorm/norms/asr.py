@@ -1,4 +1,4 @@
-"""Adaptive Standardization and Rescaling, ASR-Norm (Fan et al., CVPR 2021), and what AFN shares with it."""
+"""ASR-Norm (Fan et al., CVPR 2021): adaptive standardization and rescaling, and what AFN shares with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESCALE_START = {"sigmoid": -5.0, "free": 1 / (1 + math.exp(5.0)), "none": 1.0}
 
 
 class AdaptiveStandardizationRescaling(Norm):
-    """IN with statistics and affine corrected by small networks: y = gamma^ (x - mu^) / sigma^ + beta^.
+    """y = gamma^ (x - mu^) / sigma^ + beta^, from mu and sigma over (H, W) by small networks.
 
     mu and sigma, (N, C), are of each instance and channel, in training and evaluation; ``Adaptation`` has the
     equations. With all lambdas 0 it is IN.

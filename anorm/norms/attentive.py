@@ -169,7 +169,7 @@ class AttentiveNorm(Norm):
 
 
 class AttentiveGroupNorm(AttentiveNorm):
-    """AN over GN, as in the box heads of the paper's COCO experiments: A1, section 4.3.
+    """AN over GN with A1, as in the box heads of the COCO experiments (section 4.3).
 
     ``attention="a2"`` normalizes the K values of each instance (GN with one group), as the authors' later code does.
     """

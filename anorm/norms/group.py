@@ -65,9 +65,9 @@ class GroupNorm(Norm):
 
 
 class LayerNorm(GroupNorm):
-    """Layer Normalization over (C, H, W) of each instance, with an affine per channel (Ba et al., 2016; Wu and He, 2018).
+    """GN with one group: mu and var over (C, H, W) of each instance, an affine per channel.
 
-    GN with one group. (The ``LayerNorm2d`` of ConvNeXt, over C alone at each position, is another function.)
+    Layer Normalization (Ba et al., 2016) as Wu and He use it. (The ``LayerNorm2d`` of ConvNeXt, over C alone at each position, is another function.)
     """
 
     def __init__(self, channels: int, act: str | None = None, eps: float = 1e-5, affine: bool = True) -> None:
@@ -75,9 +75,9 @@ class LayerNorm(GroupNorm):
 
 
 class InstanceNorm(GroupNorm):
-    """Instance Normalization (Ulyanov et al., 2016): each channel of each instance by itself, GN with C groups.
+    """GN with C groups: each channel of each instance by itself.
 
-    Learns an affine by default, unlike ``torch.nn.InstanceNorm2d``; a 1x1 map gives ``bias`` (its variance is 0).
+    Instance Normalization (Ulyanov et al., 2016). Learns an affine by default, unlike ``torch.nn.InstanceNorm2d``; a 1x1 map gives ``bias`` (its variance is 0).
     """
 
     def __init__(self, channels: int, act: str | None = None, eps: float = 1e-5, affine: bool = True) -> None:

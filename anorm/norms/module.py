@@ -1,4 +1,4 @@
-"""Any other nn.Module as a norm: for layers outside the family (whitening, spatial attention, a user's own)."""
+"""Any nn.Module as a norm: for layers outside the family (whitening, spatial attention, a user's own)."""
 
 from __future__ import annotations
 
