@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, ops
 
@@ -50,11 +51,11 @@ def lookup(act: str | None) -> Activation:
 def masked(act: str, grad: Tensor, z: Tensor) -> Tensor:
     """grad * act'(z) for the fused activations; z may be the activation's input or its output.
 
-    The gradient passes where the comparison with a NaN decides nothing, as in torch.
+    A comparison with NaN is false, so that the gradient passes there.
     """
     if act == "relu":
         return ops.aten.threshold_backward(grad, z, 0)
     if act == "relu6":
-        return ops.aten.hardtanh_backward(grad, z, 0, 6)
+        return torch.where((z <= 0) | (z >= 6), 0.0, grad)  # torch's own drops it at a NaN where it is vectorised
     assert act == "none", act
     return grad

@@ -138,6 +138,19 @@ def test_infinite_gradients_reach_the_input():
     assert not x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("act", ["relu", "relu6"])
+def test_a_nan_in_the_input_reaches_output_and_gradient(act, backend):
+    x = torch.randn(2, 3, 16, 16)
+    x[0, 1, 2, 3] = float("nan")
+    x.requires_grad_()
+    with ops.use_backend(backend):
+        y = ops.normalize(x, lambda m: algebra.standardize(m.mean, m.var, 1e-5), act)
+        y.backward(torch.randn_like(y))
+    assert y[0, 1].isnan().all() and x.grad[0, 1].isnan().all()
+    assert y[1].isfinite().all() and x.grad[1].isfinite().all()
+
+
 def test_an_empty_batch_passes_through():
     x = torch.randn(0, 3, 4, 4, requires_grad=True)
     y = ops.normalize(x, lambda m: algebra.standardize(m.mean, m.var, 1e-5), "relu")
