@@ -89,7 +89,7 @@ def plan(found: Composed, world=None) -> dict | None:
     folder = folder_for(config, found.choices, signed)
     for deviation in found.recipe:
         print(f"recipe of {deviation}")
-    finished = standing(folder, signed, config)
+    finished = None if config["dry"] else standing(folder, signed, config)
     if finished and config["resume"] == "auto":
         print(f"{folder} is finished: top-1 {finished['top1']:.2f} %, best {finished['best_top1']:.2f} % "
               "(resume=never trains it again)")
@@ -103,15 +103,16 @@ def train(job: dict, world=None, words: Path | None = None) -> int:
     from anorm.build import build
     from anorm.engine.distributed import enter
     from anorm.engine.fit import fit
-    from anorm.engine.runfolder import occupied
+    from anorm.engine.rehearse import rehearse
+    from anorm.engine.runfolder import occupied, rehearsal
 
     config = job["config"]
     with user_errors(words) as outcome, enter(world, config["hardware"]["device"]) as world:
         folder = Path(job["folder"])
-        with occupied(folder, world, job) as checkpoint:
-            run = build(config, folder, job["signature"], world, checkpoint)
+        with (rehearsal if config["dry"] else occupied)(folder, world, job) as (place, checkpoint):
+            run = build(config, place, job["signature"], world, checkpoint)
             try:
-                fit(run)
+                rehearse(run, folder) if config["dry"] else fit(run)
             finally:
                 run.close()
     return outcome.status

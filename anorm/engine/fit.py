@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from anorm.data.loaders import TrainLoader
+from anorm.data.loaders import Batch, TrainLoader
 from anorm.data.mixing import Mixing
 from anorm.data.random import seed_of, stream
 from anorm.engine import checkpoint, optim
@@ -108,45 +108,22 @@ def fit(run: Run) -> dict[str, Any]:
 
 def train_epoch(run: Run, epoch: int, first: int, agreement: Agreement, save_due: _SaveTimer, clock: _Clock) -> None:
     """The steps of one epoch from step ``first`` on."""
-    settings, world, model, progress = run.settings, run.world, run.model, run.progress
+    settings, world, progress = run.settings, run.world, run.progress
     run.network.train()
-    micro_batches = settings.optim.global_batch // settings.batch_size // world.size
     meter = _Meter(run, clock)
     batches = iter(meter.waiting(run.train.epoch(epoch, first)))
 
     for step_batches in batches:
         step = progress.step
-        rate = run.schedule(step)
-        optim.set_rate(run.optimizer, rate)
-
-        loss_sum = torch.zeros((), device=world.device)
-        for k, (images, labels, _) in enumerate(step_batches):
-            number = run.train.micro_batch_number(k)
-            images, target = run.mixing.mix(images, labels, stream(settings.seed, "mix", step, number))
-            torch.manual_seed(seed_of(settings.seed, "dropout", step, number))
-            last = k == micro_batches - 1
-            with nullcontext() if last or world.size == 1 else run.network.no_sync():
-                with run.autocast():
-                    logits = run.network(images)
-                loss = run.mixing.loss(logits, target)
-                run.scaler.scale(loss / micro_batches).backward()
-            loss_sum += loss.detach()
-
-        gradient_norm = optim.step(run.optimizer, run.scaler, settings.optim.clip)
-        if settings.hardware.loss_scale == "dynamic":
-            run.scaler.update()
-        elif run.scaler.is_enabled():
-            run.scaler.update(float(settings.hardware.loss_scale))
-        run.optimizer.zero_grad(set_to_none=True)
-        share = (step + 1) / run.total_steps
-        after_step(model, share)
+        loss, gradient_norm = train_step(run, step, step_batches)
+        after_step(run.model, (step + 1) / run.total_steps)
         if run.ema:
-            run.ema.update(model, share)
+            run.ema.update(run.model, (step + 1) / run.total_steps)
 
         progress.step = step + 1
-        meter.add(step, loss_sum / micro_batches, gradient_norm)
+        meter.add(step, loss, gradient_norm)
         if progress.step % settings.log.every == 0 or progress.step % run.train.steps_per_epoch == 0:
-            meter.report(epoch, rate)
+            meter.report(epoch, run.schedule(step))
         run.record.advance(progress.step)
         if save_due.now(progress.step) and world.main:
             agreement.ask_to_save()
@@ -157,6 +134,35 @@ def train_epoch(run: Run, epoch: int, first: int, agreement: Agreement, save_due
             save_due.restart()
         if stop:
             raise Interrupted(stop)
+
+
+def train_step(run: Run, step: int, step_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """One optimizer step over this process's micro-batches; (its mean loss, norm of the gradient), on the device.
+
+    The loss of a micro-batch is weighted by 1 / their number, so that gradients are those of the mean over the global batch.
+    """
+    settings, world = run.settings, run.world
+    optim.set_rate(run.optimizer, run.schedule(step))
+    loss_sum = torch.zeros((), device=world.device)
+    for k, (images, labels, _) in enumerate(step_batches):
+        number = run.train.micro_batch_number(k)  # in the global batch: draws do not depend on the number of processes
+        images, target = run.mixing.mix(images, labels, stream(settings.seed, "mix", step, number))
+        torch.manual_seed(seed_of(settings.seed, "dropout", step, number))
+        last = k == len(step_batches) - 1
+        with nullcontext() if last or world.size == 1 else run.network.no_sync():
+            with run.autocast():
+                logits = run.network(images)
+            loss = run.mixing.loss(logits, target) / len(step_batches)
+            run.scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+
+    gradient_norm = optim.step(run.optimizer, run.scaler, settings.optim.clip)
+    if settings.hardware.loss_scale == "dynamic":
+        run.scaler.update()
+    else:
+        run.scaler.update(float(settings.hardware.loss_scale))
+    run.optimizer.zero_grad(set_to_none=True)
+    return loss_sum, gradient_norm
 
 
 class _Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,8 @@ def thaw(path: Path) -> tuple[dict, dict[str, str]]:
 
 
 @contextmanager
-def occupied(folder: Path, world: World, job: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-    """Hold the folder for this run; gives the checkpoint to continue from, or None. Called by every process.
+def occupied(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """Hold the folder for this run; gives it and the checkpoint to continue from, or None. Called by every process.
 
     Raises ValueError when other processes hold it (also such as outlived a killed launcher), or its checkpoint is damaged.
     """
@@ -84,9 +85,16 @@ def occupied(folder: Path, world: World, job: dict[str, Any]) -> Iterator[dict[s
         world.barrier()
         if not world.main:
             lock.keep(world.rank)
-        yield checkpoint.load(last) if last.exists() else None
+        yield folder, checkpoint.load(last) if last.exists() else None
     finally:
         lock.close()
+
+
+@contextmanager
+def rehearsal(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple[Path, None]]:
+    """A folder for a dry run, gone afterwards; the run's own is not touched."""
+    with tempfile.TemporaryDirectory(prefix="anorm-dry-") as place:
+        yield Path(place), None
 
 
 def clear(folder: Path) -> None:
