@@ -6,27 +6,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup train test lint clean
+.PHONY: train test clean
 
-setup: $(VENV)/.ready
-
-# The stamp is written last: a set-up that was cut off starts again.
-$(VENV)/.ready: pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "anorm needs Python 3.10 or newer; set PYTHON=python3.x"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: apt install python3-venv"; exit 2; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,export,slurm,test]'
-	@touch $@
-
-# The C++ kernels are compiled once for the torch that is installed; without a compiler the plain path is used.
-.PHONY: kernels
-kernels: setup
+train: $(VENV)/.train
 	@$(BIN)/python -m anorm build
-
-train: kernels
 	$(BIN)/python train.py data=digits norm=an arch=resnet50 hardware=cpu
 
-test: kernels
+test: $(VENV)/.test
+	@$(BIN)/python -m anorm build
 	$(BIN)/python -m pytest
+
+# A stamp is written last: a set-up that was cut off starts again.
+$(VENV)/.train: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "anorm needs Python 3.10 or newer: make PYTHON=python3.x"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: apt install python3-venv"; exit 2; }
+	@echo "installing into $(VENV) (PyTorch and its libraries: a few minutes, 6 GB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train]'
+	@touch $@
+
+# The tests want every extra too, NVIDIA DALI's CPU pipeline among them.
+$(VENV)/.test: $(VENV)/.train
+	@echo "installing what the tests want"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,export,slurm,dali,test]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache

@@ -72,7 +72,8 @@ def backends() -> Iterator[tuple[str, str]]:
     for name in ops.BACKENDS[1:]:
         reason = ops.why_not(name)
         yield name, "usable" if reason is None else f"not usable: {reason}"
-    yield "auto", ", ".join(f"{device}: {ops.resolve(device).__name__.split('.')[-1]}" for device in ("cpu", "cuda"))
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        yield "auto", f"{ops.resolve(device).__name__.split('.')[-1]} for {device} tensors"
 
 
 def report() -> None:
