@@ -1,4 +1,4 @@
-"""convert: which layers, what carries over, and the same function at the start, on networks of torchvision and timm."""
+"""convert: which layers, what carries over, the same function at the start; torchvision's and timm's networks."""
 
 import copy
 import sys
@@ -76,7 +76,7 @@ def images(model, size=32, n=4):
     return torch.randn(n, first.in_channels, size, size, generator=torch.Generator().manual_seed(1))
 
 
-# --- where the norms stand ---------------------------------------------------------------------------------------------
+# --- where the norms stand ------------------------------------------------------------------------
 
 
 def own_sites(arch):
@@ -109,7 +109,9 @@ def test_the_published_place_is_found_in_foreign_networks(theirs, ours):
     assert {n for n, s in found.items() if s.focus} == {n for n, s in declared.items() if s.focus}
     assert {n for n, s in found.items() if s.last} == {n for n, s in declared.items() if s.last}
     for role in ("stem", "shortcut", "transition", "final"):
-        assert {n for n, s in found.items() if s.role == role} == {n for n, s in declared.items() if s.role == role}
+        assert {n for n, s in found.items() if s.role == role} == {
+            n for n, s in declared.items() if s.role == role
+        }
     if ours != "mobilenetv2":  # its seven stages are rows of a table, not resolutions
         assert {n: s.stage for n, s in found.items()} == {n: s.stage for n, s in declared.items()}
 
@@ -119,16 +121,25 @@ def test_the_last_spatial_convolution_counts_whatever_its_kernel():
     spatial = {n for n, s in find_sites(model, batchnorms(model)).items() if s.focus}
     kernels = {m.kernel_size for n, m in model.named_modules() if n.endswith("conv_dw")}
     assert kernels == {(3, 3), (5, 5)}
-    assert spatial == {f"{n.removesuffix('conv_dw')}{'bn1' if n.startswith('blocks.0') else 'bn2'}"
-                       for n, m in model.named_modules() if n.endswith("conv_dw")}
+    assert spatial == {
+        f"{n.removesuffix('conv_dw')}{'bn1' if n.startswith('blocks.0') else 'bn2'}"
+        for n, m in model.named_modules()
+        if n.endswith("conv_dw")
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("res2net50_26w_4s", 16), ("mixnet_s", 16), ("cspdarknet53", 23), ("resnetv2_50d", 16), ("resnest14d", 4)],
+    [
+        ("res2net50_26w_4s", 16),
+        ("mixnet_s", 16),
+        ("cspdarknet53", 23),
+        ("resnetv2_50d", 16),
+        ("resnest14d", 4),
+    ],
 )
 def test_one_focus_for_each_block(name, count):
-    """Several kernels in one layer, split attention, preactivation, cross-stage blocks: still one place a block."""
+    """Several kernels in a layer, split attention, preactivation, cross-stage blocks: one place a block."""
     model = timm.create_model(name)
     assert sum(site.focus for site in find_sites(model, batchnorms(model)).values()) == count
 
@@ -145,7 +156,7 @@ def test_tracing_leaves_the_model_as_it_was():
         assert torch.equal(tensor, before[name])
 
 
-# --- the same function at the start ------------------------------------------------------------------------------------
+# --- the same function at the start ---------------------------------------------------------------
 
 CASES = [
     ("bn", {}, "yes"),
@@ -168,6 +179,12 @@ CASES = [
     ("in", {}, "no"),
     ("an_gn", {}, "no"),
     ("se", {"base": "gn"}, "no"),
+    ("bin", {}, "yes"),
+    ("ssn", {}, "no"),
+    ("afn", {}, "no"),
+    ("afn", {"form": "residual", "decoders": "zero"}, "yes"),
+    ("asrn", {}, "no"),
+    ("ilm", {}, "no"),
     ("module", {"target": "torch.nn.BatchNorm2d"}, "yes"),
 ]
 
@@ -244,7 +261,7 @@ def test_explicit_options_win_over_what_is_carried():
     assert model.one.n2.base.momentum == 0.5
 
 
-# --- networks of others --------------------------------------------------------------------------------------------------
+# --- networks of others ---------------------------------------------------------------------------
 
 NETWORKS = [
     "timm:resnet50d",
@@ -319,7 +336,9 @@ def test_timms_activation_and_drop_stay():
     torch.testing.assert_close(model(x), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["groupnorm", "batchnorm2d", "frn", "layernorm2d", "evonorms0", "simplenorm2d"])
+@pytest.mark.parametrize(
+    "name", ["groupnorm", "batchnorm2d", "frn", "layernorm2d", "evonorms0", "simplenorm2d"]
+)
 def test_timms_norms_as_they_are(name):
     model = timm.create_model("efficientnet_b0", num_classes=5)
     options = {"num_groups": 4} if name == "groupnorm" else {"group_size": 8} if name == "evonorms0" else {}
@@ -337,7 +356,7 @@ def test_timms_norms_refuse_what_they_cannot_be():
         convert(Small(), "timm:gruopnorm", where="all")
 
 
-# --- which layers --------------------------------------------------------------------------------------------------------
+# --- which layers ---------------------------------------------------------------------------------
 
 
 def test_where():
@@ -368,10 +387,22 @@ def test_k_for_each_stage():
 def test_norm_as_a_dict_and_as_a_callable():
     model = Small()
     convert(model, {"name": "an", "place": "last", "k": 2, "elsewhere": "gn"})
-    assert model.one.n3.k == 2 and isinstance(model.one.n2, GroupNorm) and isinstance(model.stem_norm, GroupNorm)
+    assert (
+        model.one.n3.k == 2 and isinstance(model.one.n2, GroupNorm) and isinstance(model.stem_norm, GroupNorm)
+    )
     model = Small()
     report = convert(model, lambda site: anorm.create_norm("in", site.channels), where="spatial")
     assert len(report.swapped) == 2
+
+
+def test_a_converted_network_can_be_converted_further():
+    model = used(Small())
+    x = images(model)
+    expected = model.eval()(x)
+    convert(model, "an")
+    report = convert(model, "bin", where="all")
+    assert len(report.swapped) == 5 and {row.why for row in report.kept} == {"not a BatchNorm2d"}
+    torch.testing.assert_close(model(x), expected, **CLOSE)
 
 
 def test_a_layer_registered_twice_stays_one():
@@ -401,7 +432,7 @@ def test_synchronised_layers_stay_synchronised():
     assert report.identical and model.one.n2.base.sync and model.one.n2.attention.norm.sync
 
 
-# --- what is left alone --------------------------------------------------------------------------------------------------
+# --- what is left alone ---------------------------------------------------------------------------
 
 
 class Odd(nn.BatchNorm2d):
@@ -421,8 +452,13 @@ def test_layers_that_cannot_be_replaced_are_left_alone_and_named():
     model.one.n3 = Odd(8)
     model.two.n1 = Renamed(4)
     parametrize.register_parametrization(model.two.n3, "weight", nn.Softplus())
-    left = {"stem_norm": "frozen", "one.n1": "frozen", "one.n2": "hooks", "one.n3": "forward of its own",
-            "two.n3": "parametrizations"}
+    left = {
+        "stem_norm": "frozen",
+        "one.n1": "frozen",
+        "one.n2": "hooks",
+        "one.n3": "forward of its own",
+        "two.n3": "parametrizations",
+    }
     before = {name: model.get_submodule(name) for name in left}
     report = convert(model, where="all")
     assert {row.name for row in report.swapped} == {"two.n1", "two.n2"}
@@ -482,7 +518,7 @@ def test_a_model_that_does_not_take_images_asks_for_an_example():
     assert {row.name for row in report.swapped} == {"net.one.n2", "net.two.n2"}
 
 
-# --- arch=timm:NAME, arch=torchvision:NAME ---------------------------------------------------------------------------------
+# --- arch=timm:NAME, arch=torchvision:NAME --------------------------------------------------------
 
 
 @pytest.mark.parametrize(

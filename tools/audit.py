@@ -1,11 +1,12 @@
 """Check the sizes that the papers print against the networks themselves.
 
-    python tools/audit.py [table1|table2|table3|v1_table1|all]     every row: printed and true #Params and FLOPs, and a verdict
-    python tools/audit.py table2 --faithful code                   the networks of the authors' code where they differ
-    python tools/audit.py all --csv sizes.csv --markdown sizes.md  also into files
+    python tools/audit.py [table1|table2|table3|v1_table1|all]     every row: printed and true #Params and
+    FLOPs, and a verdict python tools/audit.py table2 --faithful code                   the networks of the
+    authors' code where they differ python tools/audit.py all --csv sizes.csv --markdown sizes.md  also into
+    files
 
-True parameters: every trainable number. True FLOPs: multiply-adds of convolutions and linear layers for one image of
-224 x 224 (torch's FlopCounterMode / 2). Verdicts, each for parameters and for FLOPs:
+True parameters: every trainable number. True FLOPs: multiply-adds of convolutions and linear layers for one
+image of 224 x 224 (torch's FlopCounterMode / 2). Verdicts, each for parameters and for FLOPs:
 
     equal        the printed number is the true one, rounded
     rounding     off by one in the last printed digit
@@ -31,24 +32,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import torch  # noqa: E402
-from tables import FAITHFUL, Counted, Row, Table, load, names  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch
+from tables import FAITHFUL, Counted, Row, Table, load, names
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from anorm.algebra import Moments  # noqa: E402
-from anorm.build import accepted  # noqa: E402
-from anorm.engine.compose import compose  # noqa: E402
-from anorm.norms.base import Norm, Site  # noqa: E402
-from anorm.norms.placement import Placement  # noqa: E402
-from anorm.registry import create_model  # noqa: E402
+from anorm.algebra import Moments
+from anorm.build import accepted
+from anorm.engine.compose import compose
+from anorm.norms.base import Norm, Site
+from anorm.norms.placement import Placement
+from anorm.registry import create_model
 
 UNITS = {"M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True)
 class Size:
-    """A network's size by every convention: all and leaf parameters; macs and thop operations for one image."""
+    """A network's size by every convention: all and leaf parameters; macs and thop for one image."""
 
     all: int
     leaf: int
@@ -111,14 +112,16 @@ def _size(arch_config: str, norm_config: str) -> Size:
 
 
 class LawOnly(nn.Module):
-    """A norm of which only the law runs: the rest of it is elementwise, and costs no multiply-add by this counting."""
+    """A norm of which only the law runs: the rest is elementwise, no multiply-add by this counting."""
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
         self.norm = norm
         self.outputs = 0
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, mask: object = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, mask: object = None
+    ) -> torch.Tensor:
         self.outputs += x.numel()
         moment = x.new_empty(x.shape[:2])
         self.norm.law(Moments(moment, moment, x.shape[2] * x.shape[3]))
@@ -131,13 +134,16 @@ class LawOnly(nn.Module):
 def judge(printed: str, true: int, explanation: tuple[Counted, int | None] | None) -> Verdict:
     """The verdict on a printed number such as "25.76M".
 
-    explanation: what the table says about it, and the number which that way of counting gives here, if it is one.
+    explanation: what the table says about it, and the number which that way of counting gives here, if it is
+    one.
     Raises ValueError where that is not the printed number after all: then the table's explanation is wrong.
     """
     if (distance := _digits_off(printed, true)) == 0:
         return Verdict("equal")
     if explanation is None:
-        return Verdict("rounding" if distance == 1 else "misprint", "" if distance == 1 else "no explanation is known")
+        return Verdict(
+            "rounding" if distance == 1 else "misprint", "" if distance == 1 else "no explanation is known"
+        )
     said, number = explanation
     flops = printed.endswith("G")
     word = "convention" if flops and (said.count in (None, "thop")) and not said.overrides else "misprint"
@@ -167,7 +173,9 @@ def audit(table: Table, faithful: str = "paper") -> list[Audited]:
         arguments = row.arguments(faithful)
         size = size_of(arguments)
 
-        def explained(said: Counted | None, arguments: list[str] = arguments) -> tuple[Counted, int | None] | None:
+        def explained(
+            said: Counted | None, arguments: list[str] = arguments
+        ) -> tuple[Counted, int | None] | None:
             if said is None or said.count is None:
                 return None if said is None else (said, None)
             return said, getattr(size_of([*arguments, *said.overrides]), said.count)
@@ -193,12 +201,19 @@ COLUMNS: dict[str, Callable[[Audited], str]] = {
 def markdown(table: Table, rows: list[Audited], faithful: str) -> str:
     """The table as Markdown, a heading for each group, notes below."""
     where = ", ".join((f"section {table.section}", *([f"page {table.page}"] if table.page else [])))
-    lines = [f"## {table.name}: {table.title}", "", f"{table.source}, {where}. Networks after the {faithful}.", ""]
+    lines = [
+        f"## {table.name}: {table.title}",
+        "",
+        f"{table.source}, {where}. Networks after the {faithful}.",
+        "",
+    ]
     for group in dict.fromkeys(a.row.group for a in rows):
         lines += [f"### {group}", "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
         for a in rows:
             if a.row.group == group:
-                lines.append("| " + " | ".join(cell(a).replace("|", "\\|") for cell in COLUMNS.values()) + " |")
+                lines.append(
+                    "| " + " | ".join(cell(a).replace("|", "\\|") for cell in COLUMNS.values()) + " |"
+                )
         lines.append("")
     lines += [f"* {a.row.label} ({a.row.group}): {a.row.note}" for a in rows if a.row.note]
     lines += [f"* {mark}: {meaning}" for mark, meaning in table.marks.items()]
@@ -209,20 +224,59 @@ def as_csv(audited: dict[str, list[Audited]], faithful: str) -> str:
     """All tables as CSV, one header; sizes as plain numbers."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
-    write(["table", "group", "method", "faithful", "printed_params", "params", "leaf_params", "params_verdict", "params_reason",
-           "printed_flops", "macs", "macs_norms_relus", "flops_verdict", "flops_reason", "top1_error", "top5_error", "command"])
+    write(
+        [
+            "table",
+            "group",
+            "method",
+            "faithful",
+            "printed_params",
+            "params",
+            "leaf_params",
+            "params_verdict",
+            "params_reason",
+            "printed_flops",
+            "macs",
+            "macs_norms_relus",
+            "flops_verdict",
+            "flops_reason",
+            "top1_error",
+            "top5_error",
+            "command",
+        ]
+    )
     for name, rows in audited.items():
         for a in rows:
             flops = a.flops or Verdict("")
-            write([name, a.row.group, a.row.label, faithful, a.row.params, a.size.all, a.size.leaf, a.params.word, a.params.reason,
-                   a.row.flops or "", a.size.macs, a.size.thop, flops.word, flops.reason, a.row.top1, a.row.top5,
-                   a.row.command(faithful)])
+            write(
+                [
+                    name,
+                    a.row.group,
+                    a.row.label,
+                    faithful,
+                    a.row.params,
+                    a.size.all,
+                    a.size.leaf,
+                    a.params.word,
+                    a.params.reason,
+                    a.row.flops or "",
+                    a.size.macs,
+                    a.size.thop,
+                    flops.word,
+                    flops.reason,
+                    a.row.top1,
+                    a.row.top5,
+                    a.row.command(faithful),
+                ]
+            )
     return out.getvalue()
 
 
 def main(argv: list[str]) -> int:
     """Print the Markdown; the exit status is 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", nargs="?", default="all", choices=[*names(), "all"])
     parser.add_argument("--faithful", default="paper", choices=FAITHFUL)
     parser.add_argument("--markdown", type=Path, metavar="FILE")

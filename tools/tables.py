@@ -1,4 +1,4 @@
-"""The papers' tables as data: ``configs/table/*.yaml`` read into rows. Shared by the tools that audit and fill them."""
+"""The papers' tables as data: ``configs/table/*.yaml`` read into rows, for the tools over them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Counted:
     """What explains a printed number that is not the true one.
 
     count: "all" (every parameter), "leaf" (parameters of modules without children), "macs" (multiply-adds of
-    convolutions and linear layers), "thop" (those and norms and ReLUs); None where no convention is known. overrides:
-    of the model that was counted, on top of the row's.
+    convolutions and linear layers), "thop" (those and norms and ReLUs); None where no convention is known.
+    overrides: of the model that was counted, on top of the row's.
     """
 
     why: str
@@ -33,10 +33,12 @@ class Counted:
 
 @dataclass(frozen=True)
 class Row:
-    """One row as printed: ``params`` such as "25.76M", ``flops`` such as "4.09G" (None: a dash), errors in percent.
+    """One row as printed: ``params`` such as "25.76M", ``flops`` such as "4.09G" (None: a dash), errors in
+    percent.
 
-    gap1, gap5: the printed distance to the table's best, where there is one. overrides: the arguments of train.py,
-    the group's included; code: what faithful=code changes beyond the recipe. mark: the printed sign.
+    gap1, gap5: the printed distance to the table's best, where there is one. overrides: the arguments of
+    train.py, the group's included; code: what faithful=code changes beyond the recipe. mark: the printed
+    sign.
     """
 
     label: str
@@ -67,8 +69,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: where it is printed, its rows in order, and what differs between the paper and the authors' code
-    (``differences``: what, paper, code, and the key of train.py that selects, where there is one)."""
+    """A table: where it is printed, its rows in order, and what differs between the paper and the authors'
+    code (``differences``: what, paper, code, and the key of train.py that selects, where there is one)."""
 
     name: str
     title: str

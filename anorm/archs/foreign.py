@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision by name, with ``forward_stages`` and ``feature_info`` like the ones built here."""
+"""Networks of timm and torchvision by name, with the ``forward_stages`` and ``feature_info`` of those built here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ LIBRARIES = ("timm", "torchvision")
 class Foreign(nn.Module):
     """Another library's network, unchanged, in ``network``: images (N, C, H, W) -> logits (N, num_classes).
 
-    ``feature_info`` maps the name of a module to the channels and stride of its output, one for each resolution.
+    ``feature_info`` maps the name of a module to the channels and stride of its output, one for each
+    resolution.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -32,11 +33,11 @@ class Foreign(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.network(x)
-        # GoogLeNet and Inception return auxiliary logits beside the logits in training, which is not asked for here
+        # in training GoogLeNet and Inception return their auxiliary logits beside the logits
         return y if isinstance(y, Tensor) else y.logits
 
     def forward_stages(self, x: Tensor) -> dict[str, Tensor]:
-        """Feature maps {name: (N, C, H/stride, W/stride)}, in order of execution (the classifier runs too)."""
+        """Feature maps {name: (N, C, H/stride, W/stride)}, in order; the classifier runs too."""
         maps: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable:
@@ -45,7 +46,9 @@ class Foreign(nn.Module):
 
             return hook
 
-        hooks = [self.network.get_submodule(name).register_forward_hook(keep(name)) for name in self.feature_info]
+        hooks = [
+            self.network.get_submodule(name).register_forward_hook(keep(name)) for name in self.feature_info
+        ]
         try:
             self(x)
         finally:
@@ -57,12 +60,15 @@ class Foreign(nn.Module):
 def load(arch: str, num_classes: int = 1000, in_channels: int = 3, **options) -> Foreign:
     """``timm:NAME`` or ``torchvision:NAME``; options go to the library's own function.
 
-    Raises ValueError for a name that the library does not have (with the nearest) and for images of other than 3
-    channels where torchvision is asked; ImportError, with what to install, where the library is missing.
+    Raises ValueError for a name that the library does not have (with the nearest) and for images of other
+    than 3 channels where torchvision is asked; ImportError, with what to install, where the library is
+    missing.
     """
     library, _, name = arch.partition(":")
     if library not in LIBRARIES:
-        raise ValueError(f"arch={arch!r}: {library!r} is none of {', '.join(LIBRARIES)}, as in timm:resnet50d")
+        raise ValueError(
+            f"arch={arch!r}: {library!r} is none of {', '.join(LIBRARIES)}, as in timm:resnet50d"
+        )
     package = _import(library)
     names = package.list_models() if library == "timm" else package.models.list_models()
     if name.split(".")[0] not in names:
@@ -71,30 +77,37 @@ def load(arch: str, num_classes: int = 1000, in_channels: int = 3, **options) ->
     if library == "timm":
         return Foreign(package.create_model(name, num_classes=num_classes, in_chans=in_channels, **options))
     if in_channels != 3:
-        raise ValueError(f"torchvision's networks take images of 3 channels, not {in_channels}; timm's take any")
+        raise ValueError(
+            f"torchvision's networks take images of 3 channels, not {in_channels}; timm's take any"
+        )
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False} | ({} if options.get("weights") else {"init_weights": True}) | options
     return Foreign(package.models.get_model(name, num_classes=num_classes, **options))
 
 
 def timm_norm(name: str, channels: int, act: nn.Module, drop: nn.Module, options: dict) -> nn.Module:
-    """timm's norm layer of that name, as it is; its norm + activation layer where the BN had an activation or a drop.
+    """timm's norm layer of that name, as it is; its norm + activation layer where the BN had an activation or
+    a drop.
 
-    Raises ValueError for a name that timm does not have, and for EvoNorm, which cannot do without its activation,
-    where the BN had none.
+    Raises ValueError for a name that timm does not have, and for EvoNorm, which cannot do without its
+    activation, where the BN had none.
     """
     _import("timm")
     layers = importlib.import_module("timm.layers")
     plain, joint = _found(layers.get_norm_layer, name), _found(layers.get_norm_act_layer, name)
     if plain is None and joint is None:
-        raise ValueError(f"timm has no norm layer {name!r}; it has batchnorm2d, groupnorm, layernorm2d, evonorms0, frn, ...")
+        raise ValueError(
+            f"timm has no norm layer {name!r}; it has batchnorm2d, groupnorm, layernorm2d, frn, ..."
+        )
     bare = isinstance(act, nn.Identity) and isinstance(drop, nn.Identity)
     if bare and plain is not None:
         return plain(channels, **options)
     if joint is None:
         return nn.Sequential(OrderedDict(norm=plain(channels, **options), drop=drop, act=act))
     if bare and name.startswith("evonorm"):
-        raise ValueError(f"timm:{name} is a norm and an activation in one: it cannot replace a norm without activation")
+        raise ValueError(
+            f"timm:{name} is a norm and an activation in one: it cannot replace a norm without activation"
+        )
     layer = joint(channels, apply_act=not isinstance(act, nn.Identity), **options)
     if isinstance(getattr(layer, "act", None), nn.Module):
         layer.act = act
@@ -116,21 +129,29 @@ def _import(library: str) -> ModuleType:
         return importlib.import_module(library)
     except ImportError as error:
         raise ImportError(f"{library} is not installed: pip install {library}") from error
-    except RuntimeError as error:  # a torchvision built against another torch: "operator torchvision::nms does not exist"
+    except (
+        RuntimeError
+    ) as error:  # a torchvision built against another torch: "operator torchvision::nms does not exist"
         raise ImportError(
-            f"the installed torchvision does not fit torch {torch.__version__} ({error}); install both from one place: "
-            "pip install --force-reinstall torch torchvision"
+            f"the installed torchvision does not fit torch {torch.__version__} ({error}); install both from "
+            "one place: pip install --force-reinstall torch torchvision"
         ) from error
 
 
 def _features(network: nn.Module) -> dict[str, FeatureInfo]:
-    """The modules whose outputs are the network's stages: timm's own list, else the last one of each resolution."""
+    """The modules whose outputs are the stages: timm's own list, else the last of each resolution."""
     calls = trace(network)
     shapes = {call.name: call.shape for call in calls if call.shape is not None and len(call.shape) == 4}
     declared = getattr(network, "feature_info", None)
-    names = [entry.get("module") for entry in declared] if declared else _last_of_each_resolution(network, calls, shapes)
+    names = (
+        [entry.get("module") for entry in declared]
+        if declared
+        else _last_of_each_resolution(network, calls, shapes)
+    )
     side = calls[-1].given[2]
-    return {name: FeatureInfo(shapes[name][1], round(side / shapes[name][2])) for name in names if name in shapes}
+    return {
+        name: FeatureInfo(shapes[name][1], round(side / shapes[name][2])) for name in names if name in shapes
+    }
 
 
 def _last_of_each_resolution(network: nn.Module, calls: list[Call], shapes: dict[str, tuple]) -> list[str]:

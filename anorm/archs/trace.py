@@ -1,7 +1,7 @@
 """Reading a network that this project did not write: what runs in which order, and where its norms stand.
 
-No torch.fx: one forward pass with hooks, on the meta device (shapes only, no arithmetic), so that any module that runs
-can be read, control flow and all.
+No torch.fx: one forward pass with hooks, on fake tensors (shapes only, no arithmetic), so that any module
+that runs can be read, control flow and all.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from anorm.norms.base import Site
+from anorm.ops import use_backend
 
 __all__ = ["Call", "find_sites", "trace"]
 
@@ -28,8 +32,8 @@ SHORTCUT = re.compile(r"(^|\.)(downsample|shortcut|proj|project|skip|conv_skip|i
 class Call:
     """One module's first call, in the order of completion (the network itself comes last, under the name "").
 
-    ``given``, ``shape``: the shapes of its first argument and of its output, where they are tensors; ``source``: the
-    convolution whose output it was given directly, if any.
+    ``given``, ``shape``: the shapes of its first argument and of its output, where they are tensors;
+    ``source``: the convolution whose output it was given directly, if any.
     """
 
     name: str
@@ -44,8 +48,9 @@ def trace(model: nn.Module, example: object = None) -> list[Call]:
 
     Args:
         model: any module from images (N, C, H, W).
-        example: what to call the model with (a tensor, or a tuple of arguments), run for real. None: meta tensors of
-            the size that the model declares (timm) or of the first of 224, 299, 128, 64, 32, 28 pixels that passes.
+        example: what to call the model with (a tensor, or a tuple of arguments), run for real. None: fake
+            images of the size that the model declares (timm) or of the first of 224, 299, 128, 64, 32, 28
+            pixels that passes.
 
     Raises ValueError with the first failure when no size passes.
     """
@@ -58,13 +63,16 @@ def trace(model: nn.Module, example: object = None) -> list[Call]:
     declared = (getattr(model, "default_cfg", None) or {}).get("input_size")
     shapes = ([tuple(declared)] if declared else []) + [(first.in_channels, size, size) for size in SIZES]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     failures = []
     for shape in shapes:
-        images = torch.empty(2, *shape, dtype=first.weight.dtype, device="meta")
         try:
-            return _run(model, lambda images=images: torch.func.functional_call(model, state, (images,)))
-        except Exception as error:  # whatever a foreign forward raises; the first reason is given below
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake, use_backend("reference"):
+                state = {name: fake.from_tensor(tensor.detach()) for name, tensor in tensors.items()}
+                images = torch.empty(2, *shape, dtype=first.weight.dtype, device=first.weight.device)
+                # untied: torch puts the weights of a module that stands at two places back only once
+                call = partial(functional_call, model, state, (images,), tie_weights=False)
+                return _run(model, call)
+        except Exception as error:  # noqa: BLE001  whatever a forward raises; the first is told
             failures.append(error)
     raise ValueError(
         f"{type(model).__name__} does not run on images of any size that was tried ({failures[0]}); give "
@@ -105,15 +113,16 @@ def _run(model: nn.Module, forward) -> list[Call]:
 def find_sites(model: nn.Module, norms: Iterable[str], example: object = None) -> dict[str, Site]:
     """Name -> where that norm stands, for the named norms of any network.
 
-    A *block* is the innermost module that is called and holds a norm and at least two convolutions over maps larger
-    than 1x1 (so neither a conv-norm pair nor an SE unit is one). A network without any (a VGG) has one block for each
-    resolution. The module of the first convolution, and one named stem, is the stem. Shortcuts are known by their names
-    (downsample, shortcut, proj, skip, identity). ``focus`` is the first norm behind the block's last convolution whose
-    kernel is larger than 1x1, or, where none follows (DenseNet), the last norm in front of it; outside blocks it is
-    the norm behind a depthwise convolution. Stages are the resolutions of the blocks' outputs in order of appearance.
+    A *block* is the innermost module that is called and holds a norm and at least two convolutions over maps
+    larger than 1x1 (so neither a conv-norm pair nor an SE unit is one). A network without any (a VGG) has one
+    block for each resolution. The module of the first convolution, and one named stem, is the stem. Shortcuts
+    are known by their names (downsample, shortcut, proj, skip, identity). ``focus`` is the first norm behind
+    the block's last convolution whose kernel is larger than 1x1, or, where none follows (DenseNet), the last
+    norm in front of it; outside blocks it is the norm behind a depthwise convolution. Stages are the
+    resolutions of the blocks' outputs in order of appearance.
 
-    A norm's role is its convolution's: the one it is given the output of, else the next to run. A norm that did not
-    run (an auxiliary head) counts as ``final``.
+    A norm's role is its convolution's: the one it is given the output of, else the next to run. A norm that
+    did not run (an auxiliary head) counts as ``final``.
     """
     norms = list(norms)
     wanted = set(norms)
@@ -155,7 +164,9 @@ def find_sites(model: nn.Module, norms: Iterable[str], example: object = None) -
                 role = "stem"
             elif home[name] not in blocks:
                 within = sum(block.startswith(f"{home[name]}.") for block in members)
-                trunk = not home[name] or not within or 2 * within > len(members)  # else a part of a branching block
+                trunk = (
+                    not home[name] or not within or 2 * within > len(members)
+                )  # else a part of a branching block
                 if _depthwise(conv) and call.source:
                     focus.add(name)
                 elif trunk and (not ends or order[name] < min(ends)):
