@@ -1,4 +1,4 @@
-"""convert: which layers, what carries over, the same function at the start; torchvision's and timm's networks."""
+"""convert: which layers, what carries over, the same function at the start; on networks of others."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision by name, with the ``forward_stages`` and ``feature_info`` of those built here."""
+"""Networks of timm and torchvision by name, with the ``forward_stages`` and ``feature_info`` of those here."""
 
 from __future__ import annotations
 
