@@ -68,7 +68,7 @@ def normalize(
     if residual is not None and residual.dtype != x.dtype:
         common = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(common), residual.to(common)
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # meta knows no autocast
         with torch.autocast(x.device.type, enabled=False):
             y = _run(x, law, fused, residual, needs, hot)
     else:

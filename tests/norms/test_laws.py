@@ -261,3 +261,11 @@ def test_wrong_shapes_and_names_are_errors():
         anorm.create_norm("bn", 0)
     with pytest.raises(ValueError, match="cannot be imported"):
         anorm.create_norm("module", 8, target="torch.nn.NoSuchNorm")
+
+
+@pytest.mark.parametrize("name", [n for n in NORMS if n != "module"])
+def test_shapes_flow_on_the_meta_device(name):
+    with torch.device("meta"):
+        layer = anorm.create_norm(name, C, act="relu", **OPTIONS.get(name, {}))
+        for training in (True, False):
+            assert layer.train(training)(torch.empty(4, C, 5, 3)).shape == (4, C, 5, 3)
