@@ -80,9 +80,9 @@ class Evaluator:
 
     def __call__(self, model: nn.Module | None = None, called: nn.Module | None = None) -> Result:
         """Evaluate ``model`` (default: the own one); ``called`` is what runs it, where it is compiled."""
-        model = model or self.model
+        model = self.model if model is None else model
         with statistics_from(model, self.settings.stats, lambda: self.recalibrate(model)):
-            return evaluate(called or model, self.val, self.world, self.autocast)
+            return evaluate(model if called is None else called, self.val, self.world, self.autocast)
 
     @torch.no_grad()
     def recalibrate(self, model: nn.Module) -> None:

@@ -30,6 +30,7 @@ def assert_close(a, b, statistics=True):
             torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-11, msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [["norm=gn"], ["norm=bn", "norm.sync=true"], ["norm=an", "norm.sync=true"]], ids=lambda n: n[0])
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, norm):
     """Also in evaluation, of 21 images on two processes: nothing padded, nothing counted twice."""
@@ -41,6 +42,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, norm):
     assert evaluated_by_one["top1"] == evaluated_by_two["top1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["bn", "an"])
 def test_statistics_of_each_process_equal_one_process_that_accumulates(tmp_path, norm):
     one, _ = final_weights(tmp_path / "one", *FP64, f"norm={norm}")
@@ -89,6 +91,7 @@ def wait_until_gone(pids):
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["launcher", "rank 0", "rank 1", "all"])
 def test_a_kill_is_noticed_and_the_same_command_continues(uninterrupted, tmp_path, victim):
     folder = tmp_path / "run"
@@ -111,6 +114,7 @@ def test_a_kill_is_noticed_and_the_same_command_continues(uninterrupted, tmp_pat
     assert_same_run(uninterrupted, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_to_the_launcher_stops_all_at_one_step(uninterrupted, tmp_path, name):
     folder, number = tmp_path / "run", getattr(signal, name)
@@ -126,6 +130,7 @@ def test_a_signal_to_the_launcher_stops_all_at_one_step(uninterrupted, tmp_path,
     assert_same_run(uninterrupted, folder)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_continues_with_the_same_batches(tmp_path):
     one, _ = final_weights(tmp_path / "one", *FP64, "norm=gn")
     folder = tmp_path / "changed"
