@@ -78,21 +78,22 @@ def run(arguments: Arguments) -> int:
 
 def plan(found: Composed, world=None) -> dict | None:
     """All that is decided before training starts: devices, batches, signature, folder. None: the run is finished."""
-    from anorm.build import check_batches, create_source, resolve
+    from anorm.build import create_source, resolve
     from anorm.engine.runfolder import folder_for, standing
     from anorm.engine.signature import signature
 
     config = resolve(found.config, world)
     processes = config["hardware"]["processes"]
-    check_batches(config, processes)
     signed = signature(config, create_source(config).identity, processes)
     folder = folder_for(config, found.choices, signed)
     for deviation in found.recipe:
         print(f"recipe of {deviation}")
     finished = None if config["dry"] else standing(folder, signed, config)
     if finished and config["resume"] == "auto":
-        print(f"{folder} is finished: top-1 {finished['top1']:.2f} %, best {finished['best_top1']:.2f} % "
-              "(resume=never trains it again)")
+        print(
+            f"{folder} is finished: top-1 {finished['top1']:.2f} %, best {finished['best_top1']:.2f} % "
+            "(resume=never trains it again)"
+        )
         return None
     print(f"run folder: {folder}", flush=True)
     return {"config": config, "choices": found.choices, "signature": signed, "folder": str(folder)}

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import os
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,10 +23,20 @@ from anorm.engine.checkpoint import write_atomic
 from anorm.engine.distributed import World
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
-from anorm.engine.fit import Progress, Run, restore
+from anorm.engine.hardware import (
+    autocast_of,
+    check_batches,
+    compiled,
+    decide,
+    distributed,
+    place,
+    set_backends,
+)
+from anorm.engine.keep import restore
 from anorm.engine.record import Record, environment
+from anorm.engine.run import Progress, Run
 from anorm.engine.schedule import WarmupCosine
-from anorm.engine.settings import Hardware, sections, settings_from
+from anorm.engine.settings import sections, settings_from
 from anorm.norms.base import Norm
 from anorm.norms.build import norm_classes
 from anorm.norms.placement import Placement
@@ -54,7 +61,9 @@ def complete(config: dict) -> dict:
     for section in ("arch", "norm", "data"):
         if "name" not in config[section]:
             raise ValueError(f"{section}.name is missing: choose {section}=...")
-        full[section] = {"name": config[section]["name"]} | (_arguments(section, config[section]) or {}) | config[section]
+        full[section] = (
+            {"name": config[section]["name"]} | (_arguments(section, config[section]) or {}) | config[section]
+        )
     if full["norm"]["name"] == "module" and not full["norm"].get("target"):
         raise ValueError("norm=module needs the class of the layer: norm.target=package.module.Class")
     return full
@@ -86,62 +95,15 @@ def _arguments(section: str, node: dict) -> dict | None:
 
 
 def resolve(config: dict, world: World | None = None) -> dict:
-    """``config`` with every "auto" of its hardware, and its number of processes, decided for this machine.
+    """``config`` with every "auto" of its hardware decided for this machine, and its batches checked.
 
-    world: the processes that another launcher started; they are as many as they are.
-
-    Raises ValueError where the machine lacks what is asked for, or where the batches do not fit the processes.
+    world: the processes that another launcher started. Raises ValueError where the machine lacks what is asked for, or
+    where the batches do not fit the processes.
     """
     settings = settings_from(config)
-    asked, gpus = settings.hardware, torch.cuda.device_count()
-    if asked.device == "gpu" and gpus == 0:
-        raise ValueError("hardware=gpu, but torch sees no GPU here: set hardware=cpu, or install a torch build for this GPU's driver "
-                         "(python -m anorm says more)")
-    gpu = asked.device == "gpu" or (asked.device == "auto" and gpus > 0)
-    processes = (gpus if gpu else 1) if asked.processes == "auto" else asked.processes
-    local = processes
-    if world is not None:
-        if asked.processes not in ("auto", world.size):
-            raise ValueError(f"hardware.processes={asked.processes}, but {world.size} processes were started: leave it out")
-        processes, local = world.size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if gpu and local > gpus:
-        raise ValueError(f"hardware.processes={processes}, but there are {gpus} GPUs: one process a GPU at most")
-    cores = max(1, len(os.sched_getaffinity(0)) // local)
-    hardware = dataclasses.replace(
-        asked, device="gpu" if gpu else "cpu", processes=processes, dtype=_dtype(asked, gpu),
-        channels_last=gpu if asked.channels_last == "auto" else asked.channels_last,
-        workers=min(8, cores) if asked.workers == "auto" else asked.workers,
-        threads=cores if asked.threads == "auto" else asked.threads)
+    hardware = decide(settings.hardware, world)
+    check_batches(settings.batch_size, settings.optim.global_batch, hardware.processes)
     return config | {"hardware": dataclasses.asdict(hardware)}
-
-
-def _dtype(asked: Hardware, gpu: bool) -> str:
-    if asked.dtype == "auto":
-        return "fp16" if gpu else "fp32"
-    if not gpu and asked.dtype in ("fp16", "tf32"):
-        raise ValueError(f"hardware.dtype={asked.dtype} is for GPUs: on a CPU use fp32 (or bf16)")
-    if gpu and asked.dtype in ("bf16", "tf32") and torch.cuda.get_device_capability()[0] < 8:
-        raise ValueError(f"hardware.dtype={asked.dtype} needs a GPU of compute capability 8.0 (A100) or later; "
-                         f"{torch.cuda.get_device_name()} has none: use fp16 or fp32")
-    return asked.dtype
-
-
-def check_batches(config: dict, processes: int) -> None:
-    """Raises ValueError, naming the nearest that works, unless the global batch divides over the processes."""
-    settings = settings_from(config)
-    micro, whole = settings.batch_size, settings.optim.global_batch
-    if whole % micro == 0 and (whole // micro) % processes == 0:
-        return
-    fitting = [n for n in range(1, whole // micro + 1) if whole % micro == 0 and (whole // micro) % n == 0]
-    sizes = [n for n in range(1, whole + 1) if whole % (n * processes) == 0]
-    ways = []
-    if fitting:
-        ways.append(f"hardware.processes={min(fitting, key=lambda n: abs(n - processes))}")
-    if sizes:
-        ways.append(f"batch_size={min(sizes, key=lambda n: (abs(n - micro), -n))}")
-    ways.append(f"optim.global_batch={max(1, round(whole / (micro * processes))) * micro * processes}")
-    raise ValueError(f"optim.global_batch={whole} is no whole number of batches of batch_size={micro} on {processes} "
-                     f"process{'es' if processes > 1 else ''}: set {' or '.join(ways)}")
 
 
 def create_source(config: dict) -> Source:
@@ -170,10 +132,15 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
     """All parts of a run for one process. ``config``: complete and resolved; ``resume``: a checkpoint's state, or None."""
     settings = settings_from(config)
     hardware, device = settings.hardware, world.device
-    _set_backends(hardware, resume)
+    set_backends(hardware, resume)
     source = create_source(config)
-    loading = {"rank": world.rank, "world": world.size, "workers": hardware.workers, "device": device,
-               "channels_last": hardware.channels_last}
+    loading = {
+        "rank": world.rank,
+        "world": world.size,
+        "workers": hardware.workers,
+        "device": device,
+        "channels_last": hardware.channels_last,
+    }
     train = TrainLoader(source, settings.seed, settings.optim.global_batch, settings.batch_size, **loading)
     val = EvalLoader(source.val, settings.eval.batch_size or settings.batch_size, **loading)
 
@@ -184,22 +151,42 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
     notes += optim.freeze(model, settings.freeze)
     place(model, hardware, device)
 
-    groups = optim.parameter_groups(model, settings.optim.weight_decay, settings.optim.decay_norm, settings.optim.layer_decay)
+    groups = optim.parameter_groups(
+        model, settings.optim.weight_decay, settings.optim.decay_norm, settings.optim.layer_decay
+    )
     notes += optim.describe_groups(groups)
-    autocast = _autocast(hardware, device)
+    autocast = autocast_of(hardware, device)
     scaled = hardware.dtype == "fp16"
     scale = 2.0**16 if hardware.loss_scale == "dynamic" else float(hardware.loss_scale)
     run = Run(
-        settings=settings, folder=folder, signature=signature, arch=config["arch"]["name"], world=world, model=model, network=model,
-        evaluated=model, train=train,
-        mixing=Mixing(settings.mix.mixup, settings.mix.cutmix, settings.mix.label_smoothing, source.num_classes),
+        settings=settings,
+        folder=folder,
+        signature=signature,
+        arch=config["arch"]["name"],
+        world=world,
+        model=model,
+        network=model,
+        evaluated=model,
+        train=train,
+        mixing=Mixing(
+            settings.mix.mixup, settings.mix.cutmix, settings.mix.label_smoothing, source.num_classes
+        ),
         optimizer=optim.create_optimizer(groups, settings.optim),
-        schedule=WarmupCosine(settings.optim.peak_lr, settings.epochs, train.steps_per_epoch, settings.schedule.warmup_epochs,
-                              settings.schedule.floor),
+        schedule=WarmupCosine(
+            settings.optim.peak_lr,
+            settings.epochs,
+            train.steps_per_epoch,
+            settings.schedule.warmup_epochs,
+            settings.schedule.floor,
+        ),
         scaler=torch.amp.GradScaler(device.type, init_scale=scale, enabled=scaled),
-        autocast=autocast, evaluator=Evaluator(model, train, val, world, autocast, settings.eval, settings.epochs),
+        autocast=autocast,
+        evaluator=Evaluator(model, train, val, world, autocast, settings.eval, settings.epochs),
         ema=Ema(model, settings.ema.decay) if settings.ema.decay else None,
-        record=Record(folder, active=False), progress=Progress(), sums=torch.zeros(4, dtype=torch.float64, device=device))
+        record=Record(folder, active=False),
+        progress=Progress(),
+        sums=torch.zeros(4, dtype=torch.float64, device=device),
+    )
     if hardware.compile:
         run.network = run.evaluated = compiled(model, source.image_size, device, autocast, hardware)
     if world.size > 1:
@@ -208,10 +195,23 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
         notes += restore(run, resume)
     if world.main:
         write_data_card(folder, source)
-    run.record = Record(folder, world.main, settings.log.tensorboard, offset=resume["log_offset"] if resume else 0,
-                        step=run.progress.step, total_steps=run.total_steps)
-    run.record.write("start", step=run.progress.step, signature=signature, parameters=sum(p.numel() for p in model.parameters()),
-                     processes=world.size, notes=notes, environment=environment())
+    run.record = Record(
+        folder,
+        world.main,
+        settings.log.tensorboard,
+        offset=resume["log_offset"] if resume else 0,
+        step=run.progress.step,
+        total_steps=run.total_steps,
+    )
+    run.record.write(
+        "start",
+        step=run.progress.step,
+        signature=signature,
+        parameters=sum(p.numel() for p in model.parameters()),
+        processes=world.size,
+        notes=notes,
+        environment=environment(),
+    )
     for note in notes:
         run.record.say(note)
     run.record.say(_describe(run, source))
@@ -226,12 +226,21 @@ def evaluator(config: dict, weights: Path | None = None) -> Evaluator:
     if weights:
         load_weights(model, weights)
     place(model, settings.hardware, world.device)
-    _set_backends(settings.hardware, None)
-    loading = {"workers": settings.hardware.workers, "device": world.device, "channels_last": settings.hardware.channels_last}
+    set_backends(settings.hardware, None)
+    loading = {
+        "workers": settings.hardware.workers,
+        "device": world.device,
+        "channels_last": settings.hardware.channels_last,
+    }
     return Evaluator(
-        model, TrainLoader(source, settings.seed, settings.optim.global_batch, settings.batch_size, **loading),
-        EvalLoader(source.val, settings.eval.batch_size or settings.batch_size, **loading), world,
-        _autocast(settings.hardware, world.device), settings.eval, settings.epochs)
+        model,
+        TrainLoader(source, settings.seed, settings.optim.global_batch, settings.batch_size, **loading),
+        EvalLoader(source.val, settings.eval.batch_size or settings.batch_size, **loading),
+        world,
+        autocast_of(settings.hardware, world.device),
+        settings.eval,
+        settings.epochs,
+    )
 
 
 CARD = "data.json"
@@ -240,8 +249,14 @@ CARD = "data.json"
 def write_data_card(folder: Path, source: Source) -> None:
     """data.json: what a prediction needs to know about the data, so that it does not need the data."""
     crop = getattr(source.val, "crop", None)
-    card = {"classes": source.classes, "mean": source.mean, "std": source.std, "image_size": source.image_size,
-            "eval_resize": crop.short_side if crop else source.image_size, "interpolation": crop.interpolation if crop else "bilinear"}
+    card = {
+        "classes": source.classes,
+        "mean": source.mean,
+        "std": source.std,
+        "image_size": source.image_size,
+        "eval_resize": crop.short_side if crop else source.image_size,
+        "interpolation": crop.interpolation if crop else "bilinear",
+    }
     write_atomic(folder / CARD, json.dumps(card).encode())
 
 
@@ -270,65 +285,14 @@ def last_weights(folder: Path) -> Path:
     raise ValueError(f"{folder} holds no weights yet: the run saves its first at the end of an epoch")
 
 
-def compiled(model: nn.Module, image_size: int, device: torch.device, autocast, hardware: Hardware) -> nn.Module:
-    """torch.compile of the plain network, compared with it on random images first.
-
-    Raises ValueError when the two differ by more than their precision explains.
-    """
-    faster = torch.compile(model)
-    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(
-        device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format)
-    model.eval()
-    with torch.no_grad(), autocast():
-        expected, found = model(images).float(), faster(images).float()
-    model.train()
-    difference = (found - expected).abs().max() / expected.abs().max()
-    # a few hundred roundings of the arithmetic's precision: 2^-11 of fp16 and tf32, 2^-8 of bf16, 2^-24 of fp32
-    allowed = {"fp16": 0.05, "tf32": 0.05, "bf16": 0.2}.get(hardware.dtype, 1e-4)
-    if not difference <= allowed:
-        raise ValueError(f"hardware.compile=true changes this network's outputs by {100 * difference:.3g} % (explained would be "
-                         f"{100 * allowed:g} %): set hardware.compile=false")
-    return faster
-
-
-def distributed(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network over all processes. Their statistics are joined where they are needed, by dist.stats, and not overwritten
-    at every step by those of rank 0, as DDP does by default."""
-    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    no_overwriting = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name until torch 2.14
-    return nn.parallel.DistributedDataParallel(
-        network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **{no_overwriting: False})
-
-
 def _describe(run: Run, source: Source) -> str:
     settings, world = run.settings, run.world
     micro = settings.optim.global_batch // settings.batch_size // world.size
-    return (f"{run.arch}: {sum(p.numel() for p in run.model.parameters()):,} parameters; {len(source.train):,} training and "
-            f"{len(source.val):,} evaluation images of {source.num_classes} classes; {settings.epochs} epochs of "
-            f"{run.train.steps_per_epoch} steps; global batch {settings.optim.global_batch} = {settings.batch_size} x {micro} "
-            f"accumulated x {world.size} process{'es' if world.size > 1 else ''}; peak rate {settings.optim.peak_lr:g}; "
-            f"{settings.hardware.dtype} on {world.device.type}"
-            + (f"; continuing at step {run.progress.step} of {run.total_steps}" if run.progress.step else ""))
-
-
-def place(model: nn.Module, hardware: Hardware, device: torch.device) -> None:
-    """Onto the device, in the layout and, for fp64, the precision that ``hardware`` asks for."""
-    model.to(device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format)
-    if hardware.dtype == "fp64":
-        model.double().register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
-
-
-def _set_backends(hardware: Hardware, resume: dict | None) -> None:
-    # sums depend on the number of threads: a resumed run keeps its own
-    torch.set_num_threads(resume["threads"] if resume else hardware.threads)
-    fast = hardware.dtype == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
-    torch.backends.cudnn.benchmark = not hardware.deterministic
-    torch.use_deterministic_algorithms(hardware.deterministic)
-    if hardware.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def _autocast(hardware: Hardware, device: torch.device):
-    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(hardware.dtype)
-    return nullcontext if kind is None else partial(torch.autocast, device.type, dtype=kind)
+    return (
+        f"{run.arch}: {sum(p.numel() for p in run.model.parameters()):,} parameters; {len(source.train):,} training and "
+        f"{len(source.val):,} evaluation images of {source.num_classes} classes; {settings.epochs} epochs of "
+        f"{run.train.steps_per_epoch} steps; global batch {settings.optim.global_batch} = {settings.batch_size} x {micro} "
+        f"accumulated x {world.size} process{'es' if world.size > 1 else ''}; peak rate {settings.optim.peak_lr:g}; "
+        f"{settings.hardware.dtype} on {world.device.type}"
+        + (f"; continuing at step {run.progress.step} of {run.total_steps}" if run.progress.step else "")
+    )

@@ -9,9 +9,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # a whole run in about two seconds
-SMALL = ["arch=resnet18", "norm=bn", "data=synthetic", "data.image_size=32", "data.num_classes=4", "data.train_images=64",
-         "data.val_images=21", "batch_size=8", "optim.global_batch=16", "epochs=2", "schedule.warmup_epochs=0", "hardware=cpu",
-         "hardware.threads=1", "log.tensorboard=false", "log.every=2"]
+SMALL = [
+    "arch=resnet18",
+    "norm=bn",
+    "data=synthetic",
+    "data.image_size=32",
+    "data.num_classes=4",
+    "data.train_images=64",
+    "data.val_images=21",
+    "batch_size=8",
+    "optim.global_batch=16",
+    "epochs=2",
+    "schedule.warmup_epochs=0",
+    "hardware=cpu",
+    "hardware.threads=1",
+    "log.tensorboard=false",
+    "log.every=2",
+]
 
 
 def script(path):
@@ -36,8 +50,15 @@ def environment(**more):
 
 def start_train(*arguments, cwd=None, **more):
     """train.py in a process group of its own."""
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, cwd=cwd, env=environment(**more), start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=environment(**more),
+        start_new_session=True,
+    )
 
 
 def run_train(*arguments, cwd=None, **more):

@@ -32,7 +32,10 @@ def test_every_choice_composes(group, choice):
 
 @pytest.mark.parametrize("arch", choices(CONFIGS, "arch"))
 def test_every_architecture_builds_under_every_setup(arch):
-    configs = [composed(f"arch={arch}", "norm=an", setup)[0] for setup in ("setup=vanilla", "setup=sota", "faithful=code")]
+    configs = [
+        composed(f"arch={arch}", "norm=an", setup)[0]
+        for setup in ("setup=vanilla", "setup=sota", "faithful=code")
+    ]
     for i, config in enumerate(configs):
         if config["arch"] not in [earlier["arch"] for earlier in configs[:i]]:
             with torch.device("meta"):
@@ -46,11 +49,15 @@ def test_every_norm_builds(norm):
 
 
 def test_a_plain_module_is_a_norm():
-    config, _ = composed("norm=module", "norm.target=torch.nn.GroupNorm", "norm.num_groups=8", "arch=resnet18")
+    config, _ = composed(
+        "norm=module", "norm.target=torch.nn.GroupNorm", "norm.num_groups=8", "arch=resnet18"
+    )
     # GroupNorm takes its groups first, so it is called with both: a class whose first argument is not C is refused
     with pytest.raises(ValueError, match="norm.target"):
         create_network(config, 10)
-    config, _ = composed("norm=module", "norm.target=torch.nn.InstanceNorm2d", "norm.affine=true", "arch=resnet18")
+    config, _ = composed(
+        "norm=module", "norm.target=torch.nn.InstanceNorm2d", "norm.affine=true", "arch=resnet18"
+    )
     model = create_network(config, 10)
     assert isinstance(model.bn1.module, torch.nn.InstanceNorm2d) and model.bn1.module.affine
     model(torch.randn(2, 3, 64, 64)).sum().backward()
@@ -59,7 +66,9 @@ def test_a_plain_module_is_a_norm():
 
 def test_yaml_and_dataclass_defaults_are_equal():
     config, _ = composed("arch=resnet50", "norm=bn")
-    assert {key: config[key] for key in config if key not in ("arch", "norm", "data")} == dataclasses.asdict(Settings())
+    assert {key: config[key] for key in config if key not in ("arch", "norm", "data")} == dataclasses.asdict(
+        Settings()
+    )
 
 
 def test_sota_is_written_as_a_diff_of_vanilla():
@@ -69,8 +78,11 @@ def test_sota_is_written_as_a_diff_of_vanilla():
 
 
 def test_every_section_of_the_settings_is_spelled_out():
-    spelled = set(yaml.safe_load((CONFIGS / "train.yaml").read_text())) | set(
-        yaml.safe_load((CONFIGS / "setup" / "vanilla.yaml").read_text())) | {"hardware"}
+    spelled = (
+        set(yaml.safe_load((CONFIGS / "train.yaml").read_text()))
+        | set(yaml.safe_load((CONFIGS / "setup" / "vanilla.yaml").read_text()))
+        | {"hardware"}
+    )
     assert set(sections()) <= spelled
 
 
@@ -83,11 +95,15 @@ def test_what_a_recipe_changes_is_said_and_the_command_line_wins():
 
 def test_networks_are_equal_across_norms_but_for_their_norms():
     """The same seed gives the same convolutions and classifier, whatever stands between them."""
-    models = {norm: dict(create_network(composed("arch=resnet18", f"norm={norm}")[0], 10).named_parameters())
-              for norm in ("bn", "an", "gn")}
+    models = {
+        norm: dict(create_network(composed("arch=resnet18", f"norm={norm}")[0], 10).named_parameters())
+        for norm in ("bn", "an", "gn")
+    }
     for name, parameter in models["bn"].items():
         if "bn" not in name and "downsample.1" not in name:
-            assert torch.equal(parameter, models["an"][name]) and torch.equal(parameter, models["gn"][name]), name
+            assert torch.equal(parameter, models["an"][name]) and torch.equal(
+                parameter, models["gn"][name]
+            ), name
     other = dict(create_network(composed("arch=resnet18", "norm=an", "seed=1")[0], 10).named_parameters())
     assert not torch.equal(other["conv1.weight"], models["an"]["conv1.weight"])
     assert not torch.equal(other["layer1.0.bn2.weight"], models["an"]["layer1.0.bn2.weight"])

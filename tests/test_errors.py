@@ -17,37 +17,40 @@ def refused(capsys, *arguments):
     return message
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["norm=attn"], ["unknown norm 'attn'", "an"]),
-    (["arch=resnet5"], ["unknown arch 'resnet5'", "resnet50"]),
-    (["setup=vanila"], ["vanilla"]),
-    (["epoch=3"], ["unknown key epoch", "epochs"]),
-    (["lr=0.1"], ["optim.lr"]),
-    (["optim.lrate=1"], ["unknown key optim.lrate", "lr"]),
-    (["norm.kk=3"], ["unknown key norm.kk", "k"]),
-    (["arch.zero_gamma=true"], ["unknown key arch.zero_gamma", "zero_init"]),
-    (["data=digits", "data.max_shfit=2"], ["unknown key data.max_shfit", "max_shift"]),
-    (["optim=sgd"], ["optim is a section", "name"]),
-    (["optim.name=sdg"], ["optim.name", "sgd"]),
-    (["epochs=many"], ["epochs='many'", "whole number"]),
-    (["epochs=1.5"], ["epochs=1.5", "whole number"]),
-    (["optim.lr=fast"], ["optim.lr='fast'", "a number"]),
-    (["epochs=0"], ["epochs=0", "above 0"]),
-    (["batch_size=-1"], ["batch_size=-1", "above 0"]),
-    (["seed=-1"], ["seed=-1"]),
-    (["optim.lr=0"], ["optim.lr=0", "above 0"]),
-    (["eval.stats=runing"], ["eval.stats", "running"]),
-    (["resume=maybe"], ["resume=maybe", "auto", "never"]),
-    (["hardware.dtype=fp8"], ["hardware.dtype", "fp16"]),
-    (["faithful=both"], ["paper", "code"]),
-    (["epochs=4"], ["warmup_epochs"]),
-    (["norm"], ["key=value"]),
-    (["norm=bn,an"], ["-m"]),
-    (["~seed"], ["deleted"]),
-    (["--multi"], ["--multirun"]),
-    (["--cfg"], ["--cfg job"]),
-    (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["norm=attn"], ["unknown norm 'attn'", "an"]),
+        (["arch=resnet5"], ["unknown arch 'resnet5'", "resnet50"]),
+        (["setup=vanila"], ["vanilla"]),
+        (["epoch=3"], ["unknown key epoch", "epochs"]),
+        (["lr=0.1"], ["optim.lr"]),
+        (["optim.lrate=1"], ["unknown key optim.lrate", "lr"]),
+        (["norm.kk=3"], ["unknown key norm.kk", "k"]),
+        (["arch.zero_gamma=true"], ["unknown key arch.zero_gamma", "zero_init"]),
+        (["data=digits", "data.max_shfit=2"], ["unknown key data.max_shfit", "max_shift"]),
+        (["optim=sgd"], ["optim is a section", "name"]),
+        (["optim.name=sdg"], ["optim.name", "sgd"]),
+        (["epochs=many"], ["epochs='many'", "whole number"]),
+        (["epochs=1.5"], ["epochs=1.5", "whole number"]),
+        (["optim.lr=fast"], ["optim.lr='fast'", "a number"]),
+        (["epochs=0"], ["epochs=0", "above 0"]),
+        (["batch_size=-1"], ["batch_size=-1", "above 0"]),
+        (["seed=-1"], ["seed=-1"]),
+        (["optim.lr=0"], ["optim.lr=0", "above 0"]),
+        (["eval.stats=runing"], ["eval.stats", "running"]),
+        (["resume=maybe"], ["resume=maybe", "auto", "never"]),
+        (["hardware.dtype=fp8"], ["hardware.dtype", "fp16"]),
+        (["faithful=both"], ["paper", "code"]),
+        (["epochs=4"], ["warmup_epochs"]),
+        (["norm"], ["key=value"]),
+        (["norm=bn,an"], ["-m"]),
+        (["~seed"], ["deleted"]),
+        (["--multi"], ["--multirun"]),
+        (["--cfg"], ["--cfg job"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
 def test_mistakes_in_the_command_line(capsys, arguments, words):
     complete = [] if arguments[0].startswith(("--", "norm", "arch")) else ["data=digits"]
     message = refused(capsys, *complete, *arguments)
@@ -55,25 +58,28 @@ def test_mistakes_in_the_command_line(capsys, arguments, words):
         assert word in message
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["norm=an", "norm.k=[10,10,20]"], ["k has 3 numbers", "4 stages"]),
-    (["norm=an", "norm.k=0"], ["k=0", "positive"]),
-    (["norm=gn", "norm.groups=7"], ["64 channels", "7"]),
-    (["norm=an", "batch_size=1"], ["batch", "2"]),
-    (["batch_size=3"], ["batch_size=4", "optim.global_batch"]),
-    (["hardware.processes=3"], ["hardware.processes=2", "optim.global_batch"]),
-    (["hardware=gpu"], ["no GPU", "hardware=cpu"]),
-    (["hardware.dtype=fp16"], ["fp16", "fp32"]),
-    (["data.image_size=0"], ["data.image_size=0", "at least 1"]),
-    (["data.train_images=8"], ["8 images", "optim.global_batch"]),
-    (["norm=module"], ["norm.target"]),
-    (["norm=module", "norm.target=torch.nn.Nothing"], ["norm.target", "torch.nn.Nothing"]),
-    (["weights=nowhere.ckpt"], ["nowhere.ckpt"]),
-    (["freeze=[layer9.*]"], ["freeze=layer9.*", "mixtures"]),
-    (["freeze=[*]"], ["no parameter"]),
-    (["optim.impl=apex"], ["NVIDIA", "optim.impl=auto"]),
-    (["optim.args={betas:[0.9,0.99]}"], ["betas", "sgd"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["norm=an", "norm.k=[10,10,20]"], ["k has 3 numbers", "4 stages"]),
+        (["norm=an", "norm.k=0"], ["k=0", "positive"]),
+        (["norm=gn", "norm.groups=7"], ["64 channels", "7"]),
+        (["norm=an", "batch_size=1"], ["batch", "2"]),
+        (["batch_size=3"], ["batch_size=4", "optim.global_batch"]),
+        (["hardware.processes=3"], ["hardware.processes=2", "optim.global_batch"]),
+        (["hardware=gpu"], ["no GPU", "hardware=cpu"]),
+        (["hardware.dtype=fp16"], ["fp16", "fp32"]),
+        (["data.image_size=0"], ["data.image_size=0", "at least 1"]),
+        (["data.train_images=8"], ["8 images", "optim.global_batch"]),
+        (["norm=module"], ["norm.target"]),
+        (["norm=module", "norm.target=torch.nn.Nothing"], ["norm.target", "torch.nn.Nothing"]),
+        (["weights=nowhere.ckpt"], ["nowhere.ckpt"]),
+        (["freeze=[layer9.*]"], ["freeze=layer9.*", "mixtures"]),
+        (["freeze=[*]"], ["no parameter"]),
+        (["optim.impl=apex"], ["NVIDIA", "optim.impl=auto"]),
+        (["optim.args={betas:[0.9,0.99]}"], ["betas", "sgd"]),
+    ],
+)
 def test_what_cannot_be_built(capsys, tmp_path, arguments, words):
     if torch.cuda.is_available() and arguments == ["hardware=gpu"]:
         pytest.skip("there is a GPU")
@@ -89,11 +95,20 @@ def image_folder(root, classes=("cat", "dog"), count=8, size=40):
         for number, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", (size, size), (90 * number, 20 * i, 50)).save(root / split / name / f"{i}.png")
+                Image.new("RGB", (size, size), (90 * number, 20 * i, 50)).save(
+                    root / split / name / f"{i}.png"
+                )
     return root
 
 
-FOLDER = [*SMALL[:2], "data=imagefolder", "data.image_size=32", "data.cache=false", *SMALL[7:], "hardware.workers=0"]
+FOLDER = [
+    *SMALL[:2],
+    "data=imagefolder",
+    "data.image_size=32",
+    "data.cache=false",
+    *SMALL[7:],
+    "hardware.workers=0",
+]
 
 
 def test_data_folders(capsys, tmp_path, monkeypatch):
@@ -140,7 +155,10 @@ def test_a_checkpoint_of_another_architecture_or_a_truncated_one(capsys, tmp_pat
     message = refused(capsys, *SMALL, "arch=resnet50", run, f"weights={finished / 'last.ckpt'}")
     assert "layer1.0.conv3.weight" in message
     whole = (finished / "weights.safetensors").read_bytes()
-    for name, content in (("short.safetensors", whole[:1000]), ("short.ckpt", (finished / "best.ckpt").read_bytes()[:1000])):
+    for name, content in (
+        ("short.safetensors", whole[:1000]),
+        ("short.ckpt", (finished / "best.ckpt").read_bytes()[:1000]),
+    ):
         (tmp_path / name).write_bytes(content)
         assert name in refused(capsys, *SMALL, run, f"weights={tmp_path / name}")
 
@@ -186,17 +204,29 @@ def test_a_folder_in_use(capsys, tmp_path):
 def test_torch_and_torchvision_that_do_not_match(tmp_path):
     """Stands in for the real pair by a torchvision whose import fails as theirs does."""
     (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
-    status, _, err = run_train("norm=bn", f"data.root={image_folder(tmp_path / 'set')}", "data=imagefolder", "hardware=cpu",
-                               "batch_size=4", "optim.global_batch=4", f"run_dir={tmp_path / 'run'}", "hardware.workers=0",
-                               PYTHONPATH=f"{tmp_path}")
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    )
+    status, _, err = run_train(
+        "norm=bn",
+        f"data.root={image_folder(tmp_path / 'set')}",
+        "data=imagefolder",
+        "hardware=cpu",
+        "batch_size=4",
+        "optim.global_batch=4",
+        f"run_dir={tmp_path / 'run'}",
+        "hardware.workers=0",
+        PYTHONPATH=f"{tmp_path}",
+    )
     assert status == 2
     assert "torch and torchvision do not belong together" in err and len(err.strip().splitlines()) <= 2
 
 
 def test_a_real_process_ends_with_status_2_and_no_traceback():
     status, out, err = run_train("norm=attn")
-    assert status == 2 and out == "" and err.startswith("error: unknown norm 'attn'") and "Traceback" not in err
+    assert (
+        status == 2 and out == "" and err.startswith("error: unknown norm 'attn'") and "Traceback" not in err
+    )
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

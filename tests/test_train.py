@@ -34,11 +34,15 @@ def assert_same_tensors(a, b):
 
 
 def test_help_names_everything_and_loads_no_heavy_package():
-    code = (f"import sys, runpy; sys.argv = ['train.py', '--help']; sys.path.insert(0, {str(ROOT)!r})\n"
-            f"try: runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
-            "except SystemExit as end: assert end.code == 0\n"
-            "print([m for m in ('torchvision', 'timm', 'hydra', 'sklearn', 'tensorboard') if m in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()).stdout
+    code = (
+        f"import sys, runpy; sys.argv = ['train.py', '--help']; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"try: runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print([m for m in ('torchvision', 'timm', 'hydra', 'sklearn', 'tensorboard') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+    ).stdout
     assert out.rstrip().endswith("[]")
     assert out.count("    python train.py") == 3
     for group in ("arch", "norm", "setup", "data", "hardware"):
@@ -58,8 +62,21 @@ def test_cfg_job_prints_every_key_with_its_value(capsys):
 def finished(tmp_path_factory):
     """A finished run of two epochs on real digits."""
     folder = tmp_path_factory.mktemp("digits") / "run"
-    assert train("data=digits", "arch=resnet18", "norm=an", "hardware=cpu", "hardware.threads=1", "epochs=2", "optim.lr=0.2",
-                 "schedule.warmup_epochs=0", "log.every=4", f"run_dir={folder}") == 0
+    assert (
+        train(
+            "data=digits",
+            "arch=resnet18",
+            "norm=an",
+            "hardware=cpu",
+            "hardware.threads=1",
+            "epochs=2",
+            "optim.lr=0.2",
+            "schedule.warmup_epochs=0",
+            "log.every=4",
+            f"run_dir={folder}",
+        )
+        == 0
+    )
     return folder
 
 
@@ -67,14 +84,25 @@ def test_the_loss_of_a_digits_run_falls(finished):
     losses = [line["loss"] for line in events(finished, "train")]
     assert losses[-1] < 0.5 * losses[0]
     final = read_metrics(finished)[-1]
-    assert final["event"] == "final" and {"top1", "top5", "best_top1", "seconds", "images_per_second"} <= final.keys()
+    assert (
+        final["event"] == "final"
+        and {"top1", "top5", "best_top1", "seconds", "images_per_second"} <= final.keys()
+    )
     evals = events(finished, "eval")
     assert final["top1"] == evals[-1]["top1"] and final["best_top1"] == max(line["top1"] for line in evals)
 
 
 def test_what_a_run_folder_holds(finished):
     names = {path.name for path in finished.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "last.ckpt", "best.ckpt", "weights.safetensors", "predictions.npz", "tensorboard"} <= names
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "last.ckpt",
+        "best.ckpt",
+        "weights.safetensors",
+        "predictions.npz",
+        "tensorboard",
+    } <= names
     assert not [name for name in names if name.endswith(".tmp") or "new" in name]
     start = events(finished, "start")[0]
     assert {"command", "torch", "git", "machine"} <= start["environment"].keys()
@@ -98,15 +126,24 @@ def test_the_same_command_says_that_it_is_finished(finished, capsys):
 def test_validate_prints_the_numbers_of_the_run(finished, capsys, target):
     final, last = read_metrics(finished)[-1], events(finished, "eval")[-1]
     assert script("tools/validate.py").main([str(finished / target)]) == 0
-    top1, top5, loss, images = re.search(r"top-1 (\S+) % top-5 (\S+) % loss (\S+) \((\d+) images", capsys.readouterr().out).groups()
-    assert float(top1) == pytest.approx(final["top1"], abs=5e-5) and float(top5) == pytest.approx(final["top5"], abs=5e-5)
+    top1, top5, loss, images = re.search(
+        r"top-1 (\S+) % top-5 (\S+) % loss (\S+) \((\d+) images", capsys.readouterr().out
+    ).groups()
+    assert float(top1) == pytest.approx(final["top1"], abs=5e-5) and float(top5) == pytest.approx(
+        final["top5"], abs=5e-5
+    )
     assert float(loss) == pytest.approx(last["loss"], abs=1e-6) and int(images) == 359
 
 
 def test_validate_under_other_statistics(finished, capsys):
     losses = {}
     for stats in ("running", "batch", "recalibrated"):
-        assert script("tools/validate.py").main([str(finished), f"eval.stats={stats}", "eval.recalibrate_batches=10"]) == 0
+        assert (
+            script("tools/validate.py").main(
+                [str(finished), f"eval.stats={stats}", "eval.recalibrate_batches=10"]
+            )
+            == 0
+        )
         losses[stats] = re.search(r"loss (\S+)", capsys.readouterr().out).group(1)
     assert len(set(losses.values())) == 3
 
@@ -120,11 +157,21 @@ def test_predict_names_the_five_likeliest_classes(finished, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == 5
     shares = [float(line.split()[0]) for line in lines]
-    assert shares == sorted(shares, reverse=True) and {line.split()[2] for line in lines} <= {str(d) for d in range(10)}
+    assert shares == sorted(shares, reverse=True) and {line.split()[2] for line in lines} <= {
+        str(d) for d in range(10)
+    }
 
 
-DROPOUT = [*SMALL, "arch=mobilenetv2", "arch.dropout=0.3", "epochs=2", "data.train_images=128", "mix.mixup=0.2", "ema.decay=0.9",
-           "checkpoint.every_steps=3"]
+DROPOUT = [
+    *SMALL,
+    "arch=mobilenetv2",
+    "arch.dropout=0.3",
+    "epochs=2",
+    "data.train_images=128",
+    "mix.mixup=0.2",
+    "ema.decay=0.9",
+    "checkpoint.every_steps=3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +186,13 @@ def assert_same_run(a, b):
     """Weights bit for bit, and a log with the same steps and values."""
     for name in ("model", "ema"):
         assert_same_tensors(weights(a)[name], weights(b)[name])
-    for kind, keys in (("train", ("step", "epoch", "loss", "lr")), ("eval", ("step", "epoch", "top1", "top5", "loss", "ema_top1"))):
-        assert [[line[key] for key in keys] for line in events(a, kind)] == [[line[key] for key in keys] for line in events(b, kind)]
+    for kind, keys in (
+        ("train", ("step", "epoch", "loss", "lr")),
+        ("eval", ("step", "epoch", "top1", "top5", "loss", "ema_top1")),
+    ):
+        assert [[line[key] for key in keys] for line in events(a, kind)] == [
+            [line[key] for key in keys] for line in events(b, kind)
+        ]
     assert len(events(b, "final")) == 1
 
 
@@ -152,7 +204,11 @@ def test_kills_at_random_moments_leave_no_trace(uninterrupted, tmp_path):
         # let it get somewhere: the start takes a few seconds of which nothing can be said in general
         before = _progress(folder)
         deadline = time.monotonic() + 120
-        while process.poll() is None and _progress(folder) <= before + rng.randrange(2) and time.monotonic() < deadline:
+        while (
+            process.poll() is None
+            and _progress(folder) <= before + rng.randrange(2)
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         time.sleep(rng.random() * 0.3)
         process.kill()
@@ -209,14 +265,18 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_layer(tmp_path, c
     status = train(*SMALL, f"run_dir={tmp_path / 'run'}", "optim.lr=1e30")
     message = capsys.readouterr().err
     assert status == 1
-    found = re.search(r"not finite at step (\d+) .*first: the (output|gradient at the output) of (\S+) ", message)
+    found = re.search(
+        r"not finite at step (\d+) .*first: the (output|gradient at the output) of (\S+) ", message
+    )
     assert found and int(found.group(1)) >= 1
     assert len(message.strip().splitlines()) <= 2
 
 
 @pytest.mark.slow
 def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(tmp_path):
-    status, out, err = run_train("-m", *SMALL, "epochs=1", "arch=convnet", "seed=0,1", "norm=bn,attn", cwd=tmp_path)
+    status, out, err = run_train(
+        "-m", *SMALL, "epochs=1", "arch=convnet", "seed=0,1", "norm=bn,attn", cwd=tmp_path
+    )
     assert status == 1
     assert err.count("unknown norm 'attn'") == 2
     assert len(re.findall(r"^  done", out, re.M)) == 2 and len(re.findall(r"^  failed", out, re.M)) == 2
@@ -232,7 +292,11 @@ def test_setups_differ_as_the_paper_says(capsys):
     assert vanilla["epochs"] == 120 and sota["epochs"] == 200
     assert vanilla["optim"] == sota["optim"]
     rate = vanilla["optim"]["lr"] * vanilla["optim"]["global_batch"] / vanilla["optim"]["lr_batch"]
-    assert math.isclose(rate, 0.4) and vanilla["optim"]["weight_decay"] == 1e-4 and vanilla["optim"]["momentum"] == 0.9
+    assert (
+        math.isclose(rate, 0.4)
+        and vanilla["optim"]["weight_decay"] == 1e-4
+        and vanilla["optim"]["momentum"] == 0.9
+    )
     assert vanilla["schedule"] == sota["schedule"] == {"warmup_epochs": 5.0, "floor": 0.0}
     assert sota["mix"] == {"mixup": 0.2, "cutmix": 0.0, "label_smoothing": 0.1}
     assert vanilla["arch"] == {"name": "resnet50", "stem": "7x7", "shortcut": "conv", "zero_init": False}
@@ -249,7 +313,15 @@ def test_a_dry_run_reports_costs_and_leaves_nothing(tmp_path, capsys):
     assert train(*SMALL, "dry=true", f"run_dir={tmp_path / 'run'}") == 0
     out = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    for word in ("parameters 11,", "multiply-adds", "images/s", "waiting for data", "bottleneck", "the whole run", "disk"):
+    for word in (
+        "parameters 11,",
+        "multiply-adds",
+        "images/s",
+        "waiting for data",
+        "bottleneck",
+        "the whole run",
+        "disk",
+    ):
         assert word in out
 
 
@@ -266,8 +338,18 @@ def test_a_compiled_run_equals_a_plain_one_to_rounding(tmp_path):
 
 
 def test_weights_of_another_head_start_a_run_and_are_said(finished, tmp_path, capsys):
-    assert train(*SMALL, "norm=an", "epochs=1", f"weights={finished / 'weights.safetensors'}", "freeze=mixtures", "optim.lr=0.001",
-                 f"run_dir={tmp_path / 'run'}") == 0
+    assert (
+        train(
+            *SMALL,
+            "norm=an",
+            "epochs=1",
+            f"weights={finished / 'weights.safetensors'}",
+            "freeze=mixtures",
+            "optim.lr=0.001",
+            f"run_dir={tmp_path / 'run'}",
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "the classifier is new" in out and "frozen by mixtures" in out
     old, new = weights(finished)["model"], weights(tmp_path / "run")["model"]

@@ -1,9 +1,9 @@
 """Evaluate a run, or a file of weights, again.
 
-    python tools/validate.py RUN                                         the run's last weights, as the run evaluated them
-    python tools/validate.py RUN eval.stats=batch hardware.device=cpu    with other settings
-    python tools/validate.py RUN/best.ckpt                               other weights of a run
-    python tools/validate.py WEIGHTS arch=resnet50 norm=bn data.root=... any weights: arguments as of train.py
+python tools/validate.py RUN                                         the run's last weights, as the run evaluated them
+python tools/validate.py RUN eval.stats=batch hardware.device=cpu    with other settings
+python tools/validate.py RUN/best.ckpt                               other weights of a run
+python tools/validate.py WEIGHTS arch=resnet50 norm=bn data.root=... any weights: arguments as of train.py
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ def main(argv: list[str]) -> int:
 
         weights, config = what(Path(argv[0]), argv[1:])
         found = evaluator(resolve(config), weights)()
-        print(f"{weights}: top-1 {found.top1:.4f} % top-5 {found.top5:.4f} % loss {found.loss:.6f} "
-              f"({found.images} images, {config['eval']['stats']} statistics)")
+        print(
+            f"{weights}: top-1 {found.top1:.4f} % top-5 {found.top5:.4f} % loss {found.loss:.6f} "
+            f"({found.images} images, {config['eval']['stats']} statistics)"
+        )
     return outcome.status
 
 
@@ -42,7 +44,9 @@ def what(target: Path, overrides: list[str]) -> tuple[Path, dict]:
     if target.is_dir() or (folder / CONFIG).is_file():
         config, _ = thaw(folder)
         config["hardware"]["processes"] = 1
-        return last_weights(folder) if target.is_dir() else target, complete(change(config, overrides, accepted))
+        return last_weights(folder) if target.is_dir() else target, complete(
+            change(config, overrides, accepted)
+        )
     return target, complete(compose(ROOT / "configs", overrides, accepted).config)
 
 

@@ -39,7 +39,9 @@ def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
     older = [path, *(path.with_name(f"{path.stem}-{age}{path.suffix}") for age in range(1, keep))]
     for newer, old in reversed(list(zip(older, older[1:], strict=False))):
         if newer.exists():
-            if newer == path:  # never without a last.ckpt: the new name first, the old content goes when it is replaced
+            if (
+                newer == path
+            ):  # never without a last.ckpt: the new name first, the old content goes when it is replaced
                 old.unlink(missing_ok=True)
                 os.link(newer, old)
             else:
@@ -51,7 +53,9 @@ def load(path: Path) -> dict[str, Any]:
     """A checkpoint's state on the CPU. Raises ValueError, naming what else there is, when the file is damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged file: RuntimeError, EOFError, UnpicklingError, ...
+    except (
+        Exception
+    ) as error:  # torch raises many types for a damaged file: RuntimeError, EOFError, UnpicklingError, ...
         others = sorted(p.name for p in path.parent.glob(f"{path.stem}-[0-9]*{path.suffix}"))
         way_out = f"put {others[0]} in its place" if others else "start again with resume=never, or delete it"
         raise ValueError(f"{path} is truncated or damaged: {way_out} ({_first_line(error)})") from error
@@ -83,7 +87,9 @@ class FolderLock:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.BYTES, 0)
         except OSError as error:
-            raise ValueError(f"{self.folder} is in use by another process: wait for it, stop it, or set another run_dir") from error
+            raise ValueError(
+                f"{self.folder} is in use by another process: wait for it, stop it, or set another run_dir"
+            ) from error
 
     def keep(self, rank: int) -> None:
         """Hold this rank's byte alone."""

@@ -12,8 +12,11 @@ from types import TracebackType
 from anorm.engine.compose import GROUPS, choices
 from anorm.engine.names import nearest
 
-OWN_CODE = (str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "train.py"),
-            str(Path(__file__).resolve().parents[2] / "tools"))
+OWN_CODE = (
+    str(Path(__file__).resolve().parents[1]),
+    str(Path(__file__).resolve().parents[2] / "train.py"),
+    str(Path(__file__).resolve().parents[2] / "tools"),
+)
 FLAGS = ("-h", "--help", "-m", "--multirun", "--cfg", "--config")
 
 
@@ -57,9 +60,14 @@ def help_text(story: str, configs: Path) -> str:
     lines = [story.strip(), "", "Groups and choices:"]
     lines += [f"    {group:<10}{' '.join(choices(configs, group))}" for group in GROUPS]
     yaml = (configs / "train.yaml").read_text().split("\n\n")[1]
-    lines += ["", "Top-level keys (configs/train.yaml and configs/setup/vanilla.yaml hold the others):",
-              *(f"    {line}" for line in yaml.splitlines())]
-    lines += ["    epochs, batch_size        (of a process: the images that batch statistics are taken over); optim.global_batch is the step's"]
+    lines += [
+        "",
+        "Top-level keys (configs/train.yaml and configs/setup/vanilla.yaml hold the others):",
+        *(f"    {line}" for line in yaml.splitlines()),
+    ]
+    lines += [
+        "    epochs, batch_size        (of a process: the images that batch statistics are taken over); optim.global_batch is the step's"
+    ]
     return "\n".join(lines)
 
 
@@ -76,7 +84,9 @@ class user_errors:
     def __enter__(self) -> user_errors:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if error is None or os.environ.get("ANORM_TRACEBACK"):
             return False
         explained = _explain(error, trace)
@@ -102,15 +112,29 @@ def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, st
     if isinstance(error, FloatingPointError):
         return 1, f"error: {error}"
     if isinstance(error, ModuleNotFoundError):
-        return 2, f"error: the package {error.name} is not installed: pip install 'anorm[train]' (or pip install {error.name})"
+        return (
+            2,
+            f"error: the package {error.name} is not installed: pip install 'anorm[train]' (or pip install {error.name})",
+        )
     if isinstance(error, RuntimeError) and "torchvision::" in str(error):
-        return 2, ("error: torch and torchvision do not belong together (a CPU build of one beside a CUDA build of the other, or two "
-                   "versions): pip install --force-reinstall torch torchvision, both from one index")
+        return 2, (
+            "error: torch and torchvision do not belong together (a CPU build of one beside a CUDA build of the other, or two "
+            "versions): pip install --force-reinstall torch torchvision, both from one index"
+        )
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return 1, ("error: out of memory: lower batch_size (more micro-batches are accumulated, optim.global_batch stays), "
-                   "eval.batch_size or data.image_size, or use hardware.dtype=fp16")
-    if isinstance(error, OSError) and error.filename is not None or isinstance(error, OSError) and error.errno in (28, 122):
-        return (1 if error.errno in (28, 122) else 2), f"error: {error.strerror}: {error.filename or 'the disk is full'}"
+        return 1, (
+            "error: out of memory: lower batch_size (more micro-batches are accumulated, optim.global_batch stays), "
+            "eval.batch_size or data.image_size, or use hardware.dtype=fp16"
+        )
+    if (
+        isinstance(error, OSError)
+        and error.filename is not None
+        or isinstance(error, OSError)
+        and error.errno in (28, 122)
+    ):
+        return (
+            1 if error.errno in (28, 122) else 2
+        ), f"error: {error.strerror}: {error.filename or 'the disk is full'}"
     frames = traceback.extract_tb(trace)
     if isinstance(error, ValueError) and frames and frames[-1].filename.startswith(OWN_CODE):
         return 2, f"error: {error}"

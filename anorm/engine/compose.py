@@ -63,7 +63,9 @@ def change(config: dict, overrides: list[str], accepted: Accepted) -> dict:
     for override in overrides:
         parsed = _parse(override)
         if parsed.key_or_group in GROUPS:
-            raise ValueError(f"{override}: a run keeps its {parsed.key_or_group}; change single keys, such as eval.stats=batch")
+            raise ValueError(
+                f"{override}: a run keeps its {parsed.key_or_group}; change single keys, such as eval.stats=batch"
+            )
         OmegaConf.update(changed, parsed.key_or_group, parsed.value(), force_add=True)
     changed = OmegaConf.to_container(changed, resolve=True)
     _check_keys(config, changed, accepted)
@@ -90,7 +92,9 @@ def _parse(override: str) -> Any:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
         reason = "give key=value" if "=" not in override else "quote values that hold special characters"
-        raise ValueError(f"cannot read the argument {override!r}: {reason}, for example norm=an or epochs=90") from error
+        raise ValueError(
+            f"cannot read the argument {override!r}: {reason}, for example norm=an or epochs=90"
+        ) from error
 
 
 def _split(folder: Path, overrides: list[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
@@ -108,7 +112,9 @@ def _split(folder: Path, overrides: list[str]) -> tuple[dict[str, str], list[tup
             continue
         known = choices(folder, key)
         if parsed.value() not in known:
-            raise ValueError(f"unknown {key} {parsed.value()!r}{nearest(str(parsed.value()), known, 'choices')}")
+            raise ValueError(
+                f"unknown {key} {parsed.value()!r}{nearest(str(parsed.value()), known, 'choices')}"
+            )
         picked[key] = parsed.value()
     return picked, values
 
@@ -128,20 +134,27 @@ def _hydra(folder: Path, overrides: list[str]) -> tuple[dict, dict[str, str]]:
             tree = hydra.compose("train", overrides=overrides, return_hydra_config=True)
         chosen = {group: tree.hydra.runtime.choices[group] for group in GROUPS}
         del tree._metadata.flags["struct"]
-        config = OmegaConf.to_container(OmegaConf.masked_copy(tree, [key for key in tree if key != "hydra"]), resolve=True)
+        config = OmegaConf.to_container(
+            OmegaConf.masked_copy(tree, [key for key in tree if key != "hydra"]), resolve=True
+        )
     except (HydraException, OmegaConfBaseException) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"the configuration does not compose: {first.strip()}") from error
     return config, chosen
 
 
-def _recipe(base: dict, chosen: dict[str, str], values: list[tuple[str, str]]) -> Iterator[tuple[str, str, Any]]:
+def _recipe(
+    base: dict, chosen: dict[str, str], values: list[tuple[str, str]]
+) -> Iterator[tuple[str, str, Any]]:
     """(why, key, value) for all that the chosen architecture, then the data set, change in the recipe.
 
     Entries under a condition ("setup=sota", "faithful=code norm=bn") count when all of its words hold.
     """
     facts = {f"{group}={choice}" for group, choice in chosen.items()}
-    facts.add("faithful=" + next((text for key, text in reversed(values) if key == "faithful"), str(base.get("faithful"))))
+    facts.add(
+        "faithful="
+        + next((text for key, text in reversed(values) if key == "faithful"), str(base.get("faithful")))
+    )
     for group in ("arch", "data"):
         for key, value in (base.get(group, {}).get(RECIPE) or {}).items():
             if "=" not in key:
@@ -167,13 +180,23 @@ def _literal(value: Any) -> str:
 def _check_keys(base: dict, config: dict, accepted: Accepted) -> None:
     for section, value in config.items():
         if section not in base:
-            known = [*base, *(f"{outer}.{key}" for outer, inner in base.items() if isinstance(inner, dict) for key in inner)]
+            known = [
+                *base,
+                *(
+                    f"{outer}.{key}"
+                    for outer, inner in base.items()
+                    if isinstance(inner, dict)
+                    for key in inner
+                ),
+            ]
             raise ValueError(f"unknown key {section}{nearest(section, known)}{_where(section, base)}")
         if not isinstance(base[section], dict):
             continue
         if not isinstance(value, dict):
             keys = sorted(set(base[section]) | (accepted(section, config) or set()))
-            raise ValueError(f"{section}={value} cannot be: {section} is a section, set {section}.KEY=... ({', '.join(keys)})")
+            raise ValueError(
+                f"{section}={value} cannot be: {section} is a section, set {section}.KEY=... ({', '.join(keys)})"
+            )
         allowed = accepted(section, config)
         if allowed is None:
             continue
@@ -184,5 +207,7 @@ def _check_keys(base: dict, config: dict, accepted: Accepted) -> None:
 
 
 def _where(key: str, base: dict) -> str:
-    homes = [f"{section}.{key}" for section, inner in base.items() if isinstance(inner, dict) and key in inner]
+    homes = [
+        f"{section}.{key}" for section, inner in base.items() if isinstance(inner, dict) and key in inner
+    ]
     return f"; perhaps {' or '.join(homes)}" if homes else ""

@@ -60,7 +60,9 @@ class World:
 
     def on(self, device: str) -> World:
         """The same place, computing on "cpu" or on the "gpu" of its local rank."""
-        return replace(self, device=torch.device("cuda", self.local_rank) if device == "gpu" else torch.device("cpu"))
+        return replace(
+            self, device=torch.device("cuda", self.local_rank) if device == "gpu" else torch.device("cpu")
+        )
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
         """What ``make`` returns on rank 0, everywhere. When it raises there, the other processes exit with status 2."""

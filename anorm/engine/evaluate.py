@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.engine.distributed import World, join_statistics
+from anorm.engine.hardware import Autocast
 from anorm.engine.settings import Eval
 from anorm.norms.base import RunningNorm
 
@@ -34,7 +35,7 @@ class Result:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable, world: World, autocast: Callable[[], AbstractContextManager]) -> Result:
+def evaluate(model: nn.Module, batches: Iterable, world: World, autocast: Autocast) -> Result:
     """Run ``model`` over this process's share of the images; the sums are exchanged once, at the end.
 
     The device is not waited for until then.
@@ -59,7 +60,9 @@ def evaluate(model: nn.Module, batches: Iterable, world: World, autocast: Callab
     first, among_five, loss, images = sums.tolist()
     if images == 0:
         raise ValueError("there are no images to evaluate on")
-    columns = [torch.cat(column).cpu() for column in zip(*rows, strict=True)] if rows else [torch.empty(0)] * 4
+    columns = (
+        [torch.cat(column).cpu() for column in zip(*rows, strict=True)] if rows else [torch.empty(0)] * 4
+    )
     return Result(100 * first / images, 100 * among_five / images, loss / images, int(images), *columns)
 
 
@@ -74,7 +77,7 @@ class Evaluator:
     train: TrainLoader
     val: EvalLoader
     world: World
-    autocast: Callable[[], AbstractContextManager]
+    autocast: Autocast
     settings: Eval
     unused_epoch: int
 

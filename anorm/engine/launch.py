@@ -33,10 +33,15 @@ def joined_by_others() -> Iterator[World | None]:
 
 def slurm_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """torch's names for what srun sets; an address or port that is set already stays."""
-    return {"RANK": slurm["SLURM_PROCID"], "WORLD_SIZE": slurm["SLURM_NTASKS"], "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
-            "LOCAL_WORLD_SIZE": slurm.get("SLURM_NTASKS_PER_NODE", "1"),
-            "MASTER_ADDR": slurm.get("MASTER_ADDR") or first_host(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"]),
-            "MASTER_PORT": slurm.get("MASTER_PORT") or str(20000 + int(slurm["SLURM_JOB_ID"]) % 20000)}
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm["SLURM_NTASKS"],
+        "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": slurm.get("SLURM_NTASKS_PER_NODE", "1"),
+        "MASTER_ADDR": slurm.get("MASTER_ADDR")
+        or first_host(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"]),
+        "MASTER_PORT": slurm.get("MASTER_PORT") or str(20000 + int(slurm["SLURM_JOB_ID"]) % 20000),
+    }
 
 
 def first_host(nodelist: str) -> str:
@@ -59,11 +64,22 @@ def launch(rank: Rank, processes: int, *arguments: Any) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would report each failure in 30 lines
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # it would report each failure in 30 lines
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"anorm-{os.getpid()}", rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2, start_method="spawn", local_addr=_local_address(),
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=f"anorm-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+        local_addr=_local_address(),
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+    )
     os.environ[LAUNCHED] = "1"
     with tempfile.TemporaryDirectory(prefix="anorm-") as words:
         try:
@@ -101,9 +117,17 @@ def _report(error: Any, words: Path) -> int:
     if said:
         print(said[0], file=sys.stderr, flush=True)
     elif failure.exitcode < 0:
-        print(f"error: process {number} of {len(error.failures)} was killed by signal {-failure.exitcode}; the others were stopped. "
-              "Repeat the command to continue from the last checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"error: process {number} of {len(error.failures)} was killed by signal {-failure.exitcode}; the others were stopped. "
+            "Repeat the command to continue from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
     else:
-        print(f"error: process {number} ended with status {failure.exitcode}; see its traceback above. Repeat the command to continue "
-              "from the last checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"error: process {number} ended with status {failure.exitcode}; see its traceback above. Repeat the command to continue "
+            "from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
     return failure.exitcode if failure.exitcode > 0 else 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from anorm.data.random import seed_of, stream
 
 if TYPE_CHECKING:
-    from anorm.engine.fit import Run
+    from anorm.engine.run import Run
 
 
 def explain(run: Run, step: int) -> str:
@@ -20,10 +20,16 @@ def explain(run: Run, step: int) -> str:
     applied (except by optimizers that cannot be told so on a GPU).
     """
     where = [found for found in run.world.gather(_first(run, step)) if found]
-    first = where[0] if where else "nothing when the step was repeated (an overflow that depends on the order of sums?)"
+    first = (
+        where[0]
+        if where
+        else "nothing when the step was repeated (an overflow that depends on the order of sums?)"
+    )
     epoch = step // run.train.steps_per_epoch + 1
-    return (f"the loss or its gradient is not finite at step {step} (epoch {epoch}); first: {first}. "
-            "Lower optim.lr, lengthen schedule.warmup_epochs, set optim.clip=1, or use hardware.dtype=fp32 or bf16")
+    return (
+        f"the loss or its gradient is not finite at step {step} (epoch {epoch}); first: {first}. "
+        "Lower optim.lr, lengthen schedule.warmup_epochs, set optim.clip=1, or use hardware.dtype=fp32 or bf16"
+    )
 
 
 def _first(run: Run, step: int) -> str | None:
@@ -32,7 +38,10 @@ def _first(run: Run, step: int) -> str | None:
             return f"the weights {name}"
     epoch, within = divmod(step, run.train.steps_per_epoch)
     found: list[str] = []
-    handles = [layer.register_forward_hook(_watch(name or "the network", found)) for name, layer in run.model.named_modules()]
+    handles = [
+        layer.register_forward_hook(_watch(name or "the network", found))
+        for name, layer in run.model.named_modules()
+    ]
     run.model.train()
     run.model.zero_grad()
     try:

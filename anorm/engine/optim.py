@@ -25,15 +25,18 @@ def declared_needs(model: nn.Module) -> dict[str, tuple[ParamNeeds, bool]]:
     """
     needs = {}
     for name, norm in _outermost_norms(model):
-        needs |= {f"{name}.{local}" if name else local: (need, True) for local, need in norm.param_needs().items()}
+        needs |= {
+            f"{name}.{local}" if name else local: (need, True) for local, need in norm.param_needs().items()
+        }
     for name, _ in model.named_parameters():
         if name not in needs:
             needs[name] = (ParamNeeds("bias" if name.rpartition(".")[2] == "bias" else "weight"), False)
     return needs
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_norm: bool = True,
-                     layer_decay: float | None = None) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_norm: bool = True, layer_decay: float | None = None
+) -> list[dict]:
     """Optimizer groups {params, names, roles, weight_decay, lr_scale, clip}; each trainable parameter is in exactly one.
 
     decay_norm: also decay what norms declare (the authors' practice).
@@ -52,8 +55,17 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_norm: bool = T
         scale = need.lr_scale
         if layer_decay is not None:
             scale *= layer_decay ** (len(blocks) - 1 - blocks[_block(model, name)])
-        group = groups.setdefault((decay, scale, need.clip), {
-            "params": [], "names": [], "roles": [], "weight_decay": decay, "lr_scale": scale, "clip": need.clip})
+        group = groups.setdefault(
+            (decay, scale, need.clip),
+            {
+                "params": [],
+                "names": [],
+                "roles": [],
+                "weight_decay": decay,
+                "lr_scale": scale,
+                "clip": need.clip,
+            },
+        )
         group["params"].append(parameter)
         group["names"].append(name)
         if need.role not in group["roles"]:
@@ -65,9 +77,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_norm: bool = T
 
 def describe_groups(groups: list[dict]) -> list[str]:
     """One line a group, for the run's header."""
-    return [f"{'/'.join(g['roles'])}: {sum(p.numel() for p in g['params']):,} parameters, weight decay {g['weight_decay']:g}"
-            + (f", rate x {g['lr_scale']:g}" if g["lr_scale"] != 1 else "") + (f", clip {g['clip']:g}" if g["clip"] else "")
-            for g in groups]
+    return [
+        f"{'/'.join(g['roles'])}: {sum(p.numel() for p in g['params']):,} parameters, weight decay {g['weight_decay']:g}"
+        + (f", rate x {g['lr_scale']:g}" if g["lr_scale"] != 1 else "")
+        + (f", clip {g['clip']:g}" if g["clip"] else "")
+        for g in groups
+    ]
 
 
 def create_optimizer(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
@@ -80,12 +95,16 @@ def create_optimizer(groups: list[dict], settings: Optim) -> torch.optim.Optimiz
     from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 
     if settings.name not in list_optimizers():
-        raise ValueError(f"optim.name={settings.name}{nearest(settings.name, list_optimizers())} "
-                         "(timm.optim.list_optimizers() shows all)")
+        raise ValueError(
+            f"optim.name={settings.name}{nearest(settings.name, list_optimizers())} "
+            "(timm.optim.list_optimizers() shows all)"
+        )
     known = set(inspect.signature(get_optimizer_class(settings.name, bind_defaults=False)).parameters)
     for key in settings.args:
         if key not in known:
-            raise ValueError(f"optim.args.{key} is no argument of {settings.name}{nearest(key, known - {'params'})}")
+            raise ValueError(
+                f"optim.args.{key} is no argument of {settings.name}{nearest(key, known - {'params'})}"
+            )
     arguments = dict(settings.args)
     if "nesterov" in known:
         arguments["nesterov"] = settings.nesterov
@@ -93,8 +112,14 @@ def create_optimizer(groups: list[dict], settings: Optim) -> torch.optim.Optimiz
         arguments.setdefault("fused", True)
     elif "foreach" in known:
         arguments.setdefault("foreach", True)
-    return create_optimizer_v2(groups, opt=settings.name, lr=settings.peak_lr, weight_decay=settings.weight_decay,
-                               momentum=settings.momentum, **arguments)
+    return create_optimizer_v2(
+        groups,
+        opt=settings.name,
+        lr=settings.peak_lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        **arguments,
+    )
 
 
 def _apex_sgd(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
@@ -103,10 +128,17 @@ def _apex_sgd(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
     try:
         from apex.optimizers import FusedSGD
     except ImportError as error:
-        raise ValueError("optim.impl=apex needs NVIDIA's apex, built from github.com/NVIDIA/apex (the package named apex on "
-                         "PyPI is another project); optim.impl=auto uses torch's own fused SGD") from error
-    return FusedSGD(groups, lr=settings.peak_lr, momentum=settings.momentum, nesterov=settings.nesterov,
-                    weight_decay=settings.weight_decay)
+        raise ValueError(
+            "optim.impl=apex needs NVIDIA's apex, built from github.com/NVIDIA/apex (the package named apex on "
+            "PyPI is another project); optim.impl=auto uses torch's own fused SGD"
+        ) from error
+    return FusedSGD(
+        groups,
+        lr=settings.peak_lr,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_decay=settings.weight_decay,
+    )
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -158,8 +190,10 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
         if word not in roles and word != MIXTURES:
             named = {name for name in needs if fnmatch.fnmatchcase(name, word)}
         if not named:
-            raise ValueError(f"freeze={word} matches nothing: give {MIXTURES}, a role ({', '.join(sorted(roles))}) or a pattern "
-                             "of parameter names such as layer1.*")
+            raise ValueError(
+                f"freeze={word} matches nothing: give {MIXTURES}, a role ({', '.join(sorted(roles))}) or a pattern "
+                "of parameter names such as layer1.*"
+            )
         parameters = dict(model.named_parameters())
         for name in named:
             parameters[name].requires_grad_(False)

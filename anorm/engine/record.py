@@ -40,8 +40,15 @@ class Record:
     done again) is cut off, so that the log has neither gaps nor doubles.
     """
 
-    def __init__(self, folder: Path, active: bool = True, tensorboard: bool = True, offset: int = 0, step: int = 0,
-                 total_steps: int = 1):
+    def __init__(
+        self,
+        folder: Path,
+        active: bool = True,
+        tensorboard: bool = True,
+        offset: int = 0,
+        step: int = 0,
+        total_steps: int = 1,
+    ):
         self.active, self._file, self._board, self._bar = active, None, None, None
         if not active:
             return
@@ -111,10 +118,22 @@ class _Bar:
     """rich's progress display."""
 
     def __init__(self, step: int, total: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                                  TimeRemainingColumn())
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self._task = self._progress.add_task("", total=total, completed=step)
         self._progress.start()
 
@@ -138,20 +157,37 @@ def environment() -> dict[str, Any]:
     """What the numbers of a run may depend on besides its configuration: versions, machine, code state."""
     import torch
 
-    git = {name: _git(*command) for name, command in (
-        ("commit", ("rev-parse", "HEAD")), ("changed_files", ("status", "--porcelain", "--untracked-files=no")))}
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    git = {
+        name: _git(*command)
+        for name, command in (
+            ("commit", ("rev-parse", "HEAD")),
+            ("changed_files", ("status", "--porcelain", "--untracked-files=no")),
+        )
+    }
+    devices = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "python": platform.python_version(),
-        "torch": torch.__version__, "cuda": torch.version.cuda, "devices": devices, "machine": platform.platform(),
-        "processor_threads": torch.get_num_threads(), "git": git,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "devices": devices,
+        "machine": platform.platform(),
+        "processor_threads": torch.get_num_threads(),
+        "git": git,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 
 
 def _git(*command: str) -> str | None:
     try:
-        found = subprocess.run(["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True, timeout=10)
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None  # no git here: the run is as good without
     return found.stdout.strip() if found.returncode == 0 else None

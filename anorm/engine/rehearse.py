@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from anorm.engine.fit import Run, train_step
+from anorm.engine.fit import train_step
+from anorm.engine.run import Run
 
 STEPS = 5
 
@@ -25,13 +26,22 @@ def rehearse(run: Run, home: Path) -> None:
     reading = _reading(run)
     both = _both(run)
     share = max(0.0, 1 - compute / both) if both > 0 else 0.0
-    total = run.total_steps * both + settings.epochs / settings.eval.every * len(run.evaluator.val) * compute / max(1, len(kept)) / 3
+    total = (
+        run.total_steps * both
+        + settings.epochs / settings.eval.every * len(run.evaluator.val) * compute / max(1, len(kept)) / 3
+    )
     needed = _checkpoint_bytes(run) * (settings.checkpoint.keep + 2)
     free = shutil.disk_usage(_existing(home)).free
     if needed > free:
-        raise ValueError(f"{home} has {free / 2**30:.1f} GiB free and the run keeps {needed / 2**30:.1f} GiB of checkpoints: set run_dir "
-                         "to a larger disk, or lower checkpoint.keep")
-    bottleneck = "reading (more hardware.workers, data.loader=dali, smaller files)" if reading > compute else f"computing on {world.device.type}"
+        raise ValueError(
+            f"{home} has {free / 2**30:.1f} GiB free and the run keeps {needed / 2**30:.1f} GiB of checkpoints: set run_dir "
+            "to a larger disk, or lower checkpoint.keep"
+        )
+    bottleneck = (
+        "reading (more hardware.workers, data.loader=dali, smaller files)"
+        if reading > compute
+        else f"computing on {world.device.type}"
+    )
     for line in (
         f"parameters {sum(p.numel() for p in run.model.parameters()):,}; multiply-adds of an image {_multiply_adds(run, kept) / 1e9:.3f} G",
         f"images/s: {images / compute:.0f} on a batch that is there, {images / reading:.0f} of reading alone, {images / both:.0f} of both; "
@@ -100,7 +110,12 @@ def _multiply_adds(run: Run, kept: list) -> float:
 
 def _checkpoint_bytes(run: Run) -> int:
     weights = sum(t.numel() * t.element_size() for t in run.model.state_dict().values())
-    moments = sum(t.numel() * t.element_size() for state in run.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+    moments = sum(
+        t.numel() * t.element_size()
+        for state in run.optimizer.state.values()
+        for t in state.values()
+        if torch.is_tensor(t)
+    )
     return weights * (2 if run.ema else 1) + moments
 
 

@@ -36,12 +36,16 @@ def standing(folder: Path, signature: str, config: dict) -> dict[str, Any] | Non
     if not finished and not (folder / "last.ckpt").exists():
         return None  # nothing of worth, such as what a start that failed leaves
     if not path.exists():
-        raise ValueError(f"{folder} holds a run without its {CONFIG}: set another run_dir, or move that folder away")
+        raise ValueError(
+            f"{folder} holds a run without its {CONFIG}: set another run_dir, or move that folder away"
+        )
     held = yaml.safe_load(path.read_text())
     if held.get("signature") != signature:
         state = "a finished run" if finished else "a run"
-        raise ValueError(f"{folder} already holds {state} of another configuration ({_difference(held, config)}): set another run_dir, "
-                         "leave run_dir out, or move that folder away")
+        raise ValueError(
+            f"{folder} already holds {state} of another configuration ({_difference(held, config)}): set another run_dir, "
+            "leave run_dir out, or move that folder away"
+        )
     return finished
 
 
@@ -107,6 +111,12 @@ def clear(folder: Path) -> None:
 
 def _difference(held: dict, config: dict) -> str:
     old, new = flatten({k: v for k, v in held.items() if k not in ("signature", "choices")}), flatten(config)
-    changed = [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in {**old, **new}
-               if old.get(key) != new.get(key) and key.split(".")[0] not in EXCLUDED and key not in EXCLUDED]
-    return "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") or "other data or weights"
+    changed = [
+        f"{key}: {old.get(key)} there, {new.get(key)} now"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and key.split(".")[0] not in EXCLUDED and key not in EXCLUDED
+    ]
+    return (
+        "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        or "other data or weights"
+    )

@@ -98,7 +98,9 @@ class Ema:
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
-            raise ValueError(f"ema.decay={self.decay} must be at least 0 and below 1 (0 is off, 0.9999 is usual)")
+            raise ValueError(
+                f"ema.decay={self.decay} must be at least 0 and below 1 (0 is off, 0.9999 is usual)"
+            )
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,22 @@ class Hardware:
     def __post_init__(self):
         one_of("hardware", self, "device", ("auto", "cpu", "gpu"))
         one_of("hardware", self, "dtype", ("auto", "fp64", "fp32", "tf32", "fp16", "bf16"))
-        positive("hardware", self, "processes", "threads", *(("loss_scale",) if self.loss_scale != "dynamic" else ()))
+        positive(
+            "hardware",
+            self,
+            "processes",
+            "threads",
+            *(("loss_scale",) if self.loss_scale != "dynamic" else ()),
+        )
         not_negative("hardware", self, "workers")
         if isinstance(self.loss_scale, str) and self.loss_scale != "dynamic":
             raise ValueError(f"hardware.loss_scale={self.loss_scale} must be dynamic or a number such as 128")
         for name in ("processes", "workers", "threads", "channels_last"):
             value = getattr(self, name)
             if isinstance(value, str) and value != "auto":
-                raise ValueError(f"hardware.{name}={value} must be auto or a {'truth value' if name == 'channels_last' else 'whole number'}")
+                raise ValueError(
+                    f"hardware.{name}={value} must be auto or a {'truth value' if name == 'channels_last' else 'whole number'}"
+                )
 
 
 @dataclass(frozen=True)
@@ -181,8 +191,10 @@ class Settings:
         one_of("", self, "resume", ("auto", "never"))
         one_of("", self, "faithful", ("paper", "code"))
         if self.schedule.warmup_epochs >= self.epochs and self.epochs > 0 and self.schedule.warmup_epochs > 0:
-            raise ValueError(f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs={self.epochs}: "
-                             f"set schedule.warmup_epochs={self.epochs // 10} or more epochs")
+            raise ValueError(
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs={self.epochs}: "
+                f"set schedule.warmup_epochs={self.epochs // 10} or more epochs"
+            )
 
 
 def settings_from(config: dict) -> Settings:
@@ -190,7 +202,9 @@ def settings_from(config: dict) -> Settings:
 
     Raises ValueError with the key, the value and what is accepted.
     """
-    return _checked(Settings, {key: value for key, value in config.items() if key not in ("arch", "norm", "data")}, "")
+    return _checked(
+        Settings, {key: value for key, value in config.items() if key not in ("arch", "norm", "data")}, ""
+    )
 
 
 def sections() -> dict[str, type]:
@@ -209,12 +223,23 @@ def _checked(cls: type, values: Any, where: str) -> Any:
         path = f"{where}.{name}" if where else name
         if name not in hints:
             raise ValueError(f"unknown key {path}{nearest(name, hints)}")
-        arguments[name] = _checked(hints[name], value, path) if dataclasses.is_dataclass(hints[name]) else _typed(hints[name], value, path)
+        arguments[name] = (
+            _checked(hints[name], value, path)
+            if dataclasses.is_dataclass(hints[name])
+            else _typed(hints[name], value, path)
+        )
     return cls(**arguments)
 
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", list: "a list such as [a,b]",
-          dict: "a mapping such as {a:1}", type(None): "null"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    list: "a list such as [a,b]",
+    dict: "a mapping such as {a:1}",
+    type(None): "null",
+}
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:

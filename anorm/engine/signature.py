@@ -7,13 +7,25 @@ import json
 from pathlib import Path
 
 EXCLUDED = (
-    "run_dir", "resume", "dry",
+    "run_dir",
+    "resume",
+    "dry",
     "faithful",  # its effect is in the other keys
     "weights",  # replaced by a digest of the file
-    "data.root", "data.cache", "data.loader", "data.on_error",  # the data's identity counts, not where and how they are read
-    "eval.batch_size", "checkpoint", "log",
-    "hardware.device", "hardware.processes", "hardware.channels_last", "hardware.compile", "hardware.workers",
-    "hardware.threads", "hardware.deterministic",
+    "data.root",
+    "data.cache",
+    "data.loader",
+    "data.on_error",  # the data's identity counts, not where and how they are read
+    "eval.batch_size",
+    "checkpoint",
+    "log",
+    "hardware.device",
+    "hardware.processes",
+    "hardware.channels_last",
+    "hardware.compile",
+    "hardware.workers",
+    "hardware.threads",
+    "hardware.deterministic",
 )
 """Keys, or sections, that leave the mathematics as it is. ``hardware.dtype`` and ``hardware.loss_scale`` do not."""
 
@@ -49,7 +61,11 @@ def file_digest(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"weights={path} is not a file")
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return (
+            hashlib.file_digest(file, "blake2b").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
 
 
 def _digest(file) -> str:  # Python 3.10

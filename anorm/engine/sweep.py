@@ -45,8 +45,10 @@ def _run(command: list[str], stopped: list[int]) -> int:
         stopped.append(number)
         process.send_signal(number)
 
-    before = {number: signal.signal(number, forward)
-              for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+    before = {
+        number: signal.signal(number, forward)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    }
     try:
         status = process.wait()
     finally:

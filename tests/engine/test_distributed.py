@@ -31,7 +31,9 @@ def assert_close(a, b, statistics=True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", [["norm=gn"], ["norm=bn", "norm.sync=true"], ["norm=an", "norm.sync=true"]], ids=lambda n: n[0])
+@pytest.mark.parametrize(
+    "norm", [["norm=gn"], ["norm=bn", "norm.sync=true"], ["norm=an", "norm.sync=true"]], ids=lambda n: n[0]
+)
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, norm):
     """Also in evaluation, of 21 images on two processes: nothing padded, nothing counted twice."""
     one, evaluated_by_one = final_weights(tmp_path / "one", *FP64, *norm, "batch_size=16")
@@ -60,8 +62,16 @@ def test_running_statistics_are_joined_by_mean_or_rank_0(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
 
 
-LONG = [*SMALL, "arch=mobilenetv2", "arch.dropout=0.3", "data.train_images=128", "mix.mixup=0.2", TWO, "checkpoint.every_steps=2",
-        "log.every=1"]
+LONG = [
+    *SMALL,
+    "arch=mobilenetv2",
+    "arch.dropout=0.3",
+    "data.train_images=128",
+    "mix.mixup=0.2",
+    TWO,
+    "checkpoint.every_steps=2",
+    "log.every=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +85,9 @@ def assert_same_run(a, b):
     one, other = weights(a)["model"], weights(b)["model"]
     assert all(torch.equal(one[key], other[key]) for key in one)
     for kind, keys in (("train", ("step", "loss", "lr")), ("eval", ("step", "top1", "top5", "loss"))):
-        assert [[line[key] for key in keys] for line in events(a, kind)] == [[line[key] for key in keys] for line in events(b, kind)]
+        assert [[line[key] for key in keys] for line in events(a, kind)] == [
+            [line[key] for key in keys] for line in events(b, kind)
+        ]
 
 
 def wait_for_step(process, folder, step):
@@ -134,7 +146,9 @@ def test_a_signal_to_the_launcher_stops_all_at_one_step(uninterrupted, tmp_path,
 def test_another_number_of_processes_continues_with_the_same_batches(tmp_path):
     one, _ = final_weights(tmp_path / "one", *FP64, "norm=gn")
     folder = tmp_path / "changed"
-    process = start_train(*FP64, "norm=gn", TWO, "log.every=1", "checkpoint.every_steps=1", f"run_dir={folder}")
+    process = start_train(
+        *FP64, "norm=gn", TWO, "log.every=1", "checkpoint.every_steps=1", f"run_dir={folder}"
+    )
     while process.poll() is None and not (folder / "last.ckpt").exists():
         time.sleep(0.01)
     process.kill()
@@ -149,8 +163,22 @@ def test_another_number_of_processes_continues_with_the_same_batches(tmp_path):
 
 def test_torchrun(tmp_path):
     ours, _ = final_weights(tmp_path / "ours", *SMALL, TWO)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train.py"), *SMALL,
-                           f"run_dir={tmp_path / 'theirs'}"], env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            str(ROOT / "train.py"),
+            *SMALL,
+            f"run_dir={tmp_path / 'theirs'}",
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     theirs = weights(tmp_path / "theirs")["model"]
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -159,8 +187,16 @@ def test_torchrun(tmp_path):
 
 def test_srun(tmp_path):
     """Two tasks with the environment that srun gives them."""
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4242", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS_PER_NODE": "2"}
-    tasks = [start_train(*SMALL, f"run_dir={tmp_path / 'run'}", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in (0, 1)]
+    slurm = {
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": "4242",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS_PER_NODE": "2",
+    }
+    tasks = [
+        start_train(*SMALL, f"run_dir={tmp_path / 'run'}", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm)
+        for i in (0, 1)
+    ]
     for task in tasks:
         _, err = task.communicate(timeout=300)
         assert task.returncode == 0, err
@@ -193,5 +229,10 @@ def test_a_loss_that_is_not_finite_on_two_processes(tmp_path):
 def test_first_host_of_a_slurm_list():
     from anorm.engine.launch import first_host
 
-    for listed, first in {"gpu3": "gpu3", "gpu[003-007,12],cpu1": "gpu003", "a1,b2": "a1", "n[5,7]-ib": "n5-ib"}.items():
+    for listed, first in {
+        "gpu3": "gpu3",
+        "gpu[003-007,12],cpu1": "gpu003",
+        "a1,b2": "a1",
+        "n[5,7]-ib": "n5-ib",
+    }.items():
         assert first_host(listed) == first

@@ -44,7 +44,10 @@ def test_a_module_declares_its_own_needs():
             self.weight = nn.Parameter(torch.ones(4))
 
         def param_needs(self):
-            return {"control": ParamNeeds("control", decay=False, lr_scale=0.1, clip=1.0), "weight": ParamNeeds("norm")}
+            return {
+                "control": ParamNeeds("control", decay=False, lr_scale=0.1, clip=1.0),
+                "weight": ParamNeeds("norm"),
+            }
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Controlled())
     groups = {tuple(group["roles"]): group for group in optim.parameter_groups(model, 0.5)}
@@ -58,7 +61,9 @@ def test_a_module_declares_its_own_needs():
     optim.step(optimizer, torch.amp.GradScaler("cpu", enabled=False), None)
     moved = before["1.control"] - model[1].control
     assert moved.norm().item() == pytest.approx(0.1, rel=1e-5)  # rate 1 x 0.1 on a gradient clipped to norm 1
-    torch.testing.assert_close(before["1.weight"] - model[1].weight, torch.full((4,), 100.0) + 0.5 * before["1.weight"])
+    torch.testing.assert_close(
+        before["1.weight"] - model[1].weight, torch.full((4,), 100.0) + 0.5 * before["1.weight"]
+    )
 
 
 def test_layer_decay_falls_with_the_distance_from_the_head():
@@ -83,21 +88,27 @@ def test_sgd_is_torchs_and_not_nesterov_unless_asked():
     for nesterov in (False, True):
         torch.manual_seed(0)
         weight, twin = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
-        ours = optim.create_optimizer([{"params": [weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.1}],
-                                      Optim(nesterov=nesterov, weight_decay=0.1))
+        ours = optim.create_optimizer(
+            [{"params": [weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.1}],
+            Optim(nesterov=nesterov, weight_decay=0.1),
+        )
         theirs = torch.optim.SGD([twin], lr=0.2, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
         for _ in range(3):
             optim.set_rate(ours, 0.2)
             weight.grad = twin.grad = torch.randn(7)
             optim.step(ours, torch.amp.GradScaler("cpu", enabled=False), None)
             theirs.step()
-        torch.testing.assert_close(weight, twin, rtol=1e-6, atol=1e-7)  # fused and plain kernels round differently
+        torch.testing.assert_close(
+            weight, twin, rtol=1e-6, atol=1e-7
+        )  # fused and plain kernels round differently
 
 
 def test_clipping_and_a_gradient_that_is_not_finite():
     weight = nn.Parameter(torch.zeros(4))
-    optimizer = optim.create_optimizer([{"params": [weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.0}],
-                                       Optim(momentum=0.0, weight_decay=0.0))
+    optimizer = optim.create_optimizer(
+        [{"params": [weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.0}],
+        Optim(momentum=0.0, weight_decay=0.0),
+    )
     optim.set_rate(optimizer, 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     weight.grad = torch.full((4,), 3.0)
@@ -122,14 +133,18 @@ def test_freeze_mixtures_leaves_the_attention_free():
     assert model.layer1[0].bn2.weight.grad is None and model.layer1[0].bn2.bias.grad is None
     assert model.layer1[0].bn2.attention.fc.weight.grad.abs().sum() > 0
     assert torch.equal(before[layer + "base.running_mean"], after[layer + "base.running_mean"])
-    assert not torch.equal(before[layer + "attention.norm.running_mean"], after[layer + "attention.norm.running_mean"])
+    assert not torch.equal(
+        before[layer + "attention.norm.running_mean"], after[layer + "attention.norm.running_mean"]
+    )
     assert not torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])  # no AN there
 
 
 def test_freeze_by_role_and_by_pattern():
     model = create_model("resnet18", "bn", 10)
     optim.freeze(model, ["layer1.*", "norm"])
-    assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("layer1.") or "bn" in name)
+    assert not any(
+        p.requires_grad for name, p in model.named_parameters() if name.startswith("layer1.") or "bn" in name
+    )
     assert model.layer2[0].conv1.weight.requires_grad and model.bn1.frozen and model.layer1[0].bn1.frozen
     names = [name for group in optim.parameter_groups(model, 0.0) for name in group["names"]]
     assert names and not any("bn" in name for name in names)

@@ -29,14 +29,20 @@ def test_ema_averages_floats_and_copies_integers():
         ema.update(model, step / 30)
         decay = min(0.9, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
-            expected[name] = decay * expected[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
+            expected[name] = (
+                decay * expected[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
+            )
     for name, value in ema.model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)  # 30 float32 roundings
     assert ema.model[1].num_batches_tracked == 30
 
 
 def test_ema_obeys_the_limits_of_norms():
-    model = nn.Sequential(create_norm("bin", 4)) if "bin" in __import__("anorm").list_norms() else pytest.skip("no BIN here")
+    model = (
+        nn.Sequential(create_norm("bin", 4))
+        if "bin" in __import__("anorm").list_norms()
+        else pytest.skip("no BIN here")
+    )
     ema = Ema(model, 0.5)
     with torch.no_grad():
         model[0].gate.fill_(5.0)
@@ -49,7 +55,9 @@ def test_a_checkpoint_survives_a_failing_write_and_older_ones_are_kept(tmp_path,
     for step in range(5):
         checkpoint.save(path, {"step": step}, keep=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last-1.ckpt", "last-2.ckpt", "last.ckpt"]
-    assert [checkpoint.load(tmp_path / name)["step"] for name in ("last.ckpt", "last-1.ckpt", "last-2.ckpt")] == [4, 3, 2]
+    assert [
+        checkpoint.load(tmp_path / name)["step"] for name in ("last.ckpt", "last-1.ckpt", "last-2.ckpt")
+    ] == [4, 3, 2]
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -67,7 +75,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         checkpoint.save(disk / "last.ckpt", {"x": torch.zeros(10_000)})
@@ -116,7 +126,11 @@ def test_the_log_loses_what_a_kill_cut_off_and_continues_without_a_gap(tmp_path)
         json.loads(line, parse_constant=pytest.fail)
 
 
-CONFIG = {"arch": {"name": "resnet50", "zero_init": False}, "norm": {"name": "an", "sync": False}, "data": {"name": "imagenet", "root": "/a"}}
+CONFIG = {
+    "arch": {"name": "resnet50", "zero_init": False},
+    "norm": {"name": "an", "sync": False},
+    "data": {"name": "imagenet", "root": "/a"},
+}
 
 
 def full_config(**changes):
@@ -144,8 +158,12 @@ def test_what_changes_the_mathematics_changes_the_signature():
     for key, value in flat.items():
         if key == "weights":
             continue  # needs a file, below
-        other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.5, str: lambda v: v + "x"}.get(
-            type(value), lambda v: "something")(value)
+        other = {
+            bool: lambda v: not v,
+            int: lambda v: v + 1,
+            float: lambda v: v + 0.5,
+            str: lambda v: v + "x",
+        }.get(type(value), lambda v: "something")(value)
         excluded = any(key == word or key.startswith(word + ".") for word in EXCLUDED)
         assert (signed(**{key: other}) == signed()) == excluded, key
 
@@ -164,16 +182,22 @@ def test_data_weights_and_synced_processes_count(tmp_path):
 def test_evaluation_counts_every_image_once_and_its_columns_agree():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7)).double()
     images, labels = torch.randn(23, 3, 2, 2, dtype=torch.float64), torch.randint(7, (23,))
-    batches = [(images[i:i + 5], labels[i:i + 5], torch.arange(i, min(i + 5, 23))) for i in range(0, 23, 5)]
+    batches = [
+        (images[i : i + 5], labels[i : i + 5], torch.arange(i, min(i + 5, 23))) for i in range(0, 23, 5)
+    ]
     from contextlib import nullcontext
 
     result = evaluate(model, batches, World(), nullcontext)
     logits = model(images)
     assert result.images == 23
     assert result.top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
-    assert result.top5 == pytest.approx(100 * (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item())
+    assert result.top5 == pytest.approx(
+        100 * (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
+    )
     assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-12)
-    assert torch.equal(result.index, torch.arange(23)) and torch.equal(result.first, logits.argmax(1) == labels)
+    assert torch.equal(result.index, torch.arange(23)) and torch.equal(
+        result.first, logits.argmax(1) == labels
+    )
     torch.testing.assert_close(result.confidence, logits.softmax(1).amax(1))
 
 

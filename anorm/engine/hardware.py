@@ -1,0 +1,153 @@
+"""What ``hardware`` settings mean on this machine: devices, processes, precision, layout, compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+
+from anorm.engine.distributed import World
+from anorm.engine.settings import Hardware
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+def decide(asked: Hardware, world: World | None = None) -> Hardware:
+    """``asked`` with every "auto", and the number of processes, decided for this machine.
+
+    world: the processes that another launcher started; they are as many as they are.
+    Raises ValueError where the machine lacks what is asked for.
+    """
+    gpus = torch.cuda.device_count()
+    if asked.device == "gpu" and gpus == 0:
+        raise ValueError(
+            "hardware=gpu, but torch sees no GPU here: set hardware=cpu, or install a torch build for this GPU's driver "
+            "(python -m anorm says more)"
+        )
+    gpu = asked.device == "gpu" or (asked.device == "auto" and gpus > 0)
+    processes = (gpus if gpu else 1) if asked.processes == "auto" else asked.processes
+    local = processes
+    if world is not None:
+        if asked.processes not in ("auto", world.size):
+            raise ValueError(
+                f"hardware.processes={asked.processes}, but {world.size} processes were started: leave it out"
+            )
+        processes, local = world.size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpu and local > gpus:
+        raise ValueError(
+            f"hardware.processes={processes}, but there are {gpus} GPUs: one process a GPU at most"
+        )
+    cores = max(1, len(os.sched_getaffinity(0)) // local)
+    return dataclasses.replace(
+        asked,
+        device="gpu" if gpu else "cpu",
+        processes=processes,
+        dtype=_dtype(asked, gpu),
+        channels_last=gpu if asked.channels_last == "auto" else asked.channels_last,
+        workers=min(8, cores) if asked.workers == "auto" else asked.workers,
+        threads=cores if asked.threads == "auto" else asked.threads,
+    )
+
+
+def _dtype(asked: Hardware, gpu: bool) -> str:
+    if asked.dtype == "auto":
+        return "fp16" if gpu else "fp32"
+    if not gpu and asked.dtype in ("fp16", "tf32"):
+        raise ValueError(f"hardware.dtype={asked.dtype} is for GPUs: on a CPU use fp32 (or bf16)")
+    if gpu and asked.dtype in ("bf16", "tf32") and torch.cuda.get_device_capability()[0] < 8:
+        raise ValueError(
+            f"hardware.dtype={asked.dtype} needs a GPU of compute capability 8.0 (A100) or later; "
+            f"{torch.cuda.get_device_name()} has none: use fp16 or fp32"
+        )
+    return asked.dtype
+
+
+def check_batches(micro: int, whole: int, processes: int) -> None:
+    """Raises ValueError, naming the nearest that works, unless a global batch of ``whole`` images is a whole number of
+    batches of ``micro`` on every process."""
+    if whole % micro == 0 and (whole // micro) % processes == 0:
+        return
+    fitting = [n for n in range(1, whole // micro + 1) if whole % micro == 0 and (whole // micro) % n == 0]
+    sizes = [n for n in range(1, whole + 1) if whole % (n * processes) == 0]
+    ways = []
+    if fitting:
+        ways.append(f"hardware.processes={min(fitting, key=lambda n: abs(n - processes))}")
+    if sizes:
+        ways.append(f"batch_size={min(sizes, key=lambda n: (abs(n - micro), -n))}")
+    ways.append(f"optim.global_batch={max(1, round(whole / (micro * processes))) * micro * processes}")
+    raise ValueError(
+        f"optim.global_batch={whole} is no whole number of batches of batch_size={micro} on {processes} "
+        f"process{'es' if processes > 1 else ''}: set {' or '.join(ways)}"
+    )
+
+
+def compiled(
+    model: nn.Module, image_size: int, device: torch.device, autocast: Autocast, hardware: Hardware
+) -> nn.Module:
+    """torch.compile of the plain network, compared with it on random images first.
+
+    Raises ValueError when the two differ by more than their precision explains.
+    """
+    faster = torch.compile(model)
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(
+        device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format
+    )
+    model.eval()
+    with torch.no_grad(), autocast():
+        expected, found = model(images).float(), faster(images).float()
+    model.train()
+    difference = (found - expected).abs().max() / expected.abs().max()
+    # a few hundred roundings of the arithmetic's precision: 2^-11 of fp16 and tf32, 2^-8 of bf16, 2^-24 of fp32
+    allowed = {"fp16": 0.05, "tf32": 0.05, "bf16": 0.2}.get(hardware.dtype, 1e-4)
+    if not difference <= allowed:
+        raise ValueError(
+            f"hardware.compile=true changes this network's outputs by {100 * difference:.3g} % (explained would be "
+            f"{100 * allowed:g} %): set hardware.compile=false"
+        )
+    return faster
+
+
+def distributed(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network over all processes. Their statistics are joined where they are needed, by dist.stats, and not overwritten
+    at every step by those of rank 0, as DDP does by default."""
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    no_overwriting = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # its name until torch 2.14
+    return nn.parallel.DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{no_overwriting: False},
+    )
+
+
+def place(model: nn.Module, hardware: Hardware, device: torch.device) -> None:
+    """Onto the device, in the layout and, for fp64, the precision that ``hardware`` asks for."""
+    model.to(device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format)
+    if hardware.dtype == "fp64":
+        model.double().register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
+
+
+def set_backends(hardware: Hardware, resume: dict | None) -> None:
+    """The process-wide switches of torch."""
+    # sums depend on the number of threads: a resumed run keeps its own
+    torch.set_num_threads(resume["threads"] if resume else hardware.threads)
+    fast = hardware.dtype == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
+    torch.backends.cudnn.benchmark = not hardware.deterministic
+    torch.use_deterministic_algorithms(hardware.deterministic)
+    if hardware.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def autocast_of(hardware: Hardware, device: torch.device) -> Autocast:
+    """The context that a forward pass runs in."""
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(hardware.dtype)
+    return nullcontext if kind is None else partial(torch.autocast, device.type, dtype=kind)

@@ -1,0 +1,112 @@
+"""What a run keeps on disk besides its log, and how it continues from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import numpy
+import torch
+
+from anorm.engine import checkpoint
+from anorm.engine.evaluate import Result
+from anorm.engine.run import Progress, Run
+
+
+def weights_state(run: Run) -> dict[str, Any]:
+    """What best.ckpt holds: the weights and what they are."""
+    return {
+        "arch": run.arch,
+        "signature": run.signature,
+        "step": run.progress.step,
+        "model": run.model.state_dict(),
+        "progress": dataclasses.asdict(run.progress),
+    } | ({"ema": run.ema.model.state_dict()} if run.ema else {})
+
+
+def save(run: Run) -> None:
+    """last.ckpt: all that the next step depends on. Called by every process; rank 0 writes."""
+    world = run.world
+    buffers = world.gather([buffer.cpu() for buffer in run.model.buffers()])
+    ema_buffers = world.gather([buffer.cpu() for buffer in run.ema.model.buffers()]) if run.ema else []
+    sums = world.gather(run.sums.cpu())
+    if not world.main:
+        return
+    run.record.write("checkpoint", step=run.progress.step)
+    state = weights_state(run) | {
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "ema_steps": run.ema.steps if run.ema else 0,
+        "processes": {"size": world.size, "buffers": buffers, "ema_buffers": ema_buffers, "sums": sums},
+        "log_offset": run.record.offset,
+        "threads": torch.get_num_threads(),
+    }
+    try:
+        checkpoint.save(run.folder / "last.ckpt", state, keep=run.settings.checkpoint.keep + 1)
+    except OSError as error:
+        run.record.say(
+            f"warning: no checkpoint at step {run.progress.step}: {error}; the one before it is untouched"
+        )
+        if run.progress.step == run.total_steps:
+            raise
+
+
+def restore(run: Run, state: dict[str, Any]) -> list[str]:
+    """Continue from a checkpoint's state; returns what a person should know about it. Called after DDP has looked
+    at the model, as that copies rank 0's statistics.
+
+    With another number of processes the statistics of each become the mean over those of the old ones.
+    """
+    said, processes, world = [], state["processes"], run.world
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"]) if run.scaler.is_enabled() else None
+    run.progress = Progress(**state["progress"])
+    models = [(run.model, processes["buffers"])]
+    if run.ema:
+        run.ema.model.load_state_dict(state["ema"])
+        run.ema.steps = state["ema_steps"]
+        models.append((run.ema.model, processes["ema_buffers"]))
+    same = processes["size"] == world.size
+    if not same:
+        said.append(
+            f"continuing on {world.size} processes what ran on {processes['size']}: same batches in the same order, sums in "
+            "another, so the weights will agree to rounding and not to the last bit"
+        )
+    for model, kept in models:
+        for i, buffer in enumerate(model.buffers()):
+            values = [rank[i] for rank in kept]
+            if same:
+                buffer.copy_(values[world.rank])
+            else:
+                buffer.copy_(torch.stack(values).mean(0) if buffer.is_floating_point() else values[0])
+    if same:
+        run.sums.copy_(processes["sums"][world.rank])
+    else:
+        run.sums.copy_(torch.stack(processes["sums"]).mean(0))
+    return said
+
+
+def keep_predictions(run: Run, result: Result) -> None:
+    """predictions.npz: for every image of the evaluation, in the data set's order, what the final weights made of it."""
+    columns = (result.index, result.first, result.among_five, result.confidence)
+    parts = run.world.gather([column.numpy() for column in columns])
+    if run.world.main:
+        index, first, among_five, confidence = (
+            numpy.concatenate(column) for column in zip(*parts, strict=True)
+        )
+        content = io.BytesIO()
+        numpy.savez_compressed(content, index=index, top1=first, top5=among_five, confidence=confidence)
+        checkpoint.write_atomic(run.folder / "predictions.npz", content.getbuffer())
+
+
+def save_release(run: Run) -> None:
+    """weights.safetensors: the last weights, with the statistics that they were evaluated with."""
+    from safetensors.torch import save as to_bytes
+
+    for name, model in (("weights", run.model), *((("weights_ema", run.ema.model),) if run.ema else ())):
+        state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        checkpoint.write_atomic(
+            run.folder / f"{name}.safetensors", to_bytes(state, {"arch": run.arch, "format": "pt"})
+        )

@@ -1,0 +1,122 @@
+"""Time and numbers of a running training: what is measured, and when the device is asked for it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from anorm.engine.nonfinite import explain
+from anorm.engine.settings import Settings
+
+if TYPE_CHECKING:
+    from anorm.engine.run import Progress, Run
+
+
+class Clock:
+    """Adds the time since the last tick to the run's seconds."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self._last = progress, time.perf_counter()
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self._last
+        self._last = now
+
+
+class SaveTimer:
+    """When a checkpoint is due besides the end of an epoch."""
+
+    def __init__(self, settings: Settings):
+        self.steps, self.seconds = settings.checkpoint.every_steps, 60 * settings.checkpoint.every_minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+
+    def now(self, step: int) -> bool:
+        by_step = self.steps and step % self.steps == 0
+        return bool(by_step or (self.seconds and time.monotonic() - self._since > self.seconds))
+
+
+class Meter:
+    """The numbers of training, summed on the device and read when reported; counts from the last report on.
+
+    ``run.sums`` is in the checkpoint, so that a resumed run's log has the same values as an uninterrupted one's.
+    """
+
+    def __init__(self, run: Run, clock: Clock):
+        self.run, self.clock, self.wait, self.steps, self.since = run, clock, 0.0, 0, time.perf_counter()
+
+    def waiting(self, batches):
+        """``batches``, timed."""
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.wait += time.perf_counter() - start
+            yield batch
+
+    def add(self, step: int, loss: Tensor, gradient_norm: Tensor) -> None:
+        """loss: of this process, finite or not. The run's first step with a bad loss (or gradient, unless scaling
+        explains it) is remembered."""
+        sums, run = self.run.sums, self.run
+        good_loss, good = loss.isfinite(), gradient_norm.isfinite()
+        sums[0] += loss
+        sums[1] += 1
+        sums[2] += (good_loss & ~good) if run.scaler.is_enabled() else 0
+        bad = ~good_loss if run.scaler.is_enabled() else ~(good_loss & good)
+        sums[3] = torch.where((sums[3] == 0) & bad, float(step + 1), sums[3])
+        self.steps += 1
+        if sums.device.type == "cpu" and sums[3] > 0:
+            self._stop()
+
+    def report(self, epoch: int, rate: float) -> None:
+        run, world, progress = self.run, self.run.world, self.run.progress
+        sums = world.sum(run.sums.clone())
+        loss_sum, steps, skipped, bad = sums.tolist()
+        if bad:
+            self._stop()
+        run.sums.zero_()
+        progress.skipped_steps += int(skipped / world.size)
+        seconds = time.perf_counter() - self.since
+        progress.train_seconds += seconds
+        images = run.settings.optim.global_batch * self.steps
+        progress.train_images += images
+        speed = images / seconds
+        fields = {
+            "step": progress.step,
+            "epoch": epoch + 1,
+            "loss": loss_sum / steps,
+            "lr": rate,
+            "images_per_second": speed,
+            "data_wait": self.wait / seconds,
+            "memory_mib": _peak_memory(world.device),
+        }
+        if run.scaler.is_enabled():
+            fields |= {"loss_scale": run.scaler.get_scale(), "skipped_steps": progress.skipped_steps}
+        run.record.write("train", **fields)
+        run.record.progress(
+            progress.step,
+            f"epoch {epoch + 1}/{run.settings.epochs} step {progress.step}/{run.total_steps} "
+            f"loss {fields['loss']:.4f} lr {rate:.5f} {speed:.0f} images/s wait {100 * fields['data_wait']:.0f} %",
+        )
+        self.wait, self.steps, self.since = 0.0, 0, time.perf_counter()
+
+    def _stop(self) -> None:
+        raise FloatingPointError(explain(self.run, max(int(self.run.sums[3]) - 1, 0)))
+
+
+def _peak_memory(device: torch.device) -> float:
+    """MiB: of the device's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
