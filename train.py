@@ -1,8 +1,8 @@
 """Train a network with a normalization on a data set.
 
-    python train.py norm=an arch=resnet50                    ImageNet (data.root=... or $IMAGENET_DIR) on all GPUs of this machine
-    python train.py data=digits hardware=cpu                 a whole run on real digits in two minutes, without a download
-    python train.py -m norm=bn,gn,an seed=0,1,2              a grid, one run after the other
+    python train.py norm=an arch=resnet50         ImageNet (data.root or $IMAGENET_DIR) on all GPUs of this machine
+    python train.py data=digits hardware=cpu      a whole run on real digits in two minutes, without a download
+    python train.py -m norm=bn,gn,an seed=0,1,2   a grid, one run after the other
 
 The same command continues a run that was cut, and says so when the run is finished. Arguments:
 
@@ -26,7 +26,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
 def main(argv: list[str]) -> int:
-    """compose -> sign -> launch -> fit. Returns 0, 2 for what the user can mend, 128 + n after signal n, else 1."""
+    """compose -> sign -> launch -> fit. Returns 0, 2 for a user's mistake, 128 + n after signal n, else 1."""
     with user_errors() as outcome:
         arguments = parse(argv)
         if arguments.help:
@@ -65,7 +65,7 @@ def freeze_job(overrides: list[str], path: Path) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    """One run: planned here and trained by one process a device, or by the processes that torchrun or srun started."""
+    """One run: planned here, trained by one process a device or by those that torchrun or srun started."""
     from anorm.engine.launch import joined_by_others, launch
 
     with joined_by_others() as world:
@@ -77,7 +77,7 @@ def run(arguments: Arguments) -> int:
 
 
 def plan(found: Composed, world=None) -> dict | None:
-    """All that is decided before training starts: devices, batches, signature, folder. None: the run is finished."""
+    """All that is decided before training: devices, batches, signature, folder. None: it is finished."""
     from anorm.build import create_source, resolve
     from anorm.engine.runfolder import folder_for, standing
     from anorm.engine.signature import signature

@@ -45,7 +45,9 @@ from anorm.weights import load_weights
 
 
 def accepted(section: str, config: dict) -> set[str] | None:
-    """The keys that a section takes: the arguments of what it builds. None: any (a class that takes ``**options``)."""
+    """The keys that a section takes: the arguments of what it builds. None: any (a class that takes
+    ``**options``).
+    """
     if section in sections():
         return {field.name for field in dataclasses.fields(sections()[section])}
     arguments = _arguments(section, config[section])
@@ -70,7 +72,9 @@ def complete(config: dict) -> dict:
 
 
 def _arguments(section: str, node: dict) -> dict | None:
-    """Key -> default of what an arch, norm or data entry builds; None where any key may be given or nothing is known."""
+    """Key -> default of what an arch, norm or data entry builds; None where any key may be given or nothing
+    is known.
+    """
     name = node.get("name")
     if section == "arch":
         called, hidden = arch_builders().get(name), {"norm", "num_classes", "in_channels"}
@@ -97,8 +101,8 @@ def _arguments(section: str, node: dict) -> dict | None:
 def resolve(config: dict, world: World | None = None) -> dict:
     """``config`` with every "auto" of its hardware decided for this machine, and its batches checked.
 
-    world: the processes that another launcher started. Raises ValueError where the machine lacks what is asked for, or
-    where the batches do not fit the processes.
+    world: the processes that another launcher started. Raises ValueError where the machine lacks what is
+    asked for, or where the batches do not fit the processes.
     """
     settings = settings_from(config)
     hardware = decide(settings.hardware, world)
@@ -129,7 +133,9 @@ def create_network(config: dict, num_classes: int) -> nn.Module:
 
 
 def build(config: dict, folder: Path, signature: str, world: World, resume: dict | None) -> Run:
-    """All parts of a run for one process. ``config``: complete and resolved; ``resume``: a checkpoint's state, or None."""
+    """All parts of a run for one process. ``config``: complete and resolved; ``resume``: a checkpoint's
+    state, or None.
+    """
     settings = settings_from(config)
     hardware, device = settings.hardware, world.device
     set_backends(hardware, resume)
@@ -219,7 +225,9 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
 
 
 def evaluator(config: dict, weights: Path | None = None) -> Evaluator:
-    """What evaluates the network of a complete and resolved configuration, in this process; its weights are in ``weights``."""
+    """What evaluates the network of a complete and resolved configuration, in this process; its weights are
+    in ``weights``.
+    """
     settings, source = settings_from(config), create_source(config)
     world = World().on(settings.hardware.device)
     model = create_network(config, source.num_classes)
@@ -261,7 +269,9 @@ def write_data_card(folder: Path, source: Source) -> None:
 
 
 def predictor(folder: Path, config: dict) -> tuple[nn.Module, Callable[[Path], Tensor], list[str]]:
-    """(network in evaluation mode with the run's last weights, image file -> normalised (1, 3, S, S), class names)."""
+    """(network in evaluation mode with the run's last weights, image file -> normalised (1, 3, S, S), class
+    names).
+    """
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder} has no {CARD}: is it a run folder?")
     card = json.loads((folder / CARD).read_text())
@@ -289,10 +299,13 @@ def _describe(run: Run, source: Source) -> str:
     settings, world = run.settings, run.world
     micro = settings.optim.global_batch // settings.batch_size // world.size
     return (
-        f"{run.arch}: {sum(p.numel() for p in run.model.parameters()):,} parameters; {len(source.train):,} training and "
+        f"{run.arch}: {sum(p.numel() for p in run.model.parameters()):,} parameters; {len(source.train):,} "
+        f"training and "
         f"{len(source.val):,} evaluation images of {source.num_classes} classes; {settings.epochs} epochs of "
-        f"{run.train.steps_per_epoch} steps; global batch {settings.optim.global_batch} = {settings.batch_size} x {micro} "
-        f"accumulated x {world.size} process{'es' if world.size > 1 else ''}; peak rate {settings.optim.peak_lr:g}; "
+        f"{run.train.steps_per_epoch} steps; global batch {settings.optim.global_batch} = "
+        f"{settings.batch_size} x {micro} "
+        f"accumulated x {world.size} process{'es' if world.size > 1 else ''}; peak rate "
+        f"{settings.optim.peak_lr:g}; "
         f"{settings.hardware.dtype} on {world.device.type}"
         + (f"; continuing at step {run.progress.step} of {run.total_steps}" if run.progress.step else "")
     )

@@ -52,7 +52,8 @@ def test_a_plain_module_is_a_norm():
     config, _ = composed(
         "norm=module", "norm.target=torch.nn.GroupNorm", "norm.num_groups=8", "arch=resnet18"
     )
-    # GroupNorm takes its groups first, so it is called with both: a class whose first argument is not C is refused
+    # GroupNorm takes its groups first, so it is called with both: a class whose first argument is not C is
+    # refused
     with pytest.raises(ValueError, match="norm.target"):
         create_network(config, 10)
     config, _ = composed(

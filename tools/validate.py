@@ -1,9 +1,9 @@
 """Evaluate a run, or a file of weights, again.
 
-python tools/validate.py RUN                                         the run's last weights, as the run evaluated them
-python tools/validate.py RUN eval.stats=batch hardware.device=cpu    with other settings
-python tools/validate.py RUN/best.ckpt                               other weights of a run
-python tools/validate.py WEIGHTS arch=resnet50 norm=bn data.root=... any weights: arguments as of train.py
+python tools/validate.py RUN                                         the run's last weights, as the run
+evaluated them python tools/validate.py RUN eval.stats=batch hardware.device=cpu    with other settings python
+tools/validate.py RUN/best.ckpt                               other weights of a run python tools/validate.py
+WEIGHTS arch=resnet50 norm=bn data.root=... any weights: arguments as of train.py
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main(argv: list[str]) -> int:
 
 
 def what(target: Path, overrides: list[str]) -> tuple[Path, dict]:
-    """(file of weights, complete configuration) for a run folder, a file in one, or any file with train.py's arguments."""
+    """(file of weights, complete configuration) for a run folder, a file in one, or any file with train.py's
+    arguments.
+    """
     from anorm.build import accepted, complete, last_weights
     from anorm.engine.compose import change, compose
     from anorm.engine.runfolder import CONFIG, thaw

@@ -56,7 +56,7 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def help_text(story: str, configs: Path) -> str:
-    """``story``, then the groups with their choices and the top-level keys of train.yaml with their comments."""
+    """``story``, then the groups with their choices and the top-level keys of train.yaml."""
     lines = [story.strip(), "", "Groups and choices:"]
     lines += [f"    {group:<10}{' '.join(choices(configs, group))}" for group in GROUPS]
     yaml = (configs / "train.yaml").read_text().split("\n\n")[1]
@@ -66,16 +66,19 @@ def help_text(story: str, configs: Path) -> str:
         *(f"    {line}" for line in yaml.splitlines()),
     ]
     lines += [
-        "    epochs, batch_size        (of a process: the images that batch statistics are taken over); optim.global_batch is the step's"
+        "    epochs, batch_size        (of a process: the images that batch statistics are taken over); "
+        "optim.global_batch is the step's"
     ]
     return "\n".join(lines)
 
 
 class user_errors:
-    """Within: an error that the user can mend becomes one or two lines on stderr and a status, not a traceback.
+    """Within: an error that the user can mend becomes one or two lines on stderr and a status, not a
+    traceback.
 
-    That is a ValueError raised by this project's own code, a package that is missing, no memory, a full disk. Any other
-    exception passes. ``ANORM_TRACEBACK=1`` lets all pass. words: a file for the message, for a launcher to print.
+    That is a ValueError raised by this project's own code, a package that is missing, no memory, a full disk.
+    Any other exception passes. ``ANORM_TRACEBACK=1`` lets all pass. words: a file for the message, for a
+    launcher to print.
     """
 
     def __init__(self, words: Path | None = None):
@@ -114,16 +117,19 @@ def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, st
     if isinstance(error, ModuleNotFoundError):
         return (
             2,
-            f"error: the package {error.name} is not installed: pip install 'anorm[train]' (or pip install {error.name})",
+            f"error: the package {error.name} is not installed: pip install 'anorm[train]' (or pip install "
+            f"{error.name})",
         )
     if isinstance(error, RuntimeError) and "torchvision::" in str(error):
         return 2, (
-            "error: torch and torchvision do not belong together (a CPU build of one beside a CUDA build of the other, or two "
+            "error: torch and torchvision do not belong together (a CPU build of one beside a CUDA build of "
+            "the other, or two "
             "versions): pip install --force-reinstall torch torchvision, both from one index"
         )
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return 1, (
-            "error: out of memory: lower batch_size (more micro-batches are accumulated, optim.global_batch stays), "
+            "error: out of memory: lower batch_size (more micro-batches are accumulated, optim.global_batch "
+            "stays), "
             "eval.batch_size or data.image_size, or use hardware.dtype=fp16"
         )
     if (

@@ -1,8 +1,8 @@
 """Command line -> configuration: Hydra's compose API in words a user can act on. Nothing here imports torch.
 
-A configuration is train.yaml, one choice of every group, what the chosen architecture and data set change in the recipe
-(their ``recipe:`` entries), then the command line; later wins. A key that the yaml does not spell out is accepted when
-the thing that it belongs to takes it as an argument.
+A configuration is train.yaml, one choice of every group, what the chosen architecture and data set change in
+the recipe (their ``recipe:`` entries), then the command line; later wins. A key that the yaml does not spell
+out is accepted when the thing that it belongs to takes it as an argument.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from anorm.engine.names import nearest
 
 GROUPS = ("arch", "norm", "setup", "data", "hardware")
-RECIPE = "recipe"  # in the yaml of an architecture or a data set: "key: value", or "group=choice ...: {key: value}"
+RECIPE = "recipe"
+"""Entry in the yaml of an architecture or a data set: "key: value", or "group=choice ...: {key: value}"."""
 Accepted = Callable[[str, dict], "set[str] | None"]
 
 
@@ -37,8 +38,8 @@ def choices(folder: Path, group: str) -> list[str]:
 def compose(folder: Path, overrides: list[str], accepted: Accepted) -> Composed:
     """Compose the configuration in ``folder`` under command-line ``overrides``.
 
-    ``accepted(section, config)`` gives the keys that a section takes beyond those its yaml holds, or None where it
-    takes any. Raises ValueError, in words, for an unknown group choice, key or form of override.
+    ``accepted(section, config)`` gives the keys that a section takes beyond those its yaml holds, or None
+    where it takes any. Raises ValueError, in words, for an unknown group choice, key or form of override.
     """
     picked, values = _split(folder, overrides)
     groups = [f"{group}={choice}" for group, choice in picked.items()]
@@ -56,7 +57,7 @@ def compose(folder: Path, overrides: list[str], accepted: Accepted) -> Composed:
 
 
 def change(config: dict, overrides: list[str], accepted: Accepted) -> dict:
-    """A composed configuration with some keys (not groups) set anew. Raises ValueError as ``compose`` does."""
+    """A composed configuration with some keys (not groups) set anew; errors as those of ``compose``."""
     from omegaconf import OmegaConf
 
     changed = OmegaConf.create(config)
@@ -64,7 +65,8 @@ def change(config: dict, overrides: list[str], accepted: Accepted) -> dict:
         parsed = _parse(override)
         if parsed.key_or_group in GROUPS:
             raise ValueError(
-                f"{override}: a run keeps its {parsed.key_or_group}; change single keys, such as eval.stats=batch"
+                f"{override}: a run keeps its {parsed.key_or_group}; change single keys, such as "
+                f"eval.stats=batch"
             )
         OmegaConf.update(changed, parsed.key_or_group, parsed.value(), force_add=True)
     changed = OmegaConf.to_container(changed, resolve=True)
@@ -195,7 +197,8 @@ def _check_keys(base: dict, config: dict, accepted: Accepted) -> None:
         if not isinstance(value, dict):
             keys = sorted(set(base[section]) | (accepted(section, config) or set()))
             raise ValueError(
-                f"{section}={value} cannot be: {section} is a section, set {section}.KEY=... ({', '.join(keys)})"
+                f"{section}={value} cannot be: {section} is a section, set {section}.KEY=... "
+                f"({', '.join(keys)})"
             )
         allowed = accepted(section, config)
         if allowed is None:

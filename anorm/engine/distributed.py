@@ -65,7 +65,9 @@ class World:
         )
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on rank 0, everywhere. When it raises there, the other processes exit with status 2."""
+        """What ``make`` returns on rank 0, everywhere. When it raises there, the other processes exit with
+        status 2.
+        """
         if self.size == 1:
             return make()
         box: list[Any] = [False, None]
@@ -81,7 +83,8 @@ class World:
 
 @contextmanager
 def enter(world: World | None, device: str) -> Iterator[World]:
-    """The world of this process: the one given, the one that the elastic launcher describes in the environment, or one alone.
+    """The world of this process: the one given, the one that the elastic launcher describes in the
+    environment, or one alone.
 
     device: "cpu" or "gpu".
     """
@@ -96,10 +99,11 @@ def enter(world: World | None, device: str) -> Iterator[World]:
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; leave it at the end.
+    """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; leave it at the
+    end.
 
-    GPU tensors travel over NCCL; CPU tensors, which need no device to wait for, over gloo. A peer that does not answer for
-    ``TIMEOUT`` ends the process.
+    GPU tensors travel over NCCL; CPU tensors, which need no device to wait for, over gloo. A peer that does
+    not answer for ``TIMEOUT`` ends the process.
     """
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     gpus = torch.cuda.device_count()
@@ -140,7 +144,8 @@ def join_statistics(world: World, model: nn.Module, how: str) -> None:
 class Agreement:
     """Requests (stop, save) that all processes act on at the same step boundary.
 
-    A signal, or rank 0's clock, sets a bit here; ``due()`` is called by all at every boundary and returns the bits
+    A signal, or rank 0's clock, sets a bit here; ``due()`` is called by all at every boundary and returns the
+    bits
     that any process had set by the previous boundary: the exchange runs beside the step and costs it nothing.
     """
 

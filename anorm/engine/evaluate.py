@@ -18,10 +18,11 @@ from anorm.norms.base import RunningNorm
 
 @dataclass(frozen=True)
 class Result:
-    """top1 and top5 in percent (top5 of at most as many classes as there are), loss per image, images counted.
+    """top1 and top5 in percent (top5 of at most as many classes as there are), loss per image, images
+    counted.
 
-    Per image of this process, in the order of the loader: index, whether its class was first, or among five, and the
-    probability of the class that was first.
+    Per image of this process, in the order of the loader: index, whether its class was first, or among five,
+    and the probability of the class that was first.
     """
 
     top1: float
@@ -89,7 +90,9 @@ class Evaluator:
 
     @torch.no_grad()
     def recalibrate(self, model: nn.Module) -> None:
-        """Pass training images, augmented as in training and not mixed, through ``model``: only its statistics change."""
+        """Pass training images, augmented as in training and not mixed, through ``model``: only its
+        statistics change.
+        """
         left = self.settings.recalibrate_batches
         model.train()
         for module in model.modules():
@@ -108,8 +111,10 @@ class Evaluator:
 
 @contextmanager
 def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], None]) -> Iterator[None]:
-    """Within: norms evaluate with their running statistics ("running", the default), each batch's own ("batch"), or statistics taken
-    afresh from training batches by ``recalibrate`` ("recalibrated"). Afterwards all is as before."""
+    """Within: norms evaluate with their running statistics ("running", the default), each batch's own
+    ("batch"), or statistics taken afresh from training batches by ``recalibrate`` ("recalibrated").
+    Afterwards all is as before.
+    """
     norms = [module for module in model.modules() if isinstance(module, RunningNorm) and not module.frozen]
     before = [norm.eval_stats for norm in norms]  # a law may have its own way (afn_as_released)
     if source == "running":

@@ -22,9 +22,11 @@ from anorm.engine.run import Run
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Train to the end of ``settings.epochs``, evaluating and saving where due. Returns the final event's fields.
+    """Train to the end of ``settings.epochs``, evaluating and saving where due. Returns the final event's
+    fields.
 
-    Raises Interrupted after saving when a signal asked to stop, FloatingPointError when the loss is no longer finite.
+    Raises Interrupted after saving when a signal asked to stop, FloatingPointError when the loss is no longer
+    finite.
     """
     settings, world, progress = run.settings, run.world, run.progress
     agreement, clock = Agreement(world), Clock(progress)
@@ -80,9 +82,11 @@ def train_epoch(
 
 
 def train_step(run: Run, step: int, step_batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """One optimizer step over this process's micro-batches; (its mean loss, norm of the gradient), on the device.
+    """One optimizer step over this process's micro-batches; (its mean loss, norm of the gradient), on the
+    device.
 
-    The loss of a micro-batch is weighted by 1 / their number, so that gradients are those of the mean over the global batch.
+    The loss of a micro-batch is weighted by 1 / their number, so that gradients are those of the mean over
+    the global batch.
     """
     settings, world = run.settings, run.world
     optim.set_rate(run.optimizer, run.schedule(step))
@@ -143,7 +147,8 @@ def evaluate_and_keep_best(run: Run, epoch: int) -> Result:
     run.record.write("eval", **fields)
     averaged = f" (average of weights: {fields['ema_top1']:.2f} %)" if run.ema else ""
     run.record.say(
-        f"epoch {epoch}/{settings.epochs}: top-1 {result.top1:.2f} % top-5 {result.top5:.2f} % of {result.images} images"
+        f"epoch {epoch}/{settings.epochs}: top-1 {result.top1:.2f} % top-5 {result.top5:.2f} % of "
+        f"{result.images} images"
         f"{averaged}, best {progress.best_top1:.2f} % in epoch {progress.best_epoch}"
     )
     return result
@@ -166,7 +171,8 @@ def finish(run: Run) -> dict[str, Any]:
     }
     run.record.write("final", **fields)
     run.record.say(
-        f"finished: last epoch top-1 {progress.top1:.2f} % top-5 {progress.top5:.2f} %, best epoch {progress.best_epoch} "
+        f"finished: last epoch top-1 {progress.top1:.2f} % top-5 {progress.top5:.2f} %, best epoch "
+        f"{progress.best_epoch} "
         f"top-1 {progress.best_top1:.2f} %, {progress.seconds:.0f} s, run folder {run.folder}"
     )
     return fields

@@ -27,7 +27,8 @@ def decide(asked: Hardware, world: World | None = None) -> Hardware:
     gpus = torch.cuda.device_count()
     if asked.device == "gpu" and gpus == 0:
         raise ValueError(
-            "hardware=gpu, but torch sees no GPU here: set hardware=cpu, or install a torch build for this GPU's driver "
+            "hardware=gpu, but torch sees no GPU here: set hardware=cpu, or install a torch build for this "
+            "GPU's driver "
             "(python -m anorm says more)"
         )
     gpu = asked.device == "gpu" or (asked.device == "auto" and gpus > 0)
@@ -69,8 +70,9 @@ def _dtype(asked: Hardware, gpu: bool) -> str:
 
 
 def check_batches(micro: int, whole: int, processes: int) -> None:
-    """Raises ValueError, naming the nearest that works, unless a global batch of ``whole`` images is a whole number of
-    batches of ``micro`` on every process."""
+    """Raises ValueError, naming the nearest that works, unless a global batch of ``whole`` images is a whole
+    number of batches of ``micro`` on every process.
+    """
     if whole % micro == 0 and (whole // micro) % processes == 0:
         return
     fitting = [n for n in range(1, whole // micro + 1) if whole % micro == 0 and (whole // micro) % n == 0]
@@ -103,19 +105,22 @@ def compiled(
         expected, found = model(images).float(), faster(images).float()
     model.train()
     difference = (found - expected).abs().max() / expected.abs().max()
-    # a few hundred roundings of the arithmetic's precision: 2^-11 of fp16 and tf32, 2^-8 of bf16, 2^-24 of fp32
+    # a few hundred roundings of the arithmetic's precision: 2^-11 of fp16 and tf32, 2^-8 of bf16, 2^-24 of
+    # fp32
     allowed = {"fp16": 0.05, "tf32": 0.05, "bf16": 0.2}.get(hardware.dtype, 1e-4)
     if not difference <= allowed:
         raise ValueError(
-            f"hardware.compile=true changes this network's outputs by {100 * difference:.3g} % (explained would be "
+            f"hardware.compile=true changes this network's outputs by {100 * difference:.3g} % (explained "
+            f"would be "
             f"{100 * allowed:g} %): set hardware.compile=false"
         )
     return faster
 
 
 def distributed(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network over all processes. Their statistics are joined where they are needed, by dist.stats, and not overwritten
-    at every step by those of rank 0, as DDP does by default."""
+    """The network over all processes. Their statistics are joined where they are needed, by dist.stats, and
+    not overwritten at every step by those of rank 0, as DDP does by default.
+    """
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     no_overwriting = (
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

@@ -53,8 +53,8 @@ def save(run: Run) -> None:
 
 
 def restore(run: Run, state: dict[str, Any]) -> list[str]:
-    """Continue from a checkpoint's state; returns what a person should know about it. Called after DDP has looked
-    at the model, as that copies rank 0's statistics.
+    """Continue from a checkpoint's state; returns what a person should know about it. Called after DDP has
+    looked at the model, as that copies rank 0's statistics.
 
     With another number of processes the statistics of each become the mean over those of the old ones.
     """
@@ -71,7 +71,8 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
     same = processes["size"] == world.size
     if not same:
         said.append(
-            f"continuing on {world.size} processes what ran on {processes['size']}: same batches in the same order, sums in "
+            f"continuing on {world.size} processes what ran on {processes['size']}: same batches in the "
+            f"same order, sums in "
             "another, so the weights will agree to rounding and not to the last bit"
         )
     for model, kept in models:
@@ -89,7 +90,9 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
 
 
 def keep_predictions(run: Run, result: Result) -> None:
-    """predictions.npz: for every image of the evaluation, in the data set's order, what the final weights made of it."""
+    """predictions.npz: for every image of the evaluation, in the data set's order, what the final weights
+    made of it.
+    """
     columns = (result.index, result.first, result.among_five, result.confidence)
     parts = run.world.gather([column.numpy() for column in columns])
     if run.world.main:

@@ -1,4 +1,4 @@
-"""One process a device: in this process, through torch's elastic launcher, or as torchrun and srun started us."""
+"""One process a device: here, through torch's elastic launcher, or as torchrun and srun started us."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ Rank = Callable[..., int]
 
 @contextmanager
 def joined_by_others() -> Iterator[World | None]:
-    """The world of this process when torchrun, or srun with several tasks, started it as one of several; else None."""
+    """The world of this process when torchrun, or srun with several tasks, started it as one of several; else
+    None.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         pass
     elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
@@ -118,14 +120,16 @@ def _report(error: Any, words: Path) -> int:
         print(said[0], file=sys.stderr, flush=True)
     elif failure.exitcode < 0:
         print(
-            f"error: process {number} of {len(error.failures)} was killed by signal {-failure.exitcode}; the others were stopped. "
+            f"error: process {number} of {len(error.failures)} was killed by signal {-failure.exitcode}; "
+            f"the others were stopped. "
             "Repeat the command to continue from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
     else:
         print(
-            f"error: process {number} ended with status {failure.exitcode}; see its traceback above. Repeat the command to continue "
+            f"error: process {number} ended with status {failure.exitcode}; see its traceback above. Repeat "
+            f"the command to continue "
             "from the last checkpoint",
             file=sys.stderr,
             flush=True,

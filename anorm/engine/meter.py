@@ -45,7 +45,8 @@ class SaveTimer:
 class Meter:
     """The numbers of training, summed on the device and read when reported; counts from the last report on.
 
-    ``run.sums`` is in the checkpoint, so that a resumed run's log has the same values as an uninterrupted one's.
+    ``run.sums`` is in the checkpoint, so that a resumed run's log has the same values as an uninterrupted
+    one's.
     """
 
     def __init__(self, run: Run, clock: Clock):
@@ -64,8 +65,9 @@ class Meter:
             yield batch
 
     def add(self, step: int, loss: Tensor, gradient_norm: Tensor) -> None:
-        """loss: of this process, finite or not. The run's first step with a bad loss (or gradient, unless scaling
-        explains it) is remembered."""
+        """loss: of this process, finite or not. The run's first step with a bad loss (or gradient, unless
+        scaling explains it) is remembered.
+        """
         sums, run = self.run.sums, self.run
         good_loss, good = loss.isfinite(), gradient_norm.isfinite()
         sums[0] += loss
@@ -105,7 +107,8 @@ class Meter:
         run.record.progress(
             progress.step,
             f"epoch {epoch + 1}/{run.settings.epochs} step {progress.step}/{run.total_steps} "
-            f"loss {fields['loss']:.4f} lr {rate:.5f} {speed:.0f} images/s wait {100 * fields['data_wait']:.0f} %",
+            f"loss {fields['loss']:.4f} lr {rate:.5f} {speed:.0f} images/s wait "
+            f"{100 * fields['data_wait']:.0f} %",
         )
         self.wait, self.steps, self.since = 0.0, 0, time.perf_counter()
 

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def explain(run: Run, step: int) -> str:
-    """One sentence with the step and the first layer whose output, or gradient, is not finite. Called by every process.
+    """One sentence with the step and the first layer whose output, or gradient, is not finite. Called by
+    every process.
 
-    The step's own batch and dropout are drawn again. The weights are those of that step, as non-finite gradients were not
-    applied (except by optimizers that cannot be told so on a GPU).
+    The step's own batch and dropout are drawn again. The weights are those of that step, as non-finite
+    gradients were not applied (except by optimizers that cannot be told so on a GPU).
     """
     where = [found for found in run.world.gather(_first(run, step)) if found]
     first = (
@@ -28,7 +29,8 @@ def explain(run: Run, step: int) -> str:
     epoch = step // run.train.steps_per_epoch + 1
     return (
         f"the loss or its gradient is not finite at step {step} (epoch {epoch}); first: {first}. "
-        "Lower optim.lr, lengthen schedule.warmup_epochs, set optim.clip=1, or use hardware.dtype=fp32 or bf16"
+        "Lower optim.lr, lengthen schedule.warmup_epochs, set optim.clip=1, or use hardware.dtype=fp32 or "
+        "bf16"
     )
 
 

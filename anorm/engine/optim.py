@@ -1,4 +1,5 @@
-"""Parameters -> groups -> optimizer. What a parameter needs is declared by the module that makes it, never read off its
+"""Parameters -> groups -> optimizer. What a parameter needs is declared by the module that makes it, never
+read off its
 name or shape: a K x C mixture is no weight matrix."""
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from anorm.engine.settings import Optim
 from anorm.norms.base import Norm, ParamNeeds, RunningNorm
 
 MIXTURES = "mixtures"
-"""The word for ``freeze`` that holds AN's learned mixtures and its statistics, and leaves its attention free."""
+"""The word for ``freeze`` that holds AN's learned mixtures and its statistics, and leaves its attention free.
+"""
 
 
 def declared_needs(model: nn.Module) -> dict[str, tuple[ParamNeeds, bool]]:
@@ -37,11 +39,12 @@ def declared_needs(model: nn.Module) -> dict[str, tuple[ParamNeeds, bool]]:
 def parameter_groups(
     model: nn.Module, weight_decay: float, decay_norm: bool = True, layer_decay: float | None = None
 ) -> list[dict]:
-    """Optimizer groups {params, names, roles, weight_decay, lr_scale, clip}; each trainable parameter is in exactly one.
+    """Optimizer groups {params, names, roles, weight_decay, lr_scale, clip}; each trainable parameter is in
+    exactly one.
 
     decay_norm: also decay what norms declare (the authors' practice).
-    layer_decay: the rate of block i of L is multiplied by layer_decay^(L - 1 - i); a block is a child of the network, or
-    a child of one of its sequences, in the order of construction.
+    layer_decay: the rate of block i of L is multiplied by layer_decay^(L - 1 - i); a block is a child of the
+    network, or a child of one of its sequences, in the order of construction.
     """
     needs, groups = declared_needs(model), {}
     blocks: dict[tuple[str, ...], int] = {}
@@ -78,7 +81,8 @@ def parameter_groups(
 def describe_groups(groups: list[dict]) -> list[str]:
     """One line a group, for the run's header."""
     return [
-        f"{'/'.join(g['roles'])}: {sum(p.numel() for p in g['params']):,} parameters, weight decay {g['weight_decay']:g}"
+        f"{'/'.join(g['roles'])}: {sum(p.numel() for p in g['params']):,} parameters, weight decay "
+        f"{g['weight_decay']:g}"
         + (f", rate x {g['lr_scale']:g}" if g["lr_scale"] != 1 else "")
         + (f", clip {g['clip']:g}" if g["clip"] else "")
         for g in groups
@@ -129,7 +133,8 @@ def _apex_sgd(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
         from apex.optimizers import FusedSGD
     except ImportError as error:
         raise ValueError(
-            "optim.impl=apex needs NVIDIA's apex, built from github.com/NVIDIA/apex (the package named apex on "
+            "optim.impl=apex needs NVIDIA's apex, built from github.com/NVIDIA/apex (the package named apex "
+            "on "
             "PyPI is another project); optim.impl=auto uses torch's own fused SGD"
         ) from error
     return FusedSGD(
@@ -150,7 +155,8 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip: float | None) -> Tensor:
     """Unscale, clip, step, in this order. Returns the norm of the whole gradient before clipping.
 
-    Non-finite gradients change nothing, and finding them does not wait for a GPU where the optimizer is fused.
+    Non-finite gradients change nothing, and finding them does not wait for a GPU where the optimizer is
+    fused.
     """
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -178,9 +184,10 @@ def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip: f
 def freeze(model: nn.Module, words: list[str]) -> list[str]:
     """Stop learning what ``words`` name; returns a line a word that says what it froze.
 
-    A word is a role (weight, bias, norm, mixture, attention, control), ``mixtures`` (AN's mixtures and the statistics of
-    its base, attention free: section 3.3 of the paper), or a pattern of parameter names such as "layer1.*". A norm whose
-    parameters are all frozen by a role or pattern keeps its running statistics too.
+    A word is a role (weight, bias, norm, mixture, attention, control), ``mixtures`` (AN's mixtures and the
+    statistics of
+    its base, attention free: section 3.3 of the paper), or a pattern of parameter names such as "layer1.*". A
+    norm whose parameters are all frozen by a role or pattern keeps its running statistics too.
     """
     said, needs = [], declared_needs(model)
     roles = {need.role for need, _ in needs.values()}
@@ -191,7 +198,8 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
             named = {name for name in needs if fnmatch.fnmatchcase(name, word)}
         if not named:
             raise ValueError(
-                f"freeze={word} matches nothing: give {MIXTURES}, a role ({', '.join(sorted(roles))}) or a pattern "
+                f"freeze={word} matches nothing: give {MIXTURES}, a role ({', '.join(sorted(roles))}) or a "
+                f"pattern "
                 "of parameter names such as layer1.*"
             )
         parameters = dict(model.named_parameters())

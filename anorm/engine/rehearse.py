@@ -16,9 +16,11 @@ STEPS = 5
 
 
 def rehearse(run: Run, home: Path) -> None:
-    """A few steps on one batch kept, a few of reading alone, a few of both; prints the report. Called by every process.
+    """A few steps on one batch kept, a few of reading alone, a few of both; prints the report. Called by
+    every process.
 
-    home: the folder that the run's own would lie in, for the space on its disk. Raises ValueError when that is too small.
+    home: the folder that the run's own would lie in, for the space on its disk. Raises ValueError when that
+    is too small.
     """
     settings, world = run.settings, run.world
     images = settings.optim.global_batch
@@ -34,7 +36,8 @@ def rehearse(run: Run, home: Path) -> None:
     free = shutil.disk_usage(_existing(home)).free
     if needed > free:
         raise ValueError(
-            f"{home} has {free / 2**30:.1f} GiB free and the run keeps {needed / 2**30:.1f} GiB of checkpoints: set run_dir "
+            f"{home} has {free / 2**30:.1f} GiB free and the run keeps {needed / 2**30:.1f} GiB of "
+            f"checkpoints: set run_dir "
             "to a larger disk, or lower checkpoint.keep"
         )
     bottleneck = (
@@ -43,10 +46,13 @@ def rehearse(run: Run, home: Path) -> None:
         else f"computing on {world.device.type}"
     )
     for line in (
-        f"parameters {sum(p.numel() for p in run.model.parameters()):,}; multiply-adds of an image {_multiply_adds(run, kept) / 1e9:.3f} G",
-        f"images/s: {images / compute:.0f} on a batch that is there, {images / reading:.0f} of reading alone, {images / both:.0f} of both; "
+        f"parameters {sum(p.numel() for p in run.model.parameters()):,}; multiply-adds of an image "
+        f"{_multiply_adds(run, kept) / 1e9:.3f} G",
+        f"images/s: {images / compute:.0f} on a batch that is there, {images / reading:.0f} of reading "
+        f"alone, {images / both:.0f} of both; "
         f"share of waiting for data {100 * share:.0f} %; bottleneck: {bottleneck}",
-        f"the whole run: {settings.epochs} epochs x {run.train.steps_per_epoch} steps, about {_hours(total)}, "
+        f"the whole run: {settings.epochs} epochs x {run.train.steps_per_epoch} steps, about "
+        f"{_hours(total)}, "
         f"{_hours(total * world.size)} over {world.size} process{'es' if world.size > 1 else ''}",
         f"disk: {needed / 2**20:.0f} MiB of checkpoints, {free / 2**30:.1f} GiB free",
     ):

@@ -43,20 +43,23 @@ def standing(folder: Path, signature: str, config: dict) -> dict[str, Any] | Non
     if held.get("signature") != signature:
         state = "a finished run" if finished else "a run"
         raise ValueError(
-            f"{folder} already holds {state} of another configuration ({_difference(held, config)}): set another run_dir, "
+            f"{folder} already holds {state} of another configuration ({_difference(held, config)}): set "
+            f"another run_dir, "
             "leave run_dir out, or move that folder away"
         )
     return finished
 
 
 def freeze(folder: Path, config: dict, choices: dict[str, str], signature: str) -> None:
-    """Write config.yaml: the resolved configuration, its signature and the choices that it was composed from."""
+    """Write config.yaml: the resolved configuration, its signature, the choices it was composed from."""
     text = yaml.safe_dump({"signature": signature, "choices": choices} | config, sort_keys=False)
     checkpoint.write_atomic(folder / CONFIG, text.encode())
 
 
 def thaw(path: Path) -> tuple[dict, dict[str, str]]:
-    """(configuration, choices) that ``freeze`` wrote, given the file or its folder. Raises ValueError in words."""
+    """(configuration, choices) that ``freeze`` wrote, given the file or its folder. Raises ValueError in
+    words.
+    """
     path = path / CONFIG if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no {path}: give a run folder, or the config.yaml of one")
@@ -70,9 +73,11 @@ def thaw(path: Path) -> tuple[dict, dict[str, str]]:
 
 @contextmanager
 def occupied(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any] | None]]:
-    """Hold the folder for this run; gives it and the checkpoint to continue from, or None. Called by every process.
+    """Hold the folder for this run; gives it and the checkpoint to continue from, or None. Called by every
+    process.
 
-    Raises ValueError when other processes hold it (also such as outlived a killed launcher), or its checkpoint is damaged.
+    Raises ValueError when other processes hold it (also such as outlived a killed launcher), or its
+    checkpoint is damaged.
     """
     lock, config = checkpoint.FolderLock(folder), job["config"]
     last = folder / "last.ckpt"

@@ -1,6 +1,8 @@
-"""The sections of a run's configuration as plain dataclasses: their fields are the accepted keys, with types and limits.
+"""The sections of a run's configuration as plain dataclasses: their fields are the accepted keys, with types
+and limits.
 
-``configs/train.yaml`` and ``configs/setup/vanilla.yaml`` spell the same defaults out for readers; a test holds them equal.
+``configs/train.yaml`` and ``configs/setup/vanilla.yaml`` spell the same defaults out for readers; a test
+holds them equal.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Mix:
-    """What happens to images and targets between the loader and the loss (alphas of Beta distributions; 0 is off)."""
+    """What happens to images and targets between the loader and the loss (alphas of Beta distributions; 0 is
+    off).
+    """
 
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -68,7 +72,9 @@ class Mix:
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluation. ``stats``: running (as trained), batch (each batch's own) or recalibrated (train batches, no gradient)."""
+    """Evaluation. ``stats``: running (as trained), batch (each batch's own) or recalibrated (train batches,
+    no gradient).
+    """
 
     stats: str = "running"
     every: int = 1  # epochs; the last epoch is always evaluated
@@ -82,7 +88,9 @@ class Eval:
 
 @dataclass(frozen=True)
 class Dist:
-    """Processes. ``stats`` says how their running statistics are joined: mean, or rank0 (what most papers did)."""
+    """Processes. ``stats`` says how their running statistics are joined: mean, or rank0 (what most papers
+    did).
+    """
 
     stats: str = "mean"
 
@@ -133,7 +141,7 @@ class Hardware:
 
     device: str = "auto"  # auto, cpu, gpu
     processes: int | str = "auto"  # auto: one a GPU; one on a CPU
-    dtype: str = "auto"  # auto: fp16 on a GPU, fp32 on a CPU; or fp64 (to compare to the last digit), fp32, tf32, fp16, bf16
+    dtype: str = "auto"  # auto: fp16 on a GPU, fp32 on a CPU; or fp64, fp32, tf32, fp16, bf16
     loss_scale: float | str = "dynamic"  # fp16 only; a number is a static scale (the paper's is 128)
     channels_last: bool | str = "auto"
     compile: bool = False
@@ -158,7 +166,8 @@ class Hardware:
             value = getattr(self, name)
             if isinstance(value, str) and value != "auto":
                 raise ValueError(
-                    f"hardware.{name}={value} must be auto or a {'truth value' if name == 'channels_last' else 'whole number'}"
+                    f"hardware.{name}={value} must be auto or a "
+                    f"{'truth value' if name == 'channels_last' else 'whole number'}"
                 )
 
 
@@ -192,7 +201,8 @@ class Settings:
         one_of("", self, "faithful", ("paper", "code"))
         if self.schedule.warmup_epochs >= self.epochs and self.epochs > 0 and self.schedule.warmup_epochs > 0:
             raise ValueError(
-                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs={self.epochs}: "
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of "
+                f"epochs={self.epochs}: "
                 f"set schedule.warmup_epochs={self.epochs // 10} or more epochs"
             )
 
@@ -243,7 +253,9 @@ _WORDS = {
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as one of the types in ``hint``; an int is accepted (and converted) where a float is asked for."""
+    """``value`` as one of the types in ``hint``; an int is accepted (and converted) where a float is asked
+    for.
+    """
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, (str, int)) and not isinstance(value, bool) and list in accepted:
         return [value]

@@ -15,8 +15,8 @@ from anorm.engine.commandline import user_errors
 def run_sweep(jobs: list[list[str]], script: Path, freeze: Callable[[list[str], Path], None]) -> int:
     """Run ``script --config FILE`` for each job, one after the other; 0 when all succeed, else 1.
 
-    ``freeze(overrides, file)`` composes a job into a file. A job that cannot be composed, or fails, stops no other; a
-    signal stops the one that runs, and those after it.
+    ``freeze(overrides, file)`` composes a job into a file. A job that cannot be composed, or fails, stops no
+    other; a signal stops the one that runs, and those after it.
     """
     with tempfile.TemporaryDirectory(prefix="anorm-sweep-") as folder:
         files = []

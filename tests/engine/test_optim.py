@@ -34,7 +34,9 @@ def test_decay_norm_false_excludes_what_norms_declare_and_nothing_else():
 
 
 def test_a_module_declares_its_own_needs():
-    """Switchable norms ask for a tenth of the rate, no decay and a gradient clip for their control parameters, if they do."""
+    """Switchable norms ask for a tenth of the rate, no decay and a gradient clip for their control
+    parameters, if they do.
+    """
     from anorm.norms.base import Norm, ParamNeeds
 
     class Controlled(Norm):
@@ -121,7 +123,9 @@ def test_clipping_and_a_gradient_that_is_not_finite():
 
 
 def test_freeze_mixtures_leaves_the_attention_free():
-    """Section 3.3: mixtures and the statistics of the standardization are frozen, the attention is fine-tuned."""
+    """Section 3.3: mixtures and the statistics of the standardization are frozen, the attention is
+    fine-tuned.
+    """
     model = create_model("resnet18", "an", 10)
     [said] = optim.freeze(model, ["mixtures"])
     assert "8 norms" in said
