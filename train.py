@@ -1,7 +1,7 @@
 """Train a network with a normalization on a data set.
 
-    python train.py norm=an arch=resnet50         ImageNet (data.root or $IMAGENET_DIR) on all GPUs of this machine
-    python train.py data=digits hardware=cpu      a whole run on real digits in two minutes, without a download
+    python train.py norm=an arch=resnet50         ImageNet (data.root, $IMAGENET_DIR) on all GPUs here
+    python train.py data=digits hardware=cpu      a whole run on real digits, without a download
     python train.py -m norm=bn,gn,an seed=0,1,2   a grid, one run after the other
 
 The same command continues a run that was cut, and says so when the run is finished. Arguments:
