@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -178,23 +179,28 @@ def work(jobs: list[tuple[str, Job]], workers: int) -> dict[str, int]:
 
     done = dict.fromkeys((split for split, _ in jobs), 0)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn()
-    with Progress(*columns) as bar, ProcessPoolExecutor(workers) as pool:
+    with Progress(*columns) as bar:
         tasks = {split: bar.add_task(split, total=sum(len(job.items) for name, job in jobs if name == split)) for split in done}
-        waiting, running = iter(jobs), {}
+        for split, count in in_processes(jobs, workers) if workers > 1 else ((split, run(job)) for split, job in jobs):
+            done[split] += count
+            bar.advance(tasks[split], count)
+    return done
+
+
+def in_processes(jobs: list[tuple[str, Job]], workers: int) -> Iterator[tuple[str, int]]:
+    """(split, images) of each job as it is done; the first error cancels what has not begun."""
+    waiting, running = iter(jobs), {}
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             while True:
                 while len(running) < 2 * workers and (following := next(waiting, None)):
                     running[pool.submit(run, following[1])] = following[0]
                 if not running:
-                    break
+                    return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    split, count = running.pop(future), future.result()
-                    done[split] += count
-                    bar.advance(tasks[split], count)
-        except BaseException:
+                    yield running.pop(future), future.result()
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
-    return done
 
 
 def check_sample(jobs: list[tuple[str, Job]], count: int) -> int:

@@ -124,4 +124,4 @@ def _open(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path)
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a readable tar file ({error}): download it again") from error
+        raise ValueError(f"{path} is not a readable tar file ({str(error).splitlines()[0]}): download it again") from error

@@ -89,17 +89,17 @@ class Crop:
         """uint8 (3,H,W) -> uint8 (3,S,S): the random window, resized to S = image_size, mirrored or not."""
         window = self.window(image.shape[1], image.shape[2], rng)
         region = image[:, window.top:window.top + window.height, window.left:window.left + window.width]
-        region = self._resize(region, [self.image_size, self.image_size])
+        region = self._resize(region, (self.image_size, self.image_size))
         return region.flip(-1) if window.mirror else region
 
     def evaluate(self, image: Tensor) -> Tensor:
         """uint8 (3,H,W) -> uint8 (3,S,S): short side to `short_side`, then the centre S x S."""
-        from torchvision.transforms.v2 import functional as tv
+        size, (top, left) = self.evaluation(image.shape[1], image.shape[2])
+        return self._resize(image, size)[:, top:top + self.image_size, left:left + self.image_size]
 
-        return tv.center_crop(self._resize(image, [self.short_side]), [self.image_size, self.image_size])
-
-    def _resize(self, image: Tensor, size: list[int]) -> Tensor:
-        from torchvision.transforms.v2 import InterpolationMode
-        from torchvision.transforms.v2 import functional as tv
-
-        return tv.resize(image, size, InterpolationMode(self.interpolation), antialias=True)
+    def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Antialiased, in uint8: what torchvision's v2 resize calls. The kernel is fastest on H x W x 3 in memory."""
+        image = image[None].contiguous(memory_format=torch.channels_last)
+        if image.shape[2:] == size:
+            return image[0]
+        return torch.nn.functional.interpolate(image, size, mode=self.interpolation, antialias=True)[0]

@@ -118,7 +118,7 @@ class DaliFeed(Feed):
         """The file, or, where DALI might not read it as Pillow does, the decoded image as a bitmap; height and width."""
         encoded, name = self._dataset.store.read(index), self._dataset.store.name(index)
         data = encoded.numpy()
-        shape = jpeg_shape(data.tobytes()) if is_jpeg(encoded) else None
+        shape = jpeg_shape(memoryview(data)) if is_jpeg(encoded) else None
         if shape is not None and data[-2:].tobytes() == b"\xff\xd9":
             return data, *shape
         image = decode(encoded, name)  # no colour JPEG, or one that may be cut off, which decoding a region need not notice
@@ -154,7 +154,7 @@ class DaliFeed(Feed):
         self.note([(index, str(error))])
 
 
-def jpeg_shape(data: bytes) -> tuple[int, int] | None:
+def jpeg_shape(data: memoryview) -> tuple[int, int] | None:
     """Height and width in a JPEG's frame header; None unless it is 8-bit, grey or three colours."""
     at = 2
     while at + 9 < len(data) and data[at] == 0xFF:

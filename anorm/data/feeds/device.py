@@ -99,8 +99,8 @@ class DeviceFeed(Feed):
         columns = torch.where(mirror.bool()[:, None, None], columns.flip(1), columns)
         rows = _filter(h, to_h, first_y, tall, size, kind)
         # columns first, rounded in between, as Pillow and torchvision do
-        narrow = torch.matmul(window, columns.transpose(1, 2)[:, None]).round_().clamp_(0, 255)
-        return torch.matmul(rows[:, None], narrow).round_().clamp_(0, 255).to(torch.uint8)
+        narrow = torch.matmul(window, columns.transpose(1, 2)[:, None]).add_(0.5).floor_().clamp_(0, 255)
+        return torch.matmul(rows[:, None], narrow).add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
 
 
 CUT = 11
