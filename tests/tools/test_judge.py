@@ -1,0 +1,228 @@
+"""tools/judgement.py against scipy and hand-computed cases; tools/judge.py on real runs."""
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import judge
+import judgement
+import numpy as np
+import pytest
+import records
+from commands import ROOT, environment
+from scipy import stats
+
+
+def flags(right, images):
+    return np.arange(images) < right
+
+
+def test_mean_interval_is_scipys():
+    values = [75.1, 75.4, 75.0, 75.6]
+    found = judgement.mean_interval(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=1e-12)
+    assert found.sd == pytest.approx(np.std(values, ddof=1)) and found.n == 4
+
+
+def test_mean_interval_by_hand():
+    # mean 2, s = 1, t(2) = 4.302653, half = 4.302653 / sqrt(3)
+    found = judgement.mean_interval([1, 2, 3])
+    assert found.mean == 2 and found.half == pytest.approx(2.484138, abs=1e-6)
+    assert 0 in found and -0.5 not in found and 4.5 not in found
+
+
+def test_one_seed_has_no_interval():
+    found = judgement.mean_interval([70.0])
+    assert found.mean == 70 and math.isnan(found.low) and found.n == 1
+    with pytest.raises(ValueError, match="no values"):
+        judgement.mean_interval([])
+
+
+def test_pooled_deviation_by_hand():
+    # squares 2 and 0.5 over 2 + 1 degrees of freedom; the single value says nothing
+    assert judgement.pooled_sd([[1, 2, 3], [5, 6], [9]]) == (pytest.approx(math.sqrt(2.5 / 3)), 3)
+    assert judgement.pooled_sd([[1], [2]])[1] == 0
+
+
+def test_noise_of_a_gap():
+    # no deviation known: 1.96 * 0.16 * sqrt(2) for one seed against one printed number
+    assert judgement.noise_of_gap([[70.0]], 1) == pytest.approx(1.959964 * 0.16 * math.sqrt(2), rel=1e-6)
+    samples = [[0.0, 1.0]] * 6  # s^2 = 0.5 on 6 degrees of freedom, t = 2.446912
+    assert judgement.noise_of_gap(samples, 2) == pytest.approx(2.446912 * math.sqrt(0.5 * 1.5), rel=1e-6)
+
+
+def test_mcnemar_by_hand():
+    a = np.array([1] * 10 + [0] * 2 + [1] * 50 + [0] * 38, bool)
+    b = np.array([0] * 10 + [1] * 2 + [1] * 50 + [0] * 38, bool)
+    found = judgement.compare_pair(a, b)
+    assert (found.only_a, found.only_b, found.agreement) == (10, 2, 0.88)
+    assert found.difference.mean == -8
+    # 2 (C(12,0) + C(12,1) + C(12,2)) / 2^12 = 158 / 4096; (|10 - 2| - 1)^2 / 12 = 49 / 12
+    assert found.p_exact == pytest.approx(158 / 4096)
+    assert found.p_chi2 == pytest.approx(float(stats.chi2.sf(49 / 12, 1)))
+
+
+def test_equal_results():
+    a = flags(30, 100)
+    found = judgement.compare_pair(a, a)
+    assert found.p_exact == 1 and found.p_chi2 == 1 and found.agreement == 1
+    assert (found.difference.low, found.difference.high) == (0, 0)
+
+
+def test_paired_bootstrap_is_scipys():
+    rng = np.random.default_rng(3)
+    a, b = rng.random(2000) < 0.70, rng.random(2000) < 0.72
+    found = judgement.compare_pair(a, b).difference
+    expected = stats.bootstrap((100 * (b.astype(float) - a),), np.mean, n_resamples=5000, method="percentile", rng=1).confidence_interval
+    # both are Monte Carlo: the error of a 2.5 % quantile of 5000 draws is about 0.04 standard errors of 1.4 points
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.15)
+
+
+def test_wrong_results_are_refused():
+    with pytest.raises(ValueError, match="cannot be paired"):
+        judgement.compare_pair(flags(1, 3), flags(1, 4))
+    with pytest.raises(ValueError, match="true or false"):
+        judgement.compare_pair(np.ones(3), flags(1, 3))
+
+
+def test_methods_paired_is_scipys():
+    a, b = [70.0, 71.0, 72.5], [70.5, 71.4, 73.2]
+    found = judgement.compare_methods(a, b, same_seeds=True)
+    expected = stats.ttest_rel(b, a)
+    interval = expected.confidence_interval(0.95)
+    assert found.paired and found.pairing_gain > 0.9 and found.settled
+    assert found.p == pytest.approx(expected.pvalue) and found.difference.mean == pytest.approx(8 / 15)
+    assert (found.difference.low, found.difference.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_methods_unpaired_is_welch():
+    a, b = [70.0, 71.0, 72.5, 70.2], [72.4, 70.9, 70.1]
+    found = judgement.compare_methods(a, b, same_seeds=False)
+    expected = stats.ttest_ind(b, a, equal_var=False)
+    interval = expected.confidence_interval(0.95)
+    assert not found.paired and found.pairing_gain is None and not found.settled
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.difference.low, found.difference.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_pairing_that_adds_variance_is_not_used():
+    found = judgement.compare_methods([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], same_seeds=True)
+    assert found.pairing_gain == pytest.approx(1 - 4 / 2) and not found.paired
+
+
+def test_resampling_covers_images_and_seeds():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((1, 4000)) < 0.7, rng.random((1, 4000)) < 0.7
+    # copies of one run: seeds add nothing, so the interval is that of the images alone
+    copies = judgement.resample(np.repeat(a, 3, 0), np.repeat(b, 3, 0), paired=True, resamples=4000)
+    alone = judgement.compare_pair(a[0], b[0]).difference
+    assert (copies.low, copies.high) == pytest.approx((alone.low, alone.high), abs=0.25)  # standard error 1.0, Monte Carlo 0.04 of it
+    # seeds that differ: no image is drawn differently, so resampled means take only the values of drawn seeds
+    ones, zeros = np.ones((2, 50), bool), np.zeros((2, 50), bool)
+    mixed = np.array([[True] * 50, [False] * 50])
+    assert judgement.resample(zeros, mixed, paired=True).low == 0 and judgement.resample(zeros, mixed, paired=True).high == 100
+    assert judgement.resample(zeros, ones, paired=False).low == 100
+    with pytest.raises(ValueError, match="cannot be compared"):
+        judgement.resample(ones, mixed[:, :10], paired=True)
+
+
+@pytest.mark.parametrize(("effect", "paired", "seeds"), [
+    # tables of sample sizes for the two-sided t test at 5 % and 80 %: Cohen's d of two groups; d_z of pairs
+    (0.5, False, 64), (0.8, False, 26), (1.0, False, 17), (0.5, True, 34), (0.8, True, 15), (1.0, True, 10),
+])
+def test_seeds_needed_are_the_textbooks(effect, paired, seeds):
+    sd = 1.0 if paired else math.sqrt(2)
+    assert judgement.seeds_needed(effect, sd, paired) == seeds
+    assert judgement.detectable(seeds, sd, paired) <= effect < judgement.detectable(seeds - 1, sd, paired)
+
+
+def test_power_is_that_of_simulated_tests():
+    rng = np.random.default_rng(5)
+    draws = rng.normal(0.3, 0.2, (4000, 4))
+    found = np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05)
+    assert judgement.power(0.3, 4, 0.2, paired=True) == pytest.approx(found, abs=0.03)  # 4 standard errors of a share of 4000
+
+
+@pytest.mark.parametrize(("shift", "freedom"), [(0.5, 2), (3.0, 4), (2.0, 30)])
+def test_power_is_the_noncentral_t(shift, freedom):
+    limit = stats.t.ppf(0.975, freedom)
+    expected = stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift)
+    # the mean over 4000 quantiles of the deviation
+    assert judgement.power(shift / np.sqrt(freedom + 1), freedom + 1, 1.0, paired=True) == pytest.approx(expected, abs=5e-4)
+
+
+def test_one_seed_detects_nothing():
+    assert judgement.detectable(1, 0.16, paired=False) == math.inf
+    assert judgement.seeds_needed(0.001, 0.2, paired=False) is None
+
+
+def test_holm_by_hand():
+    assert judgement.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert judgement.holm([0.6, 0.7]) == [1.0, 1.0] and judgement.holm([]) == []
+
+
+def test_changes_by_class():
+    a, b = np.array([[1, 1, 0, 0]], bool), np.array([[1, 0, 1, 1]], bool)
+    assert judgement.changes_by_class(a, b, np.array([0, 0, 2, 2])) == [(2, 100.0, 2), (0, -50.0, 2)]
+
+
+def test_words():
+    pair = judgement.compare_methods([70.0], [71.0], same_seeds=True)
+    assert "one pair of runs" in judgement.words(pair, "bn", "an") and "bn" in judgement.words(pair, "bn", "an")
+    noisy = judgement.compare_methods([70.0, 71.0, 72.0], [71.0, 70.5, 72.4], same_seeds=False)
+    said = judgement.words(noisy, "bn", "an")
+    assert "inside the noise" in said and "0.2 points would need" in said and "find differences from" in said
+    clear = judgement.compare_methods([70.0, 70.1, 70.2], [72.0, 72.1, 72.3], same_seeds=True)
+    assert "an is better" in judgement.words(clear, "bn", "an")
+    corrected = judgement.words(clear, "bn", "an", p=0.2)
+    assert "inside the noise" in corrected and "Holm" in corrected
+
+
+def test_bootstrap_can_withhold_a_verdict():
+    clear = judgement.compare_methods([70.0, 70.1, 70.2], [72.0, 72.1, 72.3], same_seeds=True)
+    assert clear.settled
+    assert not dataclasses.replace(clear, bootstrap=judgement.Interval(2.0, -0.1, 4.0, 3)).settled
+
+
+def test_two_norms_of_real_runs(trained):
+    a, b = ([records.open_run(trained / f"{norm}-{seed}") for seed in (0, 1)] for norm in ("bn", "gn"))
+    said = judge.report(a, b)
+    images = records.images_of(b)
+    assert images.shape == (2, 21)
+    # the stored results are those of the final event
+    assert 100 * images.mean(1) == pytest.approx([r.final["top1"] for r in b])
+    expected = np.mean([r.final["top1"] for r in b]) - np.mean([r.final["top1"] for r in a])
+    assert f"gn - bn = {expected:+.2f} points" in said
+    assert "seeds [0, 1]" in said and "McNemar" in said and "gain most: class" in said and "pairing" in said
+
+
+def test_unlike_protocols_are_refused(trained, tmp_path):
+    shutil.copytree(trained / "bn-0", tmp_path / "other")
+    config = (tmp_path / "other" / "config.yaml").read_text()
+    (tmp_path / "other" / "config.yaml").write_text(config.replace("stats: running", "stats: batch"))
+    with pytest.raises(ValueError, match="unlike protocols .statistics: running statistics and batch statistics"):
+        judge.report([records.open_run(trained / "bn-0")], [records.open_run(tmp_path / "other")])
+    card = json.loads((tmp_path / "other" / "data.json").read_text())
+    assert records.open_run(trained / "bn-0").stamp().image_size == card["image_size"] == 32
+
+
+def test_stamps_of_last_and_best_epoch_differ(trained):
+    run = records.open_run(trained / "bn-0")
+    with pytest.raises(ValueError, match="epoch: last and best"):
+        records.one_stamp([run.stamp("last"), run.stamp("best")])
+    assert run.result("best")["top1"] == run.final["best_top1"]
+
+
+def test_as_a_program(trained, tmp_path):
+    def judged(*arguments):
+        return subprocess.run([sys.executable, ROOT / "tools" / "judge.py", *arguments], capture_output=True, text=True,
+                              check=False, env=environment())
+
+    done = judged(trained / "bn-0", trained / "gn-0")
+    assert done.returncode == 0 and "one pair of runs" in done.stdout and "protocol: 21 images" in done.stdout
+    wrong = judged(trained / "bn-0")
+    assert wrong.returncode == 2 and "two run folders" in wrong.stderr
