@@ -1,5 +1,8 @@
 """The other ways of feeding give what data.loader=torch gives."""
 
+import gc
+import os
+
 import pytest
 import torch
 from pictures import write_folder
@@ -125,3 +128,14 @@ def test_dali_that_is_not_installed_is_explained(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ValueError, match="pip install nvidia-dali-cuda130"):
         TrainLoader(source(root, "dali"), 0, 8, 4)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
+def test_images_that_workers_decoded_for_the_device_keep_no_files_open(root, monkeypatch):
+    monkeypatch.setattr(device_feed, "CHUNK", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    helped = TrainLoader(source(root, "device"), 0, 9, 9, workers=2)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    for ours, theirs in zip(helped.epoch(0), TrainLoader(source(root, "device"), 0, 9, 9).epoch(0), strict=True):
+        assert torch.equal(ours[0].images, theirs[0].images)

@@ -1,6 +1,9 @@
+import io
+import json
+
 import pytest
 import torch
-from pictures import picture
+from pictures import difference, picture
 
 from anorm.data.random import stream
 from anorm.data.sources import create
@@ -15,17 +18,27 @@ def test_timms_folder_reader_gives_what_imagefolder_gives(folder):
         assert torch.equal(ours.train.fetch([i], rngs[0]).images, plain.train.fetch([i], rngs[1]).images)
 
 
-def test_hugging_face_parquet(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+def test_hugging_face_parquet(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+    import pyarrow
+    import pyarrow.parquet
     from PIL import Image
 
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"label": {"names": ["ant", "bee"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    (tmp_path / "set").mkdir()
     for split, count in (("train", 6), ("validation", 4)):
-        rows = {"image": [Image.fromarray(picture(i)) for i in range(count)], "label": [i % 2 for i in range(count)]}
-        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / f"{split}-00000.parquet")
+        rows = []
+        for i in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(picture(i)).save(buffer, "PNG")
+            rows.append({"image": {"bytes": buffer.getvalue(), "path": f"{i}.png"}, "label": i % 2})
+        table = pyarrow.Table.from_pylist(rows)
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": names}})})
+        pyarrow.parquet.write_table(table, tmp_path / "set" / f"{split}-00000.parquet")
     source = create("timm", reader=f"hfds/{tmp_path / 'set'}", root=str(tmp_path / "cache"), image_size=16)
     assert source.classes == ["ant", "bee"] and source.train.labels.tolist() == [0, 1, 0, 1, 0, 1] and len(source.val) == 4
-    assert source.val.fetch([3], None).images.shape == (1, 3, 16, 16)
+    assert difference(source.val.decoded(3).permute(1, 2, 0), picture(3)) == 0
 
 
 @pytest.mark.parametrize("options, words", [

@@ -19,6 +19,7 @@ from anorm.data.decode import BadImage
 from anorm.data.feeds.base import Feed, Request, generators
 from anorm.data.sources.base import EncodedImages, Fetched
 
+CHUNK = 64  # images that a worker decodes and sends at once
 FREE_SHARE = 0.6  # of the device's free memory for images; the rest is the network's
 
 
@@ -32,25 +33,23 @@ class DeviceFeed(Feed):
 
     def _load(self, workers: int) -> None:
         limit, parts, shapes, used = FREE_SHARE * _free_memory(self._device), [], [], 0
-        whole = DataLoader(_Whole(self._dataset), batch_size=None, num_workers=workers, generator=torch.Generator())
-        for index, image in enumerate(whole):
-            if isinstance(image, str):
-                if self._dataset.on_error == "error":
-                    raise ValueError(image)
-                self.note([(index, image)])
-                image = torch.zeros((3, 0, 0), dtype=torch.uint8)
-            used += image.numel()
+        chunks = DataLoader(_Whole(self._dataset), batch_size=None, num_workers=workers, generator=torch.Generator())
+        for pixels, sizes, bad in chunks:
+            if bad and self._dataset.on_error == "error":
+                raise ValueError(bad[0][1])
+            self.note(bad)
+            shapes += sizes
+            used += len(pixels)
             if used > limit:
                 raise ValueError(
-                    f"data.loader=device: {index} of {len(self._dataset)} images already take {used / 1e9:.1f} GB, and {self._device} "
-                    f"has {limit / 1e9:.1f} GB for them: use data.loader=torch, or smaller images (tools/prepare_imagenet.py "
-                    "--short-side)")
-            parts.append(image.reshape(-1))
-            shapes.append(tuple(image.shape[1:]))
+                    f"data.loader=device: {len(shapes)} of {len(self._dataset)} images already take {used / 1e9:.1f} GB, and "
+                    f"{self._device} has {limit / 1e9:.1f} GB for them: use data.loader=torch, or smaller images "
+                    "(tools/prepare_imagenet.py --short-side)")
+            parts.append(pixels.clone())  # what a worker sent keeps a file open as long as it lives
         if len(self.bad) == len(shapes):
             raise ValueError(f"every one of the {len(shapes)} images is unreadable; the first: {self.bad[0]}")
         self._shapes = shapes
-        starts = list(itertools.accumulate((len(part) for part in parts), initial=0))
+        starts = list(itertools.accumulate((3 * height * width for height, width in shapes), initial=0))
         self._starts = torch.tensor(starts[:-1]).to(self._device)
         self._pixels = torch.cat(parts).to(self._device)
 
@@ -131,19 +130,25 @@ def _filter(length: Tensor, to: Tensor, first: Tensor, extent: int, size: int, k
 
 
 class _Whole(TorchDataset):
-    """Decoded images, contiguous (3,H,W), or the message of what is wrong with one."""
+    """Chunks of decoded images: their pixels, (3,H,W) each, one after another; (H,W) each; bad ones, which have no pixels."""
 
     def __init__(self, dataset: EncodedImages):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return -(-len(self.dataset) // CHUNK)
 
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return self.dataset.decoded(index).contiguous()
-        except BadImage as error:
-            return str(error)
+    def __getitem__(self, number: int) -> tuple[Tensor, list[tuple[int, int]], list[tuple[int, str]]]:
+        pixels, sizes, bad = [], [], []
+        for index in range(number * CHUNK, min((number + 1) * CHUNK, len(self.dataset))):
+            try:
+                image = self.dataset.decoded(index)
+            except BadImage as error:
+                bad.append((index, str(error)))
+                image = torch.empty((3, 0, 0), dtype=torch.uint8)
+            pixels.append(image.reshape(-1))
+            sizes.append((image.shape[1], image.shape[2]))
+        return torch.cat(pixels), sizes, bad
 
 
 def _free_memory(device: torch.device) -> int:
