@@ -71,6 +71,10 @@ class Run:
         """The final event of a finished run."""
         return self.events[-1] if self.events and self.events[-1]["event"] == "final" else None
 
+    @cached_property
+    def likeness(self) -> str:
+        return likeness(self.config)
+
     @property
     def seed(self) -> int:
         return self.config["seed"]

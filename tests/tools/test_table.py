@@ -1,0 +1,309 @@
+"""tools/table.py: grids, what has been run of them, formats, and running what is missing."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cells
+import formats
+import grid
+import pytest
+import records
+import table
+import tables
+import tally
+import yaml
+from commands import ROOT, SMALL, environment
+from judgement import Interval, mean_interval
+
+OF_ALL = [a for a in SMALL if not a.startswith("norm=")]
+
+
+def written(folder, axes, overrides=(), **more):
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"title": "Tiny", "overrides": [*OF_ALL, *overrides], "axes": axes, "seeds": 2} | more, sort_keys=False))
+    return path
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, str(ROOT / "tools" / "table.py"), *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=environment())
+
+
+def events(runs, kind):
+    return {path.parent.name: [e for e in map(json.loads, path.read_text().splitlines()) if e["event"] == kind]
+            for path in runs.glob("*/metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def two_norms(tmp_path_factory):
+    return grid.open_grid(str(written(tmp_path_factory.mktemp("grid"), {"norm": ["bn", "gn"]})))
+
+
+@pytest.fixture(scope="module")
+def filled(two_norms, trained):
+    return tally.tally(two_norms, records.find_runs(trained), 3)
+
+
+def test_the_table_holds_what_the_runs_wrote(filled, trained):
+    bn, gn = filled.entries
+    finals = [records.open_run(trained / f"bn-{seed}").final for seed in (0, 1)]
+    assert bn.top1 == mean_interval([f["top1"] for f in finals]) and bn.top5.mean == 100
+    assert bn.images_per_second == pytest.approx(sum(f["images_per_second"] for f in finals) / 2)
+    assert bn.gpu_hours is None  # they ran on a CPU
+    assert (list(bn.runs), bn.missing, bn.verdict) == ([0, 1], (2,), "run")
+    assert gn.line.versus == "bn" and [c.entry for c in filled.comparisons] == [gn]
+    found = filled.comparisons[0]
+    assert found.found.difference.mean == pytest.approx(gn.top1.mean - bn.top1.mean) and found.p == found.found.p
+    assert found.found.bootstrap.n == 2
+    assert bn.size.all == 11_689_512  # of the network for 1000 classes, as tables print it
+
+
+def test_commands_of_missing_cells_are_those_of_the_row(filled, two_norms):
+    command = shlex.split(formats.missing(filled)[1])
+    assert command[:2] == ["python", "train.py"] and command[2:] == [*OF_ALL, "norm=gn", "seed=2"]
+
+
+def test_formats_parse_back(filled):
+    parsed = list(csv.DictReader(io.StringIO(formats.as_csv(filled))))
+    assert [p["method"] for p in parsed] == ["bn", "gn"]
+    for p, entry in zip(parsed, filled.entries, strict=True):
+        assert float(p["top1"]) == pytest.approx(100 - entry.top1.mean, abs=1e-4)
+        assert float(p["top1_low"]) <= float(p["top1"]) <= float(p["top1_high"])
+        assert p["params"] == str(entry.size.all) and p["seeds"] == "0 1" and p["printed_top1"] == "" and p["gpu_hours"] == ""
+        assert p["missing"].endswith("seed=2") and p["protocol"] == str(filled.stamp)
+    rows = [[c.strip() for c in line.strip("|").split(" | ")] for line in formats.markdown(filled).splitlines() if line.startswith("| ")]
+    assert rows[0] == list(formats.columns(filled)) and "printed top-1" not in rows[0]
+    assert rows[2][rows[0].index("ours top-1")].startswith(f"{100 - filled.entries[0].top1.mean:.2f} ±")
+    shown = formats.text(filled)
+    assert "inside the noise" in shown or "is better" in shown or "is worse" in shown
+    assert "Missing (2 cells" in shown and str(filled.stamp) in shown
+
+
+def test_latex(tmp_path):
+    found = tally.tally(grid.select(grid.open_grid("table2"), "†resnet50-gn"), [], 1)
+    written = formats.latex(found)
+    assert r"$\dagger$ResNet50-GN" in written and r"\#Params" in written and "23.52" in written
+    body = [line for line in written.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
+    assert {len(re.split(r"(?<!\\)&", line)) for line in body} == {len(formats.COLUMNS)}
+    assert formats.tex(r"50% & a_b \ {x}") == r"50\% \& a\_b \textbackslash{} \{x\}"
+    if latex := shutil.which("pdflatex"):
+        (tmp_path / "t.tex").write_text(rf"\documentclass{{article}}\begin{{document}}{written}\end{{document}}")
+        subprocess.run([latex, "-halt-on-error", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_the_papers_table_on_a_fresh_clone(tmp_path, capsys):
+    assert table.main(["table2", "--format", "csv", "--seeds", "1", "--runs", str(tmp_path / "none")]) == 0
+    parsed = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    rows = tables.load("table2").rows
+    assert [(p["method"], p["printed_top1"]) for p in parsed] == [(r.label, str(r.top1)) for r in rows]
+    assert {p["verdict"] for p in parsed} == {"not run"}
+    by_name = {(p["method"], p["group"][4]): p for p in parsed}
+    assert by_name["ResNet50-AN", "V"]["params"] == "25755420" and by_name["ResNet50-AN", "S"]["params"] == "25774652"
+    assert by_name["ResNet50-BN", "V"]["macs"][:4] == "4089"
+    assert by_name["ResNet34+AN", "V"]["missing"] == "python train.py setup=vanilla arch=resnet34 norm=an seed=0"
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", [*tables.names(), *(p.stem for p in (ROOT / "configs" / "grid").glob("*.yaml"))])
+def test_every_grid_composes(name):
+    opened = grid.open_grid(name)
+    assert opened.comparable == (name in tables.names())
+    for line in opened.lines:
+        assert line.config["seed"] == 0 and len(line.likeness) == 10
+    if name == "table2":
+        versus = {line.label: line.versus for line in opened.lines if line.group == "The Vanilla Setup"}
+        assert versus["ResNet34+AN"] == "ResNet34+BN" and versus["ResNet50-SE"] == "ResNet50-BN" and versus["ResNet50-BN"] is None
+
+
+def test_verdicts():
+    noise = 1.959964 * 0.16 * math.sqrt(1 + 1 / 1)  # 0.443: one seed, the published deviation
+    alone = mean_interval([78.0])
+    assert tally.verdict(None, None, []) == "not run" and tally.verdict(None, None, [], elsewhere=2) == "other protocol"
+    assert tally.verdict(alone, None, [[78.0]]) == "run"
+    assert tally.verdict(alone, noise - 0.01, [[78.0]]) == "within noise"
+    assert tally.verdict(alone, noise + 0.01, [[78.0]]) == "off (better)" and tally.verdict(alone, -noise - 0.01, [[78.0]]) == "off (worse)"
+    three, narrow = mean_interval([78.0, 78.1, 78.2]), [[78.0, 78.1, 78.2]] * 4
+    assert tally.verdict(three, 0.05, narrow) == "reproduced" and tally.verdict(three, 0.5, narrow) == "off (better)"
+    wide = [[76.0, 78.0, 80.0]] * 4  # noise of several points: an agreement proves nothing
+    assert tally.verdict(three, 0.05, wide) == "within noise"
+
+
+def test_gap_to_the_paper(trained):
+    """Runs of a printed row are judged against it; runs of a changed protocol are not."""
+    line = grid.open_grid(str(written(trained.parent, {"norm": ["bn"]}))).lines[0]
+    printed = tables.load("table2").rows[2]
+    row = dataclasses.replace(line, printed=printed)
+    runs = records.find_runs(trained)
+    for comparable in (True, False):
+        found = tally.tally(grid.Grid("t", "t", (row,), comparable=comparable), runs, 2).entries[0]
+        assert found.gap == (pytest.approx(found.top1.mean - (100 - printed.top1)) if comparable else None)
+        assert found.verdict.startswith("off" if comparable else "run")
+
+
+def test_proxy_and_other_changes_are_not_the_papers_protocol():
+    proxy = grid.select(grid.open_grid("table3", scale="proxy"), "(w/BN2)")
+    assert not proxy.comparable and "proxy protocol" in proxy.notes[0]
+    assert proxy.lines[0].config["epochs"] == 16 and proxy.lines[0].config["data"]["image_size"] == 128
+    full = grid.select(grid.open_grid("table3"), "(w/BN2)")
+    assert full.lines[0].likeness != proxy.lines[0].likeness
+    assert not grid.open_grid("table3", extra=("epochs=3",)).comparable
+    assert grid.open_grid("table3", extra=("data.root=/x", "hardware.workers=3", "log.every=5")).comparable
+    with pytest.raises(ValueError, match="there is proxy"):
+        grid.open_grid("table3", scale="tiny")
+
+
+def test_unlike_protocols_never_share_a_column(two_norms, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "runs")
+    config = tmp_path / "runs" / "gn-0" / "config.yaml"
+    config.write_text(config.read_text().replace("dtype: fp32", "dtype: bf16"))
+    found = tally.tally(two_norms, records.find_runs(tmp_path / "runs"), 2)
+    assert found.stamp.dtype == "fp32" and sorted(found.stamps.values()) == [1, 3]
+    assert [list(e.runs) for e in found.entries] == [[0, 1], [1]]
+    assert any("another protocol: 1 run of" in note and "bf16" in note for note in found.notes)
+    other = tally.tally(two_norms, records.find_runs(tmp_path / "runs"), 2, stamp=2)
+    assert [e.verdict for e in other.entries] == ["other protocol", "run"]
+    with pytest.raises(ValueError, match="there are 2 protocols"):
+        tally.tally(two_norms, records.find_runs(tmp_path / "runs"), 2, stamp=3)
+    assert tally.tally(two_norms, records.find_runs(trained), 2, epoch="best").stamp.epoch == "best"
+
+
+def test_an_axis_that_holds_for_some_choices_only():
+    axes = {"norm": {"values": ["bn", "an"]}, "norm.k": {"when": "norm=an", "values": [5, [5, 5, 10, 10]]}, "optim.lr": {"values": [0.1, 0.2]}}
+    found = list(grid.combinations(axes))
+    assert len(found) == 6 and found[0] == {"norm": "bn", "optim.lr": 0.1}
+    assert {"norm": "an", "norm.k": [5, 5, 10, 10], "optim.lr": 0.2} in found
+    assert sum("norm.k" in choice for choice in found) == 4
+
+
+def test_labels_and_baselines_of_own_grids(tmp_path):
+    path = written(tmp_path, {"norm": ["bn", "an"], "norm.k": {"when": "norm=an", "values": [[5, 5, 10, 10]]}, "optim.lr": [0.1, 0.2]})
+    lines = grid.open_grid(str(path)).lines
+    assert [(line.label, line.versus) for line in lines] == [
+        ("bn, optim.lr=0.1", None), ("bn, optim.lr=0.2", None),
+        ("an, norm.k=[5,5,10,10], optim.lr=0.1", "bn, optim.lr=0.1"), ("an, norm.k=[5,5,10,10], optim.lr=0.2", "bn, optim.lr=0.2")]
+    assert lines[2].config["norm"]["k"] == [5, 5, 10, 10] and "'norm.k=[5,5,10,10]'" in lines[2].command(0)
+    path.write_text("title: x\naxis: {}\n")
+    with pytest.raises(ValueError, match="a grid has axes"):
+        grid.open_grid(str(path))
+    with pytest.raises(ValueError, match="no table 'tabel2': there are table1"):
+        grid.open_grid("tabel2")
+    with pytest.raises(ValueError, match="no row of tiny"):
+        grid.select(dataclasses.replace(grid.Grid("tiny", "t", lines)), "resnet99")
+
+
+def test_likeness_is_stable_over_order_and_machine(two_norms):
+    config = two_norms.lines[0].config
+    shuffled = {key: dict(reversed(value.items())) if isinstance(value, dict) else value for key, value in reversed(config.items())}
+    other_machine = config | {"hardware": config["hardware"] | {"device": "gpu", "dtype": "fp16", "processes": 8}, "run_dir": "/y", "seed": 5,
+                              "data": config["data"] | {"root": "/other/place"}}
+    assert records.likeness(config) == records.likeness(shuffled) == records.likeness(other_machine)
+    for section, key, value in (("optim", "lr", 0.3), ("norm", "sync", True), ("data", "image_size", 33), ("eval", "stats", "batch")):
+        assert records.likeness(config) != records.likeness(config | {section: config[section] | {key: value}}), key
+    assert two_norms.lines[0].likeness != two_norms.lines[1].likeness
+
+
+def test_dry_says_cells_and_hours(capsys, tmp_path, filled):
+    assert table.main(["table3", "--dry", "--only", "resnet50-an", "--seeds", "2", "--runs", str(tmp_path / "none")]) == 0
+    out = capsys.readouterr().out
+    assert "6 cells" in out and "device-hours" in out and "rough, V100" in out and not (tmp_path / "none").exists()
+    one, origin = tally.hours(filled.entries[0], list(filled.entries))
+    assert origin == "measured" and one == pytest.approx(sum(r.final["seconds"] for r in filled.entries[0].runs.values()) / 2 / 3600)
+    # 1,281,167 images, 120 epochs, 800 images/s
+    line = grid.select(grid.open_grid("table2"), "resnet50-bn").lines[0]
+    entry = tally.tally(grid.Grid("t", "t", (line,)), [], 1).entries[0]
+    assert tally.hours(entry, [])[0] == pytest.approx(1_281_167 * 120 / 800 / 3600, rel=1e-3)
+
+
+def test_a_cell_is_the_run_that_train_would_make(two_norms, tmp_path, trained):
+    found = cells.cells_of(two_norms, 2, tmp_path)
+    assert [(c.line.label, c.seed) for c in found] == [("bn", 0), ("gn", 0), ("bn", 1), ("gn", 1)]
+    for cell in found:
+        assert cell.signature == records.open_run(trained / f"{cell.line.label}-{cell.seed}").signature
+        assert cell.folder.parent == tmp_path and cell.folder.name.endswith(f"s{cell.seed}-{cell.signature}")
+
+
+def test_rows_of_one_network_are_one_cell(two_norms, tmp_path):
+    twice = dataclasses.replace(two_norms, lines=(two_norms.lines[0], dataclasses.replace(two_norms.lines[0], label="quoted")))
+    found = cells.cells_of(twice, 1, tmp_path)
+    assert len(found) == 1 and found[0].labels == ("bn", "quoted")
+
+
+def test_a_failed_cell_stays_visible_until_it_is_retried(two_norms, tmp_path, capsys):
+    runs, only = tmp_path / "runs", dataclasses.replace(two_norms, lines=two_norms.lines[:1])
+    found = cells.cells_of(only, 1, runs)
+    found[0].folder.mkdir(parents=True)
+    (found[0].folder / "last.ckpt").write_text("not a checkpoint")
+    assert cells.run_cells(found, runs).failed == 1
+    failure = cells.Book(runs).failure(found[0].signature)
+    assert failure["status"] == 2 and failure["error"].startswith("error:") and "config.yaml" in failure["error"]
+    shown = table.with_failures(tally.tally(only, records.find_runs(runs), 1), runs)
+    assert any(note.startswith("failed: bn, seed 0: error:") for note in shown.notes)
+
+    (found[0].folder / "last.ckpt").unlink()
+    again = cells.run_cells(found, runs)  # not without being asked to
+    assert (again.failed, again.finished, again.status) == (1, 0, 1) and "--retry" in capsys.readouterr().out
+    assert cells.run_cells(found, runs, retry=True).status == 0
+    assert cells.Book(runs).failure(found[0].signature) is None and len(events(runs, "final")) == 1
+    assert table.with_failures(tally.tally(only, records.find_runs(runs), 1), runs).notes[0].startswith("accuracy of the last")
+    assert cells.run_cells(found, runs).finished == 1 and all(len(e) == 1 for e in events(runs, "start").values())
+
+
+@pytest.mark.slow
+def test_two_workers_and_a_killed_one(tmp_path):
+    """Whatever dies, in the end every cell is complete and was trained once."""
+    path, runs = written(tmp_path, {"norm": ["bn", "gn"]}, ["epochs=8", "checkpoint.every_steps=1"]), tmp_path / "runs"
+    arguments = (path, "--run", "--seeds", 1, "--runs", runs)
+    killed = start(*arguments)
+    until(lambda: any(events(runs, "checkpoint").values()))
+    killed.kill()  # its train.py lives on, and keeps the cell
+    killed.wait()
+    killed.stdout.close()
+    second = start(*arguments)
+    until(lambda: len(events(runs, "checkpoint")) == 2 and all(events(runs, "checkpoint").values()))
+    second.send_signal(signal.SIGTERM)
+    out, _ = second.communicate(timeout=240)
+    assert second.returncode == 128 + signal.SIGTERM and "another worker has it" in out and "stopped" in out, out
+
+    until(lambda: not held(runs))
+    workers = [start(*arguments) for _ in range(2)]
+    outs = [worker.communicate(timeout=240)[0] for worker in workers]
+    assert {worker.returncode for worker in workers} == {0}, outs
+    for kind, times in (("final", 1), ("train", 16)):  # 8 epochs of 4 steps, every second reported
+        assert {name: len(e) for name, e in events(runs, kind).items()} == dict.fromkeys(events(runs, kind), times), kind
+    assert sorted(len(e) for e in events(runs, "start").values())[-1] <= 2  # at most the one that was stopped began twice
+    last = start(*arguments)
+    out, _ = last.communicate(timeout=240)
+    assert last.returncode == 0 and "2 finished, 0 failed" in out and "Missing" not in out
+
+
+def held(runs):
+    """Whether any cell is taken."""
+    book = cells.Book(runs)
+    for path in (runs / ".grid").glob("*.lock"):
+        with book.taken(path.stem) as lock:
+            if lock is None:
+                return True
+    return False
+
+
+def until(condition):
+    """Wait for what must come; the test's own time limit ends it otherwise."""
+    while not condition():
+        time.sleep(0.2)
+
+
+def test_wrong_arguments(tmp_path, capsys):
+    assert table.main(["table9"]) == 2 and "there are" in capsys.readouterr().err
+    assert table.main(["table3", "--seeds", "0"]) == 2 and "--seeds 0" in capsys.readouterr().err
+    assert table.main(["table3", "optim.lrr=3"]) == 2 and "optim.lrr" in capsys.readouterr().err
+    assert "±" in formats.error(Interval(70, 69, 71, 3)) and formats.error(Interval(70, math.nan, math.nan, 1)) == "30.00"

@@ -1,0 +1,180 @@
+"""Running the missing cells of a grid: each by train.py in a process of its own, each once, whatever happens to the others.
+
+A cell is a run's signature. Beside the run folders lies ``.grid``: SIGNATURE.lock, which the worker and its train.py hold
+while they run (the system releases it with the last of them), SIGNATURE.log, what the run printed, and SIGNATURE.failed,
+what is known of its last failure. A cell that failed is left alone until it is retried.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from grid import ROOT, Grid, Line
+from records import find_runs
+
+from anorm.build import create_source, resolve
+from anorm.engine.signature import signature
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run to be made; ``labels``: the rows that it fills."""
+
+    signature: str
+    line: Line
+    seed: int
+    folder: Path
+    labels: tuple[str, ...]
+
+    def arguments(self) -> list[str]:
+        return [*self.line.arguments(self.seed), f"run_dir={self.folder}"]
+
+
+def cells_of(grid: Grid, seeds: int, runs_dir: Path) -> list[Cell]:
+    """Every cell, seed by seed, so that the whole table has one seed before any row has two.
+
+    Raises ValueError where the data are not at hand.
+    """
+    found: dict[str, Cell] = {}
+    for seed in range(seeds):
+        for line in grid.lines:
+            config = resolve(line.config | {"seed": seed})
+            signed = signature(config, _identity(json.dumps(config["data"])), config["hardware"]["processes"])
+            labels = (*(found[signed].labels if signed in found else ()), line.label)
+            folder = runs_dir.resolve() / line.folder(seed, signed).name
+            found[signed] = Cell(signed, line, seed, folder, labels)
+    return list(found.values())
+
+
+@cache
+def _identity(data: str) -> str:
+    options = json.loads(data)
+    return create_source({"data": options}).identity
+
+
+class Book:
+    """What is known of cells: finished, failed, taken."""
+
+    def __init__(self, runs_dir: Path):
+        self.runs_dir, self.folder = runs_dir, runs_dir / ".grid"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def finished(self) -> set[str]:
+        return {run.signature for run in find_runs(self.runs_dir) if run.final}
+
+    def failure(self, signed: str) -> dict | None:
+        path = self.folder / f"{signed}.failed"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def failures(self) -> list[dict]:
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.failed"))]
+
+    def log(self, signed: str) -> Path:
+        return self.folder / f"{signed}.log"
+
+    def fail(self, cell: Cell, status: int, seconds: float) -> None:
+        known = {"labels": cell.labels, "seed": cell.seed, "status": status, "error": last_words(self.log(cell.signature)),
+                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": round(seconds), "log": str(self.log(cell.signature)),
+                 "command": cell.line.command(cell.seed)}
+        path = self.folder / f"{cell.signature}.failed"
+        path.with_suffix(".new").write_text(json.dumps(known, indent=1))
+        path.with_suffix(".new").replace(path)
+
+    def forgive(self, signed: str) -> None:
+        (self.folder / f"{signed}.failed").unlink(missing_ok=True)
+
+    @contextmanager
+    def taken(self, signed: str) -> Iterator[int | None]:
+        """Hold the cell; gives the lock's file descriptor, or None where another worker, or a train.py of it, holds it."""
+        with open(self.folder / f"{signed}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            yield lock.fileno()
+
+
+def last_words(log: Path) -> str:
+    """The error that a run ended with: its last "error:" line, else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["it printed nothing"])[-1][:500]
+
+
+@dataclass
+class Outcome:
+    """What became of every cell, and the signal that stopped the work, or 0."""
+
+    finished: int = 0
+    failed: int = 0
+    elsewhere: int = 0
+    stopped: int = 0
+
+    @property
+    def status(self) -> int:
+        return 128 + self.stopped if self.stopped else int(self.failed > 0)
+
+
+def run_cells(cells: list[Cell], runs_dir: Path, retry: bool = False) -> Outcome:
+    """Run what is neither finished, taken nor (without ``retry``) failed; says what it does."""
+    book, outcome = Book(runs_dir), Outcome()
+    for number, cell in enumerate(cells, 1):
+        name = f"cell {number} of {len(cells)}, {' = '.join(cell.labels)}, seed {cell.seed}"
+        with book.taken(cell.signature) as lock:
+            known = book.failure(cell.signature)
+            if lock is None:
+                outcome.elsewhere += 1
+                print(f"{name}: another worker has it", flush=True)
+            elif cell.signature in book.finished():
+                outcome.finished += 1
+                book.forgive(cell.signature)
+            elif known and not retry:
+                outcome.failed += 1
+                print(f"{name}: failed on {known['time']}: {known['error']} (--retry; {known['log']})", flush=True)
+            else:
+                print(f"{name}: {cell.line.command(cell.seed)}", flush=True)
+                _run(cell, book, lock, outcome)
+                if outcome.stopped:
+                    break
+    return outcome
+
+
+def _run(cell: Cell, book: Book, lock: int, outcome: Outcome) -> None:
+    command, started = [sys.executable, str(ROOT / "train.py"), *cell.arguments()], time.monotonic()
+    with open(book.log(cell.signature), "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=(lock,),
+                                   env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
+
+        def stop(number: int, frame: object) -> None:
+            outcome.stopped = number
+            process.send_signal(number)  # train.py saves and ends
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    seconds = time.monotonic() - started
+    if status == 0:
+        outcome.finished += 1
+        book.forgive(cell.signature)
+        print(f"  finished in {seconds:.0f} s: {last_words(book.log(cell.signature))}", flush=True)
+    elif outcome.stopped:
+        print("  stopped; repeat the command to continue", flush=True)
+    else:
+        outcome.failed += 1
+        book.fail(cell, status, seconds)
+        print(f"  failed ({status}): {last_words(book.log(cell.signature))} ({book.log(cell.signature)})", flush=True)

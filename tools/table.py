@@ -1,0 +1,103 @@
+"""A paper's table, or any grid, as it stands: printed, ours, judged; and the runs that are missing.
+
+    python tools/table.py table2                              the table; the command of every missing cell at its end
+    python tools/table.py table2 --run data.root=/imagenet    run what is missing; repeat it to continue
+    python tools/table.py table2 --dry                        which cells, how many GPU-hours
+    python tools/table.py table3 --only resnet50-an --seeds 5
+    python tools/table.py table2 --scale proxy --run          a smaller protocol (configs/scale)
+    python tools/table.py digits --run                        a grid of configs/grid, or a yaml file with axes
+    python tools/table.py table2 --format markdown            or latex, csv
+
+Tables: table1, table2, table3, v1_table1 (configs/table). Further arguments are train.py's, for every cell. Several such
+commands may run at once on one folder of runs: no cell is run twice. A run that failed stays in the table's end with
+its last error, and is run again with --retry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from cells import Book, cells_of, run_cells  # noqa: E402
+from formats import FORMATS  # noqa: E402
+from grid import Grid, open_grid, select  # noqa: E402
+from records import EPOCHS, find_runs  # noqa: E402
+from tables import FAITHFUL  # noqa: E402
+from tally import Tally, hours, tally, total_hours  # noqa: E402
+
+from anorm.engine.commandline import user_errors  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = found.add_argument
+    add("table", help="table2, a grid of configs/grid, or a yaml file")
+    add("arguments", nargs="*", metavar="key=value", help="arguments of train.py for every cell")
+    add("--run", action="store_true", help="run what is missing")
+    add("--retry", action="store_true", help="with --run: also what failed")
+    add("--dry", action="store_true", help="say what --run would run, and what it costs")
+    add("--seeds", type=int, metavar="N", help="seeds 0 to N-1 of each row (default 3, or the grid's)")
+    add("--only", metavar="WORDS", help="rows whose label, group or arguments hold one of the comma-separated words")
+    add("--faithful", default="paper", choices=FAITHFUL, help="networks and recipe where paper and code differ")
+    add("--scale", metavar="NAME", help="a smaller protocol of configs/scale, such as proxy")
+    add("--epoch", default="last", choices=EPOCHS, help="whose accuracy is shown")
+    add("--stamp", type=int, metavar="K", help="show the K-th evaluation protocol (default: the one with most runs)")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where the runs are (default: runs)")
+    add("--format", default="terminal", choices=FORMATS)
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """0, 1 when a cell failed, 2 for what the user can mend, 128 + n after signal n."""
+    asked = parser().parse_intermixed_args(argv)
+    with user_errors() as outcome:
+        grid = open_grid(asked.table, asked.faithful, asked.scale, tuple(asked.arguments))
+        grid = select(grid, asked.only) if asked.only else grid
+        seeds = grid.seeds if asked.seeds is None else asked.seeds
+        if seeds < 1:
+            raise ValueError(f"--seeds {seeds} must be at least 1")
+        status = 0
+        if asked.run and not asked.dry:
+            done = run_cells(cells_of(grid, seeds, asked.runs), asked.runs, asked.retry)
+            print(f"cells: {done.finished} finished, {done.failed} failed, {done.elsewhere} with other workers\n", flush=True)
+            status = done.status
+        found = tally(grid, find_runs(asked.runs), seeds, asked.faithful, asked.epoch, asked.stamp)
+        print(plan(found) if asked.dry else FORMATS[asked.format](with_failures(found, asked.runs)), end="")
+        return status
+    return outcome.status
+
+
+def plan(found: Tally) -> str:
+    """The cells that --run would run, with hours and commands."""
+    lines = []
+    for entry in found.entries:
+        one, origin = hours(entry, list(found.entries))
+        cost = f"{one:.1f} h ({origin})" if one is not None else "cost unknown (train.py ... dry=true measures it)"
+        lines += [f"{entry.line.label}, seed {seed}: {cost}\n  {entry.line.command(seed)}" for seed in entry.missing]
+    total, unknown, origins = total_hours(found)
+    cells = sum(len(entry.missing) for entry in found.entries)
+    lines.append(f"{cells} cells, {total:,.0f} device-hours (hours times devices; {origins or 'nothing is missing'})"
+                 + (f", and {unknown} cells of unknown cost" if unknown else ""))
+    return "\n".join(lines) + "\n"
+
+
+def with_failures(found: Tally, runs_dir: Path) -> Tally:
+    """``found`` with a note for each run of it that was cut, or failed."""
+    said = []
+    failed = Book(runs_dir).failures() if (runs_dir / ".grid").is_dir() else []
+    for entry in found.entries:
+        commands = {entry.line.command(seed): seed for seed in entry.missing}
+        said += [f"failed: {entry.line.label}, seed {commands[f['command']]}: {f['error']} ({f['log']}; --retry)"
+                 for f in failed if f["command"] in commands]
+        said += [f"cut off: {entry.line.label}, seed {run.seed}: {run.folder}" for run in entry.unfinished if run.seed in entry.missing]
+    grid: Grid = dataclasses.replace(found.grid, notes=(*said, *found.grid.notes))
+    return dataclasses.replace(found, grid=grid)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
