@@ -124,7 +124,7 @@ def _baseline(row: tables.Row, rows: tuple[tables.Row, ...]) -> str | None:
 
 def _changes_protocol(arguments: tuple[str, ...]) -> list[str]:
     """Those arguments that change what is computed, and not only where."""
-    where = (*EXCLUDED, "hardware", "data.root")
+    where = (*EXCLUDED, "hardware", "data.root", "data.loader")
     return [a for a in arguments if not any((key := a.split("=")[0]) == w or key.startswith(w + ".") for w in where)
             and not a.startswith("data=imagenet")]
 

@@ -7,6 +7,7 @@
     python tools/table.py table2 --scale proxy --run          a smaller protocol (configs/scale)
     python tools/table.py digits --run                        a grid of configs/grid, or a yaml file with axes
     python tools/table.py table2 --format markdown            or latex, csv
+    python tools/table.py table2 --html table2.html           a page: table with sort and filter, curves, comparisons
 
 Tables: table1, table2, table3, v1_table1 (configs/table). Further arguments are train.py's, for every cell. Several such
 commands may run at once on one folder of runs: no cell is run twice. A run that failed stays in the table's end with
@@ -27,6 +28,7 @@ from cells import Book, cells_of, run_cells  # noqa: E402
 from formats import FORMATS  # noqa: E402
 from grid import Grid, open_grid, select  # noqa: E402
 from records import EPOCHS, find_runs  # noqa: E402
+from report import html  # noqa: E402
 from tables import FAITHFUL  # noqa: E402
 from tally import Tally, hours, tally, total_hours  # noqa: E402
 
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--stamp", type=int, metavar="K", help="show the K-th evaluation protocol (default: the one with most runs)")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where the runs are (default: runs)")
     add("--format", default="terminal", choices=FORMATS)
+    add("--html", type=Path, metavar="FILE", help="also write a page that opens from disk")
     return found
 
 
@@ -67,7 +70,10 @@ def main(argv: list[str]) -> int:
             print(f"cells: {done.finished} finished, {done.failed} failed, {done.elsewhere} with other workers\n", flush=True)
             status = done.status
         found = tally(grid, find_runs(asked.runs), seeds, asked.faithful, asked.epoch, asked.stamp)
-        print(plan(found) if asked.dry else FORMATS[asked.format](with_failures(found, asked.runs)), end="")
+        found = with_failures(found, asked.runs)
+        print(plan(found) if asked.dry else FORMATS[asked.format](found), end="")
+        if asked.html:
+            asked.html.write_text(html(found), encoding="utf-8")
         return status
     return outcome.status
 
