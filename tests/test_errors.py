@@ -8,6 +8,12 @@ from commands import SMALL, run_train, train
 from PIL import Image
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A run that starts after all leaves its folder there."""
+    monkeypatch.chdir(tmp_path)
+
+
 def refused(capsys, *arguments):
     """The message of a command line that must be refused."""
     assert train(*arguments) == 2
@@ -42,7 +48,7 @@ def refused(capsys, *arguments):
         (["resume=maybe"], ["resume=maybe", "auto", "never"]),
         (["hardware.dtype=fp8"], ["hardware.dtype", "fp16"]),
         (["faithful=both"], ["paper", "code"]),
-        (["epochs=4"], ["warmup_epochs"]),
+        (["epochs=4", "schedule.warmup_epochs=5"], ["warmup_epochs"]),
         (["norm"], ["key=value"]),
         (["norm=bn,an"], ["-m"]),
         (["~seed"], ["deleted"]),
