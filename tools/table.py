@@ -87,7 +87,7 @@ def plan(found: Tally) -> str:
         lines += [f"{entry.line.label}, seed {seed}: {cost}\n  {entry.line.command(seed)}" for seed in entry.missing]
     total, unknown, origins = total_hours(found)
     cells = sum(len(entry.missing) for entry in found.entries)
-    lines.append(f"{cells} cells, {total:,.0f} device-hours (hours times devices; {origins or 'nothing is missing'})"
+    lines.append(f"{cells} cells, {total:,.0f} device-hours (hours times devices; {origins or 'nothing to estimate'})"
                  + (f", and {unknown} cells of unknown cost" if unknown else ""))
     return "\n".join(lines) + "\n"
 
