@@ -14,7 +14,7 @@ train: $(VENV)/.train
 
 test: $(VENV)/.test
 	@$(BIN)/python -m anorm build
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # A stamp is written last: a set-up that was cut off starts again.
 $(VENV)/.train: pyproject.toml
