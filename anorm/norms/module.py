@@ -24,8 +24,10 @@ class ModuleNorm(Norm):
         options: further keyword arguments of the class.
     """
 
-    def __init__(self, channels: int, act: str | None = None, *, target: str | type, **options) -> None:
+    def __init__(self, channels: int, act: str | None = None, *, target: str | type | None = None, **options) -> None:
         super().__init__(channels, act)
+        if target is None:
+            raise ValueError("norm=module needs the class of the layer: norm.target=package.module.Class")
         if isinstance(target, str):
             target = _locate(target)
         try:

@@ -127,12 +127,15 @@ def _auto(device: str) -> str:
     return "reference"
 
 
-@torch.compiler.assume_constant_result
 def _name(device: str) -> str:
     """The backend's name, its module imported: torch.compile calls this while it traces and keeps the answer."""
     name = _auto(device) if _chosen == "auto" else _chosen
     _module(name)
     return name
+
+
+# What torch.compiler.assume_constant_result does; the function itself would import all of torch.compile with anorm.
+_name._dynamo_marked_constant = True
 
 
 def why_not(name: str) -> str | None:
