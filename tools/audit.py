@@ -1,9 +1,8 @@
 """Check the sizes that the papers print against the networks themselves.
 
-    python tools/audit.py [table1|table2|table3|v1_table1|all]     every row: printed and true #Params and
-    FLOPs, and a verdict python tools/audit.py table2 --faithful code                   the networks of the
-    authors' code where they differ python tools/audit.py all --csv sizes.csv --markdown sizes.md  also into
-    files
+    python tools/audit.py [table1|table2|table3|v1_table1|all]     every row: printed and true #Params and FLOPs, a verdict
+    python tools/audit.py table2 --faithful code                   the networks of the authors' code where they differ
+    python tools/audit.py all --csv sizes.csv --markdown sizes.md  also into files
 
 True parameters: every trainable number. True FLOPs: multiply-adds of convolutions and linear layers for one
 image of 224 x 224 (torch's FlopCounterMode / 2). Verdicts, each for parameters and for FLOPs:
