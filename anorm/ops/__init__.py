@@ -114,8 +114,8 @@ def _module(name: str) -> ModuleType:
 
 
 @cache
-def _auto(device: str) -> str:
-    """The fastest backend for a device; the choice and the reason are logged once."""
+def _fastest(device: str) -> str:
+    """What "auto" means for a device; the choice and its reason are logged once."""
     name = {"cpu": "cpu", "cuda": "triton"}.get(device)
     if name is None:
         return "reference"
@@ -127,15 +127,13 @@ def _auto(device: str) -> str:
     return "reference"
 
 
-def _name(device: str) -> str:
-    """The backend's name, its module imported: torch.compile calls this while it traces and keeps the answer."""
-    name = _auto(device) if _chosen == "auto" else _chosen
-    _module(name)
-    return name
+def _auto(device: str) -> str:
+    """``_fastest``, which torch.compile calls while it traces, and keeps the answer."""
+    return _fastest(device)
 
 
 # What torch.compiler.assume_constant_result does; the function itself would import all of torch.compile with anorm.
-_name._dynamo_marked_constant = True
+_auto._dynamo_marked_constant = True
 
 
 def why_not(name: str) -> str | None:
@@ -145,7 +143,7 @@ def why_not(name: str) -> str | None:
 
 def resolve(device: str) -> ModuleType:
     """The module that runs the passes for a device type ("cpu", "cuda") under the present choice."""
-    return _modules[_name(device)]
+    return _modules[_auto(device) if _chosen == "auto" else _chosen]
 
 
 def set_backend(name: str) -> None:
