@@ -104,7 +104,7 @@ def _network_goals(report: dict[str, Any]) -> list[Goal]:
               [(name, value) for name, value in exact.items() if "variance" in name]),
         worst("results that differ from run to run", 0, same),
         worst("AN-ResNet-50 in onnxruntime, batch 1 / BN folded", 1.10, onnx),
-        worst("maps kept for backward, more than BN + ReLU keeps", 0.005, kept),
+        worst("maps kept for backward, more than BN + ReLU keeps (small tensors count)", 0.01, kept),
     ]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [
         f"# {facts['hardware']}, {facts['threads']} threads",
         f"Written by `python tools/benchmark.py{' --quick' if report['quick'] else ''}` in {report['seconds']} s; the figures "
-        "are medians of calls that take turns, [quartiles] of their ratios, forward and backward, batch 16.",
+        f"are medians of calls that take turns (clock: {facts['clock']}), [quartiles] of their ratios; layers at batch 16.",
         f"torch {facts['torch']}, onnxruntime {facts['onnxruntime']}, Python {facts['python']}, {facts['libc']}; C++ backend: "
         f"{facts['cpu_backend']}; torch's own: {facts['capability']}; {facts['cores']} cores, load at the start {facts['load']:.1f}.",
         f"Allocator: {allocator}. Writing to memory just allocated: {facts['fresh_write_gb_s']} GB/s; a copy between warm "
