@@ -46,6 +46,11 @@ def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return mu.squeeze(dim), var.mean(dim) + (mean - mu).square().mean(dim)
 
 
+def _nothing(mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Stands for the moments of an empty batch, which are used on no value: 0/0 must not reach gradients or others."""
+    return mean.new_zeros(mean.shape[1:]), mean.new_ones(mean.shape[1:])
+
+
 def pool_batch(moments: Moments, sync: bool = False) -> Moments:
     """Moments over the batch (what BN standardizes with): (N, C) -> (C,), count -> N * count.
 
@@ -54,12 +59,10 @@ def pool_batch(moments: Moments, sync: bool = False) -> Moments:
     With ``sync`` the average runs over all processes of the default group, weighted by the number of values that
     each one really holds; the gradient flows through the all-reduce.
     """
-    mean, var = _pool(moments.mean, moments.var, 0)
+    mean, var = _pool(moments.mean, moments.var, 0) if moments.mean.shape[0] else _nothing(moments.mean)
     count = moments.mean.shape[0] * moments.count
     if not (sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return Moments(mean, var, count)
-    if moments.mean.shape[0] == 0:  # a process without images adds nothing; 0/0 must not reach the others
-        mean, var = torch.nan_to_num(mean), torch.nan_to_num(var)
     own = mean.new_tensor(float(count))
     total = _AllReduceSum.apply(own)
     weight = own / total

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, squeeze, then
-from anorm.norms.base import Norm, ParamNeeds, Site, fully_connected, untracked
+from anorm.norms.base import Norm, ParamNeeds, Site, fully_connected
 from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build, build_base
 from anorm.ops.hot import HotLaw, hot_an
@@ -151,7 +151,6 @@ class AttentiveNorm(Norm):
         return hot_an(
             (self.weight, self.bias, attention.fc.weight, attention.norm.weight, attention.norm.bias),
             (base.eps, attention.eps, attention.norm.eps),
-            untracked(self),
             track if base.learning else None,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from anorm.ops import normalize
 from anorm.ops.activations import lookup
 from anorm.ops.hot import HotLaw
 
-__all__ = ["Norm", "ParamNeeds", "RunningNorm", "Site", "fully_connected", "untracked"]
+__all__ = ["Norm", "ParamNeeds", "RunningNorm", "Site", "fully_connected"]
 
 ROLES = ("stem", "reduce", "spatial", "expand", "shortcut", "transition", "final")
 
@@ -181,7 +181,6 @@ class RunningNorm(Norm):
         self.unbiased = unbiased
         self.sync = False
         self.eval_stats = "running"
-        self._tracking = True
 
     def _make_buffers(self) -> None:
         self.register_buffer("running_mean", torch.zeros(self.channels))
@@ -211,7 +210,7 @@ class RunningNorm(Norm):
                 "AN over BN also norm.attention=a1)"
             )
         pooled = pool_batch(moments, self.sync and self.learning)  # processes evaluate unequal numbers of batches
-        if self.learning and self._tracking:
+        if self.learning and (isinstance(pooled.count, Tensor) or pooled.count > 0):
             var = pooled.var * (pooled.count / (pooled.count - 1)) if self.unbiased else pooled.var
             self.track(pooled.mean, var)
         return pooled.mean, pooled.var
@@ -231,22 +230,6 @@ class RunningNorm(Norm):
         if self.tracked:  # checkpoints from before torch 0.4.1 have no counter; nn.BatchNorm2d fills it in too
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0, dtype=torch.long))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def untracked(norm: Norm) -> Callable[[Moments], Affine]:
-    """The norm's law without its side effect, the tracking of running statistics."""
-
-    def law(moments: Moments) -> Affine:
-        trackers = [module for module in norm.modules() if isinstance(module, RunningNorm) and module._tracking]
-        for module in trackers:
-            module._tracking = False
-        try:
-            return norm.law(moments)
-        finally:
-            for module in trackers:
-                module._tracking = True
-
-    return law
 
 
 def fully_connected(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from anorm.algebra import Affine, Moments, standardize
-from anorm.norms.base import RunningNorm, untracked
+from anorm.norms.base import RunningNorm
 from anorm.ops.hot import HotLaw, hot_bn
 
 __all__ = ["NORMS", "BatchNorm"]
@@ -48,7 +48,7 @@ class BatchNorm(RunningNorm):
     def hot(self, x: Tensor) -> HotLaw | None:
         if not self.from_batch or self.sync or x.numel() <= self.channels:
             return None
-        return hot_bn(self.weight, self.bias, self.eps, untracked(self), self.track if self.learning else None)
+        return hot_bn(self.weight, self.bias, self.eps, self.track if self.learning else None)
 
 
 NORMS = {"bn": BatchNorm}

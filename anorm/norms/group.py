@@ -58,7 +58,7 @@ class GroupNorm(Norm):
         return self._then_affine(standardize(mean, var, self.eps))
 
     def hot(self, x: Tensor) -> HotLaw:
-        return hot_gn(self.weight, self.bias, self.groups, self.eps, self.law)
+        return hot_gn(self.weight, self.bias, self.groups, self.eps)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"

@@ -57,6 +57,8 @@ def fixed_affine(
 
 
 class _Moments(Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, var: bool, act: str, backend: ModuleType) -> tuple[Any, ...]:
         mean, variance = backend.moments(x, var)
@@ -88,6 +90,8 @@ class _Moments(Function):
 
 
 class _Affine(Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, centre, scale, shift, residual, act, backend, slot_c, slot_s, slot_b, slot_g):
         return backend.affine(x, centre, scale, shift, residual, act)

@@ -14,8 +14,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
 
-from anorm.algebra import Affine, Moments
+from anorm.algebra import Affine, Moments, pool_batch, pool_groups, squeeze, standardize, then
 from anorm.ops import reference
 from anorm.ops.activations import masked
 
@@ -32,7 +33,7 @@ class HotLaw:
     forward: (laws, mean, var, count, parameters) -> made.
     affine: (made, parameters) -> coefficients.
     backward: (laws, dscale, dshift, mean, made, parameters, count) -> (about, dvar2, dmean1, *parameter gradients).
-    law: the same law in PyTorch without side effects, for gradients of gradients.
+    law: (moments, parameters) -> coefficients: the same in PyTorch without side effects, for gradients of gradients.
     track: takes made; running statistics.
     """
 
@@ -40,7 +41,7 @@ class HotLaw:
     forward: Callable[[ModuleType, Tensor, Tensor, int, Tensors], Tensors]
     affine: Callable[[Tensors, Tensors], Affine]
     backward: Callable[[ModuleType, Tensor, Tensor, Tensor, Tensors, Tensors, int], Tensors]
-    law: Callable[[Moments], Affine]
+    law: Callable[[Moments, Tensors], Affine]
     track: Callable[[Tensors], None] | None = None
 
 
@@ -53,6 +54,8 @@ def normalize_hot(x: Tensor, hot: HotLaw, act: str, residual: Tensor | None, bac
 
 
 class _Hot(Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, residual, act, backend, hot, *parameters):
         mean, var = backend.moments(x, True)
@@ -94,7 +97,7 @@ class _Hot(Function):
 
 def _differentiable(hot: HotLaw, act: str, dy: Tensor, x: Tensor, y: Tensor | None, parameters: list):
     """(dx, g, parameter gradients) as differentiable functions: the definition, run again under autograd."""
-    z = reference.affine(x, *hot.law(Moments(*reference.moments(x), x.shape[2] * x.shape[3])), None, "none")
+    z = reference.affine(x, *hot.law(Moments(*reference.moments(x), x.shape[2] * x.shape[3]), parameters), None, "none")
     g = masked(act, dy, z if y is None else y)
     wanted = [t for t in (x, *parameters) if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(z, wanted, g, create_graph=True))
@@ -103,10 +106,10 @@ def _differentiable(hot: HotLaw, act: str, dy: Tensor, x: Tensor, y: Tensor | No
 
 
 def _shift(bias: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if bias is None else bias.to(like.dtype)
+    return like.new_zeros(like.shape[-1]) if bias is None else bias.to(like.dtype)
 
 
-def hot_bn(weight: Tensor | None, bias: Tensor | None, eps: float, law: Callable, track: Callable | None) -> HotLaw:
+def hot_bn(weight: Tensor | None, bias: Tensor | None, eps: float, track: Callable | None) -> HotLaw:
     """Batch normalization with the batch's statistics; ``track(mean, unbiased variance)``."""
     return HotLaw(
         parameters=(weight, bias),
@@ -116,26 +119,26 @@ def hot_bn(weight: Tensor | None, bias: Tensor | None, eps: float, law: Callable
             made[0],
             *laws.bn_coefficients_backward(dscale, dshift, made[1], made[2], count),
         ),
-        law=law,
+        law=lambda moments, p: then(standardize(*pool_batch(moments)[:2], eps), *p),
         track=track and (lambda made: track(made[0], made[3])),
     )
 
 
-def hot_gn(weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, law: Callable) -> HotLaw:
+def hot_gn(weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> HotLaw:
     """Group normalization."""
     return HotLaw(
         parameters=(weight, bias),
         forward=lambda laws, mean, var, count, p: laws.gn_coefficients(mean, var, p[0], groups, eps),
-        affine=lambda made, p: Affine(made[0], made[1], _shift(p[1], made[1][0])),
+        affine=lambda made, p: Affine(made[0], made[1], _shift(p[1], made[1])),
         backward=lambda laws, dscale, dshift, mean, made, p, count: (
             made[0],
             *laws.gn_coefficients_backward(dscale, dshift, made[1], made[2], groups, count),
         ),
-        law=law,
+        law=lambda moments, p: then(standardize(*pool_groups(moments, groups)[:2], eps), *p),
     )
 
 
-def hot_an(parameters: Tensors, eps: tuple[float, float, float], law: Callable, track: Callable | None) -> HotLaw:
+def hot_an(parameters: Tensors, eps: tuple[float, float, float], track: Callable | None) -> HotLaw:
     """Attentive normalization over BN in its published form.
 
     parameters: mixtures of scale and shift (K, C), FC (K, C), weight and bias of the attention norm (K). eps: of the
@@ -152,6 +155,17 @@ def hot_an(parameters: Tensors, eps: tuple[float, float, float], law: Callable, 
                 dscale, dshift, mean, *(made[i] for i in (0, 1, 3, 5, 6, 7, 10)), *p, count
             ),
         ),
-        law=law,
+        law=lambda moments, p: _an(moments, p, eps),
         track=track and (lambda made: track(made[0], made[4], made[8], made[9])),
     )
+
+
+def _an(moments: Moments, parameters: Tensors, eps: tuple[float, float, float]) -> Affine:
+    """Attentive normalization over BN in its published form, in PyTorch: eq. 8, 9, 11 of Li, Sun and Wu (2020)."""
+    mean, var, n = moments
+    mixed_weight, mixed_bias, fc, weight, bias = (p.to(mean.dtype) for p in parameters)
+    descriptor = mean * torch.rsqrt(var * (n / (n - 1) if n > 1 else 1.0) + eps[1])
+    a = F.linear(descriptor, fc)
+    over_batch = pool_batch(Moments(a, torch.zeros_like(a), 1))
+    gates = F.relu6(squeeze(then(standardize(*over_batch[:2], eps[2]), weight, bias), a) + 3.0) / 6.0
+    return then(standardize(*pool_batch(moments)[:2], eps[0]), gates @ mixed_weight, gates @ mixed_bias)
