@@ -1,13 +1,14 @@
-"""How fast the layers are on this machine's CPU, beside torch's own and the naive forms. (On a GPU: gpu_check.py.)
+"""How fast the layers are on this CPU, beside torch's own and the naive forms. (On a GPU: gpu_check.py.)
 
     python tools/benchmark.py                     everything, to benchmarks/HARDWARE.json and .md
-    python tools/benchmark.py --quick             fewer shapes and rounds, nothing under torch.compile: a few minutes
+    python tools/benchmark.py --quick             fewer shapes and rounds, no torch.compile: a few minutes
     python tools/benchmark.py --only layers networks
     python tools/benchmark.py --gpu gpu_check.json    with a GPU's figures beside them in the table
 
-The unit is nn.BatchNorm2d + in-place ReLU in the same run. Contenders take turns; a figure is a median, with quartiles.
-A layer whose results are wrong gets no figure and the command fails. By default malloc is told to keep large buffers
-(it restarts itself with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised): --malloc system leaves it alone.
+The unit is nn.BatchNorm2d + in-place ReLU in the same run. Contenders take turns; a figure is a median, with
+quartiles. A layer whose results are wrong gets no figure and the command fails. By default malloc is told to
+keep large buffers (the command restarts itself with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised):
+--malloc system leaves it alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,15 +32,20 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from anorm import create_model, create_norm, ops  # noqa: E402
-from anorm.norms.base import Norm, Site  # noqa: E402
-from anorm.norms.placement import Placement  # noqa: E402
-from tools.benchmark_report import markdown  # noqa: E402
-from tools.naive_norms import NaiveAN, WithAct, naive  # noqa: E402
-from tools.timing import MALLOC, Contender, Timing, interleaved, kept_bytes, machine, peak_bytes  # noqa: E402
+from anorm import create_model, create_norm, ops
+from anorm.norms.base import Norm, Site
+from anorm.norms.placement import Placement
+from tools.benchmark_report import markdown
+from tools.naive_norms import NaiveAN, WithAct, naive
+from tools.timing import MALLOC, Contender, Timing, interleaved, kept_bytes, machine, peak_bytes
 
 BATCH = 16
-MAPS = [(64, 56, 10), (128, 28, 10), (256, 14, 20), (512, 7, 20)]  # channels, side and K of ResNet-50's AN layers
+MAPS = [
+    (64, 56, 10),
+    (128, 28, 10),
+    (256, 14, 20),
+    (512, 7, 20),
+]  # channels, side and K of ResNet-50's AN layers
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAWS = ("bn", "an", "gn", "sn", "se")
@@ -61,7 +68,7 @@ def backends() -> list[str]:
     return ["reference"] + (["cpu"] if ops.why_not("cpu") is None else [])
 
 
-# ---- correctness -----------------------------------------------------------------------------------------------------
+# ---- correctness -------------------------------------------------------------------------------------------
 
 
 def results(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
@@ -69,7 +76,10 @@ def results(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     leaf = x.detach().requires_grad_()
     y = module(leaf)
     parameters = list(module.parameters())
-    return [y.detach(), *(g.flatten() if i else g for i, g in enumerate(torch.autograd.grad(y, [leaf, *parameters], dy)))]
+    return [
+        y.detach(),
+        *(g.flatten() if i else g for i, g in enumerate(torch.autograd.grad(y, [leaf, *parameters], dy))),
+    ]
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -79,8 +89,8 @@ def error(found: Tensor, exact: Tensor) -> float:
 def wrong(law: str, backend: str, layout: str, dtype: torch.dtype) -> str | None:
     """None where output and gradients are right, else what is not.
 
-    Right is an error, against the naive form in float64, of at most twice the naive form's own at this precision, plus
-    1e-5 (the naive sums' luck in float32).
+    Right is an error, against the naive form in float64, of at most twice the naive form's own at this
+    precision, plus 1e-5 (the naive sums' luck in float32).
     """
     ours = layer(law, 64)
     twin = naive(ours)
@@ -139,7 +149,7 @@ def exactness(report: dict, quick: bool) -> None:
         say(f"  {name}: {value}")
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 def training_call(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], object]:
@@ -183,13 +193,21 @@ def layers(report: dict, quick: bool) -> None:
     for channels, side, k, layout, kind, dtype in configurations(quick):
         key = f"{channels}x{side}x{side} {layout} {kind}"
         x, dy = feature_maps(2, channels, side, layout, dtype)
-        found = {n: c for n, c in competitors(channels, k).items() if f"{n} {layout} {kind}" not in report["wrong"]}
+        found = {
+            n: c for n, c in competitors(channels, k).items() if f"{n} {layout} {kind}" not in report["wrong"]
+        }
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
         train = {n: Contender(training_call(m, leaf, dy), b) for n, (m, b, _) in found.items()}
         report["layers"][key] = record(interleaved(train, rounds))
-        infer = {n: Contender(inference_call(m, x), b) for n, (m, b, _) in found.items() if "reference" not in n}
+        infer = {
+            n: Contender(inference_call(m, x), b) for n, (m, b, _) in found.items() if "reference" not in n
+        }
         report["layers_inference"][key] = record(interleaved(infer, rounds // 2))
-        line(key, report["layers"][key], ("bn cpu", "an cpu", "an reference", "naive AN", "gn cpu", "sn cpu", "se cpu"))
+        line(
+            key,
+            report["layers"][key],
+            ("bn cpu", "an cpu", "an reference", "naive AN", "gn cpu", "sn cpu", "se cpu"),
+        )
 
 
 def compiled_layers(report: dict, quick: bool) -> None:
@@ -226,14 +244,14 @@ def memory(report: dict, quick: bool) -> None:
                 for name, (module, backend, _) in competitors(64, 10).items():
                     ops.set_backend(backend)
                     given = (x, r, *module.parameters(), *module.buffers())
-                    call = (lambda m=module: m(x, r)) if with_residual else (lambda m=module: m(x))
+                    call = partial(module, x, r) if with_residual else partial(module, x)
                     found[name] = round(kept_bytes(call, given) / unit, 3)
                 report["memory"][key] = found
                 say(f"  {key}: " + ", ".join(f"{n} {v}" for n, v in found.items()))
     ops.set_backend("auto")
 
 
-# ---- networks --------------------------------------------------------------------------------------------------------
+# ---- networks ----------------------------------------------------------------------------------------------
 
 
 def eager_bn(site: Site) -> nn.Module:
@@ -255,14 +273,16 @@ def networks() -> dict[str, object]:
 
 
 def training_steps(report: dict, quick: bool) -> None:
-    """A step of ResNet-50 (4 images of 224 x 224, forward, loss, backward), as ratios to eager BN, and its memory."""
+    """A step of ResNet-50 (4 images of 224 x 224) as ratios to eager BN, and its peak of memory."""
     for layout in LAYOUTS:
         for kind in DTYPES:
             key = f"{layout} {kind}{' autocast' if kind == 'bf16' else ''}"
             if any(f"{law} cpu {layout} {kind}" in report["wrong"] for law in ("an", "bn")):
                 continue
             steps = {name: step(make, layout, kind) for name, make in networks().items()}
-            report["training"][key] = record(interleaved({n: Contender(s) for n, s in steps.items()}, 5 if quick else 11))
+            report["training"][key] = record(
+                interleaved({n: Contender(s) for n, s in steps.items()}, 5 if quick else 11)
+            )
             for name, run in steps.items():
                 rise = peak_bytes(run)
                 report["training"][key][name]["peak_mb"] = None if rise is None else round(rise / 1e6)
@@ -284,7 +304,7 @@ def step(make, layout: str, kind: str) -> Callable[[], None]:
 
 
 def onnx_inference(report: dict, quick: bool) -> None:
-    """ResNet-50 in onnxruntime, one image of 224 x 224: AN exported by export.py against BN folded, and torch eager."""
+    """ResNet-50 in onnxruntime, one image of 224 x 224: AN as export.py writes it, against BN folded."""
     from tools.export import check, open_session, program, settle, to_onnx
     from tools.folding import fold
 
@@ -303,35 +323,46 @@ def onnx_inference(report: dict, quick: bool) -> None:
             except ValueError as reason:
                 report["wrong"][f"{norm} onnxruntime"] = str(reason)
                 return
-        timed = {f"{norm} in onnxruntime": Contender(lambda run=run: run(images)) for norm, run in runs.items()}
+        timed = {
+            f"{norm} in onnxruntime": Contender(lambda run=run: run(images)) for norm, run in runs.items()
+        }
         found = record(interleaved(timed, 31 if quick else 101, least_ms=0))
     report["onnx"]["resnet50, batch 1"] = found
     line("resnet50, batch 1", found, tuple(timed)[1:])
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
 def record(timings: dict[str, Timing]) -> dict[str, dict]:
-    rounded = lambda v: [round(i, 4) for i in v] if isinstance(v, tuple) else round(v, 4)  # noqa: E731
-    return {name: {field: rounded(value) for field, value in t._asdict().items()} for name, t in timings.items()}
+    rounded = lambda v: [round(i, 4) for i in v] if isinstance(v, tuple) else round(v, 4)
+    return {
+        name: {field: rounded(value) for field, value in t._asdict().items()} for name, t in timings.items()
+    }
 
 
 def line(key: str, found: dict[str, dict], shown: tuple[str, ...]) -> None:
     unit = next(iter(found.values()))["ms"]
-    say(f"  {key:24s} {unit:8.2f} ms | " + " | ".join(f"{n} {found[n]['ratio']:.2f}" for n in shown if n in found))
+    say(
+        f"  {key:24s} {unit:8.2f} ms | "
+        + " | ".join(f"{n} {found[n]['ratio']:.2f}" for n in shown if n in found)
+    )
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-SECTIONS = {f.__name__: f for f in (exactness, memory, layers, training_steps, onnx_inference, compiled_layers)}
+SECTIONS = {
+    f.__name__: f for f in (exactness, memory, layers, training_steps, onnx_inference, compiled_layers)
+}
 PARTS = ("layers", "layers_inference", "compiled_layers", "memory", "training", "onnx", "wrong")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
@@ -355,7 +386,9 @@ def main(argv: list[str]) -> int:
     if asked.gpu:
         report["gpu"] = json.loads(asked.gpu.read_text())
     asked.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{report['machine']['hardware']} {report['machine']['threads']} threads".lower()).strip("-")
+    name = re.sub(
+        r"[^a-z0-9]+", "-", f"{report['machine']['hardware']} {report['machine']['threads']} threads".lower()
+    ).strip("-")
     (asked.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     (asked.out / f"{name}.md").write_text(markdown(report))
     say(f"{asked.out / name}.json and .md, {report['seconds']} s")

@@ -22,7 +22,7 @@ GPU_GOALS = (
 
 
 class Goal(NamedTuple):
-    """A goal and what was measured: ``value`` None where it was not, ``where`` the configuration that decides."""
+    """A goal and what was measured: ``value`` (None: was not), ``where``: the configuration that decides."""
 
     what: str
     relation: str
@@ -43,6 +43,7 @@ def goals(report: dict[str, Any]) -> list[Goal]:
 
     def ratio(name: str, to: str | None = None) -> Callable[[str], float | None]:
         """A key's ratio of ``name`` to the unit, or of ``to`` to ``name`` (how many times faster it is)."""
+
         def of(key: str) -> float | None:
             row = layers[key]
             if name not in row or (to and to not in row):
@@ -51,7 +52,9 @@ def goals(report: dict[str, Any]) -> list[Goal]:
 
         return of
 
-    def extreme(what: str, relation: str, limit: float, of: Callable, keep: Callable[[str], bool] = lambda key: True) -> Goal:
+    def extreme(
+        what: str, relation: str, limit: float, of: Callable, keep: Callable[[str], bool] = lambda key: True
+    ) -> Goal:
         found = {key: of(key) for key in layers if keep(key)}
         if not found or None in found.values():
             return Goal(what, relation, limit, None)
@@ -62,23 +65,30 @@ def goals(report: dict[str, Any]) -> list[Goal]:
         found = [of(key) for key in layers]
         if not found or None in found:
             return Goal(what, relation, limit, None)
-        return Goal(what, relation, limit, math.exp(sum(map(math.log, found)) / len(found)), f"{len(found)} configurations")
+        return Goal(
+            what,
+            relation,
+            limit,
+            math.exp(sum(map(math.log, found)) / len(found)),
+            f"{len(found)} configurations",
+        )
 
     an, large = ratio("an cpu"), lambda key: side(key) >= 28
-    slow_gn = lambda key: large(key) and key.endswith("NHWC bf16")  # noqa: E731
+    is_fp32, is_bf16 = (lambda key: key.endswith("fp32")), (lambda key: key.endswith("bf16"))
+    slow_gn = lambda key: large(key) and key.endswith("NHWC bf16")
     table = [
         extreme("AN + ReLU, cpu, maps of 14x14 and larger", "<=", 0.95, an, lambda key: side(key) >= 14),
         extreme("AN + ReLU, cpu, maps of 7x7", "<=", 1.25, an, lambda key: side(key) == 7),
         mean("AN + ReLU, cpu, geometric mean", "<=", 0.75, an),
         extreme("AN, cpu: times faster than naive AN", ">=", 6, ratio("an cpu", "naive AN")),
         mean("AN, cpu: times faster than naive AN, geometric mean", ">=", 10, ratio("an cpu", "naive AN")),
-        extreme("AN + ReLU, reference, fp32", "<=", 3.1, ratio("an reference"), lambda key: key.endswith("fp32")),
-        extreme("AN + ReLU, reference, bf16", "<=", 4.5, ratio("an reference"), lambda key: key.endswith("bf16")),
+        extreme("AN + ReLU, reference, fp32", "<=", 3.1, ratio("an reference"), is_fp32),
+        extreme("AN + ReLU, reference, bf16", "<=", 4.5, ratio("an reference"), is_bf16),
         extreme("SN, cpu: times faster than naive SN", ">=", 5, ratio("sn cpu", "naive SN")),
         extreme("GN, cpu: times faster than nn.GroupNorm, bf16 NHWC, 28x28 and larger", ">=", 8,
                 ratio("gn cpu", "nn.GroupNorm"), slow_gn),
-        extreme("GN, cpu: times faster than nn.GroupNorm, elsewhere", ">=", 1, ratio("gn cpu", "nn.GroupNorm"),
-                lambda key: not slow_gn(key)),
+        extreme("GN, cpu: times faster than nn.GroupNorm, elsewhere", ">=", 1,
+                ratio("gn cpu", "nn.GroupNorm"), lambda key: not slow_gn(key)),
         extreme("SE + ReLU, cpu, maps of 28x28 and larger", "<=", 1.3, ratio("se cpu"), large),
         extreme("SE + ReLU, cpu, maps of 14x14", "<=", 2.0, ratio("se cpu"), lambda key: side(key) == 14),
         extreme("SE + ReLU, cpu, maps of 7x7", "<=", 2.7, ratio("se cpu"), lambda key: side(key) == 7),
@@ -92,12 +102,18 @@ def _network_goals(report: dict[str, Any]) -> list[Goal]:
         return Goal(what, "<=", limit, value, where)
 
     training, exact, memory = report["training"], report.get("exactness", {}), report["memory"]
-    step = lambda name: [(key, row[name]["ratio"]) for key, row in training.items()]  # noqa: E731
-    kept = [(f"{name}, {key}", row[name] - row[UNIT]) for key, row in memory.items() for name in row if name.endswith(" cpu")]
+    step = lambda name: [(key, row[name]["ratio"]) for key, row in training.items()]
+    kept = [
+        (f"{name}, {key}", row[name] - row[UNIT])
+        for key, row in memory.items()
+        for name in row
+        if name.endswith(" cpu")
+    ]
     same = [(name, 0.0 if value else 1.0) for name, value in exact.items() if "bitwise" in name]
     onnx = [(key, row["an in onnxruntime"]["ratio"]) for key, row in report["onnx"].items()]
     return [
-        worst("ResNet-50 step, AN at its 16 places, eager BN elsewhere", 1.03, step("AN, eager BN elsewhere")),
+        worst("ResNet-50 step, AN at its 16 places, eager BN elsewhere", 1.03,
+              step("AN, eager BN elsewhere")),
         worst("ResNet-50 step, AN, everything fused, bf16 or NCHW", 0.96,
               [(k, v) for k, v in step("AN, everything fused") if not k.startswith("NHWC fp32")]),
         worst("variance in fp32, relative error up to mean/std 1e4 and with an outlier first", 1e-6,
@@ -113,26 +129,39 @@ def side(key: str) -> int:
     return int(key.split()[0].split("x")[1])
 
 
-# ---- Markdown --------------------------------------------------------------------------------------------------------
+# ---- Markdown ----------------------------------------------------------------------------------------------
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report."""
     facts = report["machine"]
     allocator = ", ".join(f"{name}={value}" for name, value in facts["allocator"].items())
+    quick = " --quick" if report["quick"] else ""
     parts = [
         f"# {facts['hardware']}, {facts['threads']} threads",
-        f"Written by `python tools/benchmark.py{' --quick' if report['quick'] else ''}` in {report['seconds']} s; the figures "
-        f"are medians of calls that take turns (clock: {facts['clock']}), [quartiles] of their ratios; layers at batch 16.",
-        f"torch {facts['torch']}, onnxruntime {facts['onnxruntime']}, Python {facts['python']}, {facts['libc']}; C++ backend: "
-        f"{facts['cpu_backend']}; torch's own: {facts['capability']}; {facts['cores']} cores, load at the start {facts['load']:.1f}.",
-        f"Allocator: {allocator}. Writing to memory just allocated: {facts['fresh_write_gb_s']} GB/s; a copy between warm "
-        f"buffers: {facts['warm_copy_gb_s']} GB/s (read and written).",
+        (
+            f"Written by `python tools/benchmark.py{quick}` in {report['seconds']} s. Figures are medians of calls "
+            f"that take turns (clock: {facts['clock']}), [quartiles] of their ratios; layers at batch 16."
+        ),
+        (
+            f"torch {facts['torch']} ({facts['capability']}), onnxruntime {facts['onnxruntime']}, Python "
+            f"{facts['python']}, {facts['libc']}; C++ backend: {facts['cpu_backend']}; {facts['cores']} cores, "
+            f"load at the start {facts['load']:.1f}."
+        ),
+        (
+            f"Allocator: {allocator}. Writing to memory just allocated: {facts['fresh_write_gb_s']} GB/s; "
+            f"a copy between warm buffers: {facts['warm_copy_gb_s']} GB/s (read and written)."
+        ),
     ]
     if report["wrong"]:
         parts.append("**Wrong results, for which no speed is reported:**")
         parts.append("\n".join(f"* {name}: {reason}" for name, reason in report["wrong"].items()))
-    parts += ["## Goals", _goal_table(goals(report)), "On a GPU (`tools/gpu_check.py`):", _gpu_table(report.get("gpu"))]
+    parts += [
+        "## Goals",
+        _goal_table(goals(report)),
+        "On a GPU (`tools/gpu_check.py`):",
+        _gpu_table(report.get("gpu")),
+    ]
     for title, part in (
         ("Layers, forward and backward, ratio to BN + ReLU", "layers"),
         ("Layers, inference, ratio to BN + ReLU", "layers_inference"),
@@ -143,7 +172,10 @@ def markdown(report: dict[str, Any]) -> str:
         if report[part]:
             parts += [f"## {title}", _table(report[part])]
     if report["memory"]:
-        parts += ["## Kept for backward, in maps, beside the input and the residual", _plain_table(report["memory"])]
+        parts += [
+            "## Kept for backward, in maps, beside the input and the residual",
+            _plain_table(report["memory"]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -159,12 +191,16 @@ def _goal_table(table: list[Goal]) -> str:
 def _gpu_table(gpu: dict[str, Any] | None) -> str:
     if gpu is None:
         rows = ["| goal | limit | measured |", "| --- | ---: | --- |"]
-        return "\n".join(rows + [f"| {what} | {limit} |  |" for what, limit in GPU_GOALS]) + "\n\nNo GPU was at hand."
+        return (
+            "\n".join(rows + [f"| {what} | {limit} |  |" for what, limit in GPU_GOALS])
+            + "\n\nNo GPU was at hand."
+        )
     rows = ["| figure | goal | measured | met |", "| --- | ---: | ---: | --- |"]
     for section, figures in gpu.items():
         for name, entry in figures.items() if isinstance(figures, dict) else ():
             if isinstance(entry, dict) and entry["goal"] is not None:
-                rows.append(f"| {section}: {name} | {entry['goal']:g} | {entry['value']:.3f} | {'**no**' if entry['missed'] else 'yes'} |")
+                met = "**no**" if entry["missed"] else "yes"
+                rows.append(f"| {section}: {name} | {entry['goal']:g} | {entry['value']:.3f} | {met} |")
     return f"Measured on: {gpu['machine']}\n\n" + "\n".join(rows)
 
 
@@ -188,4 +224,7 @@ def _peak(entry: dict[str, Any]) -> str:
 def _plain_table(part: dict[str, dict[str, float]]) -> str:
     names = list(next(iter(part.values())))
     rows = ["|  | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    return "\n".join(rows + [f"| {key} | " + " | ".join(f"{row[n]:.2f}" for n in names) + " |" for key, row in part.items()])
+    return "\n".join(
+        rows
+        + [f"| {key} | " + " | ".join(f"{row[n]:.2f}" for n in names) + " |" for key, row in part.items()]
+    )

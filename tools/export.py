@@ -4,9 +4,9 @@
     python tools/export.py ARCH --norm an --weights FILE            any weights that anorm.load_weights reads
     python tools/export.py resnet50 --norm an                       random weights: for latency alone
 
-Writes model.onnx (dynamic batch and size; BN in the convolutions, see folding.py), model.pt2 (the same graph, for
-torch.export.load), model.safetensors (the weights as they were trained) and export.json (what was done, the measured
-differences and latencies). Nothing is written unless onnxruntime and torch agree with the network.
+Writes model.onnx (dynamic batch and size; BN in the convolutions, see folding.py), model.pt2 (the same graph,
+for torch.export.load), model.safetensors (the weights as they were trained) and export.json (what was done, the
+measured differences and latencies). Nothing is written unless onnxruntime and torch agree with the network.
 """
 
 from __future__ import annotations
@@ -29,28 +29,30 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from anorm import create_model, load_weights, ops  # noqa: E402
-from anorm.norms.base import Norm, RunningNorm  # noqa: E402
-from tools.folding import Folded, FoldReport, PerInstance, fold  # noqa: E402
+from anorm import create_model, load_weights, ops
+from anorm.norms.base import Norm, RunningNorm
+from tools.folding import Folded, FoldReport, PerInstance, fold
 
 __all__ = ["check", "export", "latency", "open_session", "program", "smallest_size", "to_onnx"]
 
 FORMATS = {"onnx": "model.onnx", "pt2": "model.pt2", "safetensors": "model.safetensors"}
 TOLERANCE = 1e-3
-"""Largest difference of a logit, as a share of the largest logit: folding moves float32 roundings (about 1e-6 of a
-ResNet-50), and a wrong graph is wrong by far more."""
+"""Largest difference of a logit, as a share of the largest logit: folding moves float32 roundings (about 1e-5 in
+a ResNet-50), and a wrong graph is wrong by far more."""
 
 
-# ---- the graph -------------------------------------------------------------------------------------------------------
+# ---- the graph ---------------------------------------------------------------------------------------------
 
 
-def program(model: nn.Module, size: int, in_channels: int = 3) -> tuple[torch.export.ExportedProgram, int | None]:
+def program(
+    model: nn.Module, size: int, in_channels: int = 3
+) -> tuple[torch.export.ExportedProgram, int | None]:
     """The graph of images (batch, in_channels, height, width) -> logits, and the smallest size it takes.
 
-    Batch, height and width are free; for a network that takes one size alone the last two are fixed and the smallest
-    size is None. ``model`` is in evaluation mode.
+    Batch, height and width are free; for a network that takes one size alone the last two are fixed and the
+    smallest size is None. ``model`` is in evaluation mode.
 
-    Raises ValueError for a size at which a feature map has no two positions (torch.export treats 1 as special).
+    Raises ValueError for a size at which a map is left with one position (torch.export treats 1 as special).
     """
     smallest = smallest_size(model, size, in_channels)
     batch, free = torch.export.Dim("batch"), {}
@@ -60,15 +62,20 @@ def program(model: nn.Module, size: int, in_channels: int = 3) -> tuple[torch.ex
     with torch.no_grad():
         # equalities between sizes that hold but that it cannot prove become checks at run time
         graph = torch.export.export(
-            model, (images,), dynamic_shapes=({0: batch, **free},), prefer_deferred_runtime_asserts_over_guards=True
+            model,
+            (images,),
+            dynamic_shapes=({0: batch, **free},),
+            prefer_deferred_runtime_asserts_over_guards=True,
         )
     return graph, smallest
 
 
 def smallest_size(model: nn.Module, size: int, in_channels: int = 3) -> int | None:
-    """The smallest square image whose feature maps all keep more than one position; None: it takes ``size`` alone."""
+    """The smallest square image whose maps all keep more than one position; None: it takes ``size`` alone."""
     if not _maps_remain(model, size, in_channels):
-        raise ValueError(f"images of {size} x {size} leave feature maps of one position: give a larger --size")
+        raise ValueError(
+            f"images of {size} x {size} leave feature maps of one position: give a larger --size"
+        )
     if not _maps_remain(model, 2 * size, in_channels):
         return None
     low, high = 1, size  # low does not work, high does
@@ -86,8 +93,12 @@ def _maps_remain(model: nn.Module, size: int, in_channels: int) -> bool:
         areas.append(min(output.shape[2:]))
 
     kinds = (nn.Conv2d, Norm, Folded, PerInstance)
-    inner = {id(m) for norm in model.modules() if isinstance(norm, Norm) for m in norm.modules() if m is not norm}
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, kinds) and id(m) not in inner]
+    inner = {
+        id(m) for norm in model.modules() if isinstance(norm, Norm) for m in norm.modules() if m is not norm
+    }
+    hooks = [
+        m.register_forward_hook(note) for m in model.modules() if isinstance(m, kinds) and id(m) not in inner
+    ]
     try:
         with torch.no_grad():
             model(torch.zeros(1, in_channels, size, size))
@@ -105,12 +116,17 @@ def to_onnx(graph: torch.export.ExportedProgram, path: Path, any_size: bool = Tr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own internals
         done = torch.onnx.export(
-            graph, dynamo=True, verbose=False, dynamic_shapes=(axes,), input_names=["images"], output_names=["logits"]
+            graph,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=(axes,),
+            input_names=["images"],
+            output_names=["logits"],
         )
     done.save(str(path), external_data=False)
 
 
-# ---- checking and measuring ------------------------------------------------------------------------------------------
+# ---- checking and measuring --------------------------------------------------------------------------------
 
 
 def open_session(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
@@ -136,14 +152,16 @@ def check(run: Callable[[Tensor], Tensor], model: nn.Module, shapes: list[tuple[
         difference = ((run(images) - expected).abs().max() / expected.abs().max()).item()
         if not difference <= TOLERANCE:
             raise ValueError(
-                f"on images {shape} the exported graph differs by {difference:.1e} of the largest logit (at most "
-                f"{TOLERANCE:.0e} is accepted): the network's weights may not be finite, or the exporter has a fault"
+                f"on images {shape} the exported graph differs by {difference:.1e} of the largest logit "
+                f"(accepted: {TOLERANCE:.0e}): its weights may not be finite, or the exporter has a fault"
             )
         worst = max(worst, difference)
     return worst
 
 
-def latency(runs: dict[str, Callable[[Tensor], Any]], images: Tensor, rounds: int = 15) -> dict[str, dict[str, float]]:
+def latency(
+    runs: dict[str, Callable[[Tensor], Any]], images: Tensor, rounds: int = 15
+) -> dict[str, dict[str, float]]:
     """Median and quartiles in milliseconds of each way to run ``images``; they take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):
@@ -158,7 +176,7 @@ def latency(runs: dict[str, Callable[[Tensor], Any]], images: Tensor, rounds: in
     }
 
 
-# ---- one export ------------------------------------------------------------------------------------------------------
+# ---- one export --------------------------------------------------------------------------------------------
 
 
 def export(model: nn.Module, folder: Path, size: int, in_channels: int = 3, formats=tuple(FORMATS)) -> dict:
@@ -171,7 +189,12 @@ def export(model: nn.Module, folder: Path, size: int, in_channels: int = 3, form
     graph, smallest = program(folded, size, in_channels)
     other = size if smallest is None else max(smallest, size * 3 // 4)
     shapes = [(1, in_channels, size, size), (3, in_channels, other, size)]
-    report: dict[str, Any] = {"norms": _described(done), "size": size, "smallest_size": smallest, "difference": {}}
+    report: dict[str, Any] = {
+        "norms": _described(done),
+        "size": size,
+        "smallest_size": smallest,
+        "difference": {},
+    }
     report["versions"] = {"torch": torch.__version__}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -191,7 +214,10 @@ def export(model: nn.Module, folder: Path, size: int, in_channels: int = 3, form
             from safetensors.torch import save_file
 
             written["safetensors"] = Path(scratch) / FORMATS["safetensors"]
-            save_file({name: value.contiguous() for name, value in model.state_dict().items()}, written["safetensors"])
+            save_file(
+                {name: value.contiguous() for name, value in model.state_dict().items()},
+                written["safetensors"],
+            )
         images = torch.randn(1, in_channels, size, size)
         # one after another: onnxruntime's idle threads would slow torch's
         report["latency_ms"] = {name: latency({name: run}, images)[name] for name, run in runs.items()}
@@ -213,7 +239,7 @@ def _versions(*packages: str) -> dict[str, str]:
     return {package: version(package) for package in packages}
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def network(what: str, norm: str, weights: str | None, classes: int) -> tuple[nn.Module, int, Path]:
@@ -235,7 +261,7 @@ def network(what: str, norm: str, weights: str | None, classes: int) -> tuple[nn
 
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
-    """Give an untrained network the running statistics of a batch of noise; without any its values overflow."""
+    """Give an untrained network the statistics of a batch of noise; without any its values overflow."""
     layers = [module for module in model.modules() if isinstance(module, RunningNorm)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
@@ -251,12 +277,16 @@ def settle(model: nn.Module) -> None:
 def main(argv: list[str]) -> int:
     from anorm.engine.commandline import user_errors
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", metavar="RUN|ARCH")
     parser.add_argument("--norm", default="bn", help="with ARCH: the law at its published places")
     parser.add_argument("--weights", help="with ARCH: a file of weights")
     parser.add_argument("--classes", type=int, default=1000, help="with ARCH: number of classes")
-    parser.add_argument("--size", type=int, help="side of the images it is checked and timed on (default: the network's)")
+    parser.add_argument(
+        "--size", type=int, help="side of the images it is checked and timed on (default: the network's)"
+    )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--threads", type=int, help="threads of torch and of onnxruntime")
     parser.add_argument("--out", type=Path)
@@ -269,9 +299,18 @@ def main(argv: list[str]) -> int:
         report = export(model, folder, asked.size or size, formats=tuple(asked.formats))
         norms, differences = report["norms"], report["difference"]
         print(f"{folder}: {', '.join(report['files'])}")
-        print(f"norms: {norms['folded']} in the convolutions, {norms['centred']} centred there, {len(norms['kept'])} kept")
-        sizes = "this size alone" if report["smallest_size"] is None else f"any size from {report['smallest_size']}"
-        print(f"images: any batch, {sizes}; differences: " + ", ".join(f"{k} {v:.1e}" for k, v in differences.items()))
+        print(
+            f"norms: {norms['folded']} in the convolutions, {norms['centred']} centred, {len(norms['kept'])} kept"
+        )
+        sizes = (
+            "this size alone"
+            if report["smallest_size"] is None
+            else f"any size from {report['smallest_size']}"
+        )
+        print(
+            f"images: any batch, {sizes}; differences: "
+            + ", ".join(f"{k} {v:.1e}" for k, v in differences.items())
+        )
         for name, times in report["latency_ms"].items():
             print(f"latency at batch 1, {report['threads']} threads, {name}: {times['median']:.1f} ms")
     return outcome.status

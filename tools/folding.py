@@ -1,9 +1,9 @@
 """A network for inference: what is constant in evaluation moves into the convolution before it.
 
-A batch norm directly behind a convolution becomes part of it: w' = s w, b' = b + s (b_conv - c). A law that is affine
-per instance but stands on running statistics (AN or SE over BN) gives its constant centre to the convolution,
-b' = b_conv - c, and is then one multiplication and one addition with coefficients from the instance's moments.
-Everything else stays as it is.
+A batch norm directly behind a convolution becomes part of it: w' = s w, b' = b + s (b_conv - c). A law that is
+affine per instance but stands on running statistics (AN or SE over BN) gives its constant centre to the
+convolution, b' = b_conv - c, and is then one multiplication and one addition with coefficients from the
+instance's moments. The rest stays as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from anorm.algebra import Moments
 from anorm.norms.base import Norm
 from anorm.ops.activations import lookup
 
-__all__ = ["Folded", "FoldReport", "PerInstance", "fold"]
+__all__ = ["FoldReport", "Folded", "PerInstance", "fold"]
 
 
 @dataclass
@@ -31,7 +31,7 @@ class FoldReport:
     kept: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{len(self.folded)} norms folded, {len(self.centred)} centred in the convolution, {len(self.kept)} kept"
+        return f"{len(self.folded)} norms folded, {len(self.centred)} centred there, {len(self.kept)} kept"
 
 
 class Folded(nn.Module):
@@ -48,7 +48,7 @@ class Folded(nn.Module):
 class PerInstance(nn.Module):
     """y = act(scale_nc x + shift_nc [+ residual]), for an x that the convolution has centred already.
 
-    ``centre`` (C) is what the convolution took off: the law's moments are of x + centre, its variance that of x.
+    ``centre`` (C) is what the convolution took off: the law's mean is that of x + centre.
     """
 
     def __init__(self, norm: Norm, centre: Tensor) -> None:
@@ -69,8 +69,8 @@ class PerInstance(nn.Module):
 def fold(model: nn.Module) -> tuple[nn.Module, FoldReport]:
     """A copy of ``model`` in evaluation mode, folded, that computes the same function; and what was done.
 
-    A norm is folded only into a convolution that runs once, whose output goes to the norm alone. A network whose
-    control flow depends on the images cannot be followed and is returned whole, every norm kept.
+    A norm is folded only into a convolution that runs once, whose output goes to the norm alone. A network
+    whose control flow depends on the images cannot be followed and is returned whole, every norm kept.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     report = FoldReport()
@@ -118,7 +118,11 @@ def _convolutions_before(model: nn.Module) -> dict[str, nn.Conv2d]:
         if node.op != "call_module" or not isinstance(model.get_submodule(node.target), Norm):
             continue
         source = node.args[0]
-        if source.op == "call_module" and len(source.users) == 1 and calls[source.target] == calls[node.target] == 1:
+        if (
+            source.op == "call_module"
+            and len(source.users) == 1
+            and calls[source.target] == calls[node.target] == 1
+        ):
             module = model.get_submodule(source.target)
             if isinstance(module, nn.Conv2d):
                 found[node.target] = module

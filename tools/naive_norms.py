@@ -1,7 +1,7 @@
-"""The same layers as one writes them from the papers with torch's modules: what the fused ones are measured against.
+"""The same layers as one writes them from the papers with torch's modules, to measure against.
 
-Each takes its values from a layer of this package, so that both compute the same function, and lists its parameters in
-that layer's order. Statistics are tracked as nn.BatchNorm2d does.
+Each takes its values from a layer of this package, so that both compute the same function, and lists its
+parameters in that layer's order. Statistics are tracked as nn.BatchNorm2d does.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ class WithAct(nn.Module):
 
 
 class NaiveAN(nn.Module):
-    """AN over BN: batch norm without affine, then the mixture that the instance's mean and variance choose."""
+    """AN over BN: batch norm without affine, then the mixture that the instance's moments choose."""
 
     def __init__(self, layer: AttentiveNorm) -> None:
         super().__init__()
         channels, k = layer.channels, layer.k
         self.base = nn.BatchNorm2d(channels, affine=False)
-        self.weight, self.bias = nn.Parameter(layer.weight.detach().clone()), nn.Parameter(layer.bias.detach().clone())
+        self.weight, self.bias = (
+            nn.Parameter(layer.weight.detach().clone()),
+            nn.Parameter(layer.bias.detach().clone()),
+        )
         self.fc, self.norm = nn.Conv2d(channels, k, 1, bias=False), nn.BatchNorm2d(k)
         _copy(self.fc.weight, layer.attention.fc.weight)
 
@@ -68,7 +71,10 @@ class NaiveSE(nn.Module):
         super().__init__()
         hidden, channels = layer.fc1.weight.shape
         self.norm = nn.BatchNorm2d(channels)
-        self.fc1, self.fc2 = nn.Conv2d(channels, hidden, 1, bias=False), nn.Conv2d(hidden, channels, 1, bias=False)
+        self.fc1, self.fc2 = (
+            nn.Conv2d(channels, hidden, 1, bias=False),
+            nn.Conv2d(hidden, channels, 1, bias=False),
+        )
         _copy(self.fc1.weight, layer.fc1.weight)
         _copy(self.fc2.weight, layer.fc2.weight)
 
@@ -110,7 +116,7 @@ class NaiveSN(nn.Module):
 
 
 def naive(layer: Norm) -> WithAct:
-    """The layer's function and activation from torch's modules, with its values and its order of parameters."""
+    """The layer's function and activation from torch's modules, its values and order of parameters kept."""
     if isinstance(layer, AttentiveNorm):
         twin: nn.Module = NaiveAN(layer)
     elif isinstance(layer, SqueezeExcite):
@@ -122,5 +128,6 @@ def naive(layer: Norm) -> WithAct:
     elif isinstance(layer, GroupNorm):
         twin = nn.GroupNorm(layer.groups, layer.channels)
     else:
-        raise ValueError(f"there is no naive form of {type(layer).__name__} here: add one to tools/naive_norms.py")
+        name = type(layer).__name__
+        raise ValueError(f"no naive form of {name}: add one to tools/naive_norms.py")  # noqa: TRY004
     return WithAct(twin, layer.act)

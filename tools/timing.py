@@ -1,4 +1,4 @@
-"""Measuring on a CPU: contenders that take turns, medians and ratios with their spread, memory, the machine in words."""
+"""Measuring on a CPU: contenders that take turns, medians and ratios with spread, memory, the machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Contender(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Median and quartiles of a call in milliseconds, and of its ratio to the first contender's in the same round."""
+    """Median and quartiles of a call in ms, and of its ratio to the first contender's in the same round."""
 
     ms: float
     ms_quartiles: tuple[float, float]
@@ -40,7 +40,7 @@ class Timing(NamedTuple):
 
 
 def clock() -> Callable[[], float]:
-    """Seconds: of this thread's own work where it works alone, which other processes do not lengthen, else on the wall."""
+    """Seconds: of this thread's own work where it works alone (others do not lengthen it), else of the wall."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -67,13 +67,16 @@ def interleaved(contenders: dict[str, Contender], rounds: int, least_ms: float =
     found = {}
     for name, values in times.items():
         ratios = [a / b for a, b in zip(values, unit, strict=True)]
-        (low, ms, high), (less, ratio, more) = statistics.quantiles(values, n=4), statistics.quantiles(ratios, n=4)
+        (low, ms, high), (less, ratio, more) = (
+            statistics.quantiles(values, n=4),
+            statistics.quantiles(ratios, n=4),
+        )
         found[name] = Timing(ms, (low, high), ratio, (less, more))
     return found
 
 
 def kept_bytes(call: Callable[[], Tensor], given: tuple[Tensor, ...]) -> int:
-    """Bytes that a forward pass keeps for backward, each storage once, without those that exist anyway: ``given``.
+    """Bytes that a forward pass keeps for backward, each storage once, without those of ``given``.
 
     The result counts where it is kept: an in-place ReLU keeps its own.
     """
@@ -109,7 +112,7 @@ def _status(path: Path, name: str) -> int:
 
 
 def fresh_write() -> float:
-    """GB/s of writing 64 MB that were just allocated; well below a warm buffer's where malloc returns memory at once."""
+    """GB/s of writing 64 MB just allocated: low where malloc gives memory back to the system at once."""
     best = 0.0
     for _ in range(5):
         start = time.perf_counter()
@@ -147,7 +150,9 @@ def machine() -> dict[str, object]:
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         **packages,
-        "allocator": {name: os.environ.get(name, "not set") for name in (*MALLOC, "LD_PRELOAD", "OMP_NUM_THREADS")},
+        "allocator": {
+            name: os.environ.get(name, "not set") for name in (*MALLOC, "LD_PRELOAD", "OMP_NUM_THREADS")
+        },
         "libc": " ".join(platform.libc_ver()),
         "fresh_write_gb_s": round(fresh_write(), 1),
         "warm_copy_gb_s": round(warm_copy(), 1),

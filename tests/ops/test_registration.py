@@ -1,8 +1,8 @@
-"""Every law, on every backend that works here, under what people wrap layers in: compile, autocast, DDP, checkpointing,
-export, gradients of gradients, torch.func; and the rules for empty batches, inf and NaN.
+"""Every law, on every backend that works here, under what people wrap layers in: compile, autocast, DDP,
+checkpointing, export, gradients of gradients, torch.func; and the rules for empty batches, inf and NaN.
 
-Laws are found by listing them, so that a new one is covered by itself. The operators' own opcheck is in test_cpu.py and
-triton_cases.py.
+Laws are found by listing them, so that a new one is covered by itself. The operators' own opcheck is in
+test_cpu.py and triton_cases.py.
 """
 
 import copy
@@ -62,10 +62,12 @@ def assert_same(found, expected, rtol=1e-4, atol=2e-5):
     """Equal up to the order of float32 sums: terms of order 1, up to N*H*W = 120 of them."""
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
-# ---- torch.compile ---------------------------------------------------------------------------------------------------
+# ---- torch.compile -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -129,12 +131,12 @@ def test_a_compiled_layer_follows_the_choice_of_a_backend():
     assert ["anorm_cpu" in graph for graph in graphs] == [False, True]
 
 
-# ---- autocast --------------------------------------------------------------------------------------------------------
+# ---- autocast ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_autocast_leaves_the_statistics_in_float32(backend, law):
-    """A bf16 map under autocast gives what it gives without: the law's small matrices are not rounded to bf16."""
+    """A bf16 map under autocast gives what it gives without: the law's matrices are not rounded to bf16."""
     layer = create(law, backend)
     twin = copy.deepcopy(layer)
     x, r, dy = tensors(backend, 3, dtype=torch.bfloat16)
@@ -155,7 +157,7 @@ def test_autocast_through_a_network(backend):
     assert x.grad.isfinite().all() and conv.weight.grad.isfinite().all()
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 
 class Small(nn.Module):
@@ -210,7 +212,7 @@ def test_two_processes(name, compiled, tmp_path):
                 assert_same(found, gradients | buffers, rtol=1e-3, atol=2e-3)
 
 
-# ---- checkpointing ---------------------------------------------------------------------------------------------------
+# ---- checkpointing -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -220,8 +222,14 @@ def test_checkpointing_changes_nothing(backend, law):
     x, r, dy = tensors(backend, 3)
     expected = step(layer, layer, x, r, dy)
     found = step(twin, lambda *a: checkpoint(twin, *a, use_reentrant=False), x, r, dy)
-    statistics = {name for name, _ in layer.named_buffers()}  # taken in twice, as by nn.BatchNorm2d: see below
-    assert_same(*({k: v for k, v in side.items() if k not in statistics} for side in (found, expected)), rtol=0, atol=0)
+    statistics = {
+        name for name, _ in layer.named_buffers()
+    }  # taken in twice, as by nn.BatchNorm2d: see below
+    assert_same(
+        *({k: v for k, v in side.items() if k not in statistics} for side in (found, expected)),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_checkpointing_tracks_once_or_as_torch_does(backend):
@@ -235,7 +243,7 @@ def test_checkpointing_tracks_once_or_as_torch_does(backend):
     assert_same(*(dict(layer.named_buffers()) for layer in layers))
 
 
-# ---- export ----------------------------------------------------------------------------------------------------------
+# ---- export ------------------------------------------------------------------------------------------------
 
 
 def lived_in(layer):
@@ -258,7 +266,9 @@ def exported(law):
 @pytest.mark.parametrize("law", LAWS)
 def test_exports_in_standard_operators(law):
     layer, graph = exported(law)
-    called = {node.target.namespace for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    called = {
+        node.target.namespace for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+    }
     assert called == {"aten"}
     x, r = torch.randn(3, 16, 9, 4), torch.randn(3, 16, 9, 4)
     torch.testing.assert_close(graph.module()(x, r), layer(x, r), rtol=1e-4, atol=2e-5)
@@ -279,7 +289,7 @@ def test_onnxruntime_computes_the_same(law, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), layer(x, r), rtol=1e-4, atol=2e-5)
 
 
-# ---- gradients of gradients, torch.func ------------------------------------------------------------------------------
+# ---- gradients of gradients, torch.func --------------------------------------------------------------------
 
 
 def plain(layer, x):
@@ -299,15 +309,19 @@ def test_gradients_of_gradients(backend, law):
         leaf, upstream = x.clone().requires_grad_(), dy.clone().requires_grad_()
         learned = [p for p in layer.parameters() if p.requires_grad]
         (dx,) = torch.autograd.grad(function(leaf), leaf, upstream, create_graph=True)
-        results.append(torch.autograd.grad((dx * direction).sum(), [leaf, upstream, *learned], allow_unused=True))
+        results.append(
+            torch.autograd.grad((dx * direction).sum(), [leaf, upstream, *learned], allow_unused=True)
+        )
     for found, expected in zip(*results, strict=True):
-        zero = torch.zeros(()) if found is None else torch.zeros_like(found)  # None stands for a zero gradient
+        zero = (
+            torch.zeros(()) if found is None else torch.zeros_like(found)
+        )  # None stands for a zero gradient
         torch.testing.assert_close(zero if found is None else found, zero if expected is None else expected)
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_functional_gradients(backend, law):
-    """torch.func.grad of a layer in training, its running statistics passed in as torch.nn's layers need it too."""
+    """torch.func.grad of a layer in training; running statistics are passed in, as torch.nn needs it too."""
     layer = create(law, backend)
     x, w = tensors(backend, 2)
     parameters = {n: p.detach().clone() for n, p in layer.named_parameters()}
@@ -343,7 +357,7 @@ def test_gradients_of_each_example(backend, law):
             torch.testing.assert_close(found[name][i], one[name], rtol=1e-4, atol=1e-4)
 
 
-# ---- edges -----------------------------------------------------------------------------------------------------------
+# ---- edges -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -406,7 +420,7 @@ def test_one_value_for_each_channel(backend, law):
 
 
 def test_the_environment_did_not_choose_for_us():
-    """These tests cover the C++ kernels wherever they can be built; a machine that cannot says so in this skip."""
+    """These tests cover the C++ kernels wherever they can be built; this skip says where they cannot."""
     if "cpu" not in COMPILED:
         pytest.skip(f"no C++ backend: {ops.why_not('cpu')}")
     assert os.environ.get("TRITON_INTERPRET") != "1"

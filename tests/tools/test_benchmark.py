@@ -1,4 +1,4 @@
-"""tools/benchmark.py: twins that compute the same, a clock that takes turns, figures withheld where results are wrong."""
+"""tools/benchmark.py: equal twins, contenders that take turns, no figures where results are wrong."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,9 @@ def test_contenders_take_turns_and_the_first_is_the_unit(tools):
 
         return tools["timing"].Contender(run)
 
-    found = tools["timing"].interleaved({"unit": job("unit", 0.002), "slow": job("slow", 0.01)}, rounds=5, least_ms=0)
+    found = tools["timing"].interleaved(
+        {"unit": job("unit", 0.002), "slow": job("slow", 0.01)}, rounds=5, least_ms=0
+    )
     assert order == ["unit", "slow"] * 7
     assert found["unit"].ratio == 1 and found["slow"].ms >= 10 and found["slow"].ratio > 1
     low, high = found["slow"].ratio_quartiles
@@ -75,12 +77,15 @@ def test_the_backend_is_chosen_for_each_contender(tools):
 
 
 def test_bytes_kept_for_backward(tools):
-    """BN + in-place ReLU keeps its output, a fused law nothing but small tensors: its input is there anyway."""
+    """BN + in-place ReLU keeps its output, a fused law only small tensors beside its input."""
     x = torch.randn(4, 8, 32, 32, requires_grad=True)
     unit = x.numel() * 4
     eager = tools["naive"].WithAct(nn.BatchNorm2d(8), "relu")
     ours = anorm.create_norm("an", 8, act="relu")
-    kept = [tools["timing"].kept_bytes(lambda m=m: m(x), (x, *m.parameters(), *m.buffers())) / unit for m in (eager, ours)]
+    kept = [
+        tools["timing"].kept_bytes(lambda m=m: m(x), (x, *m.parameters(), *m.buffers())) / unit
+        for m in (eager, ours)
+    ]
     assert 1.0 <= kept[0] < 1.05 and kept[1] < 0.05
 
 
@@ -113,15 +118,33 @@ def test_right_results_pass_and_wrong_ones_do_not(tools, law, monkeypatch):
 def test_as_a_user_runs_it(tools, tmp_path, capsys, monkeypatch):
     """One small map stands for ResNet-50's; a law that is wrong has no figure and fails the command."""
     monkeypatch.setattr(tools["run"], "MAPS", [(16, 7, 4)])
-    monkeypatch.setattr(tools["run"], "wrong", lambda law, *rest: "by order of this test" if law == "sn" else None)
-    arguments = ["--quick", "--only", "layers", "memory", "exactness", "--malloc", "system", "--out", str(tmp_path)]
+    monkeypatch.setattr(
+        tools["run"], "wrong", lambda law, *rest: "by order of this test" if law == "sn" else None
+    )
+    arguments = [
+        "--quick",
+        "--only",
+        "layers",
+        "memory",
+        "exactness",
+        "--malloc",
+        "system",
+        "--out",
+        str(tmp_path),
+    ]
     assert tools["run"].main(arguments) == 1
     (file,) = tmp_path.glob("*.json")
     report = json.loads(file.read_text())
     assert {"hardware", "threads", "torch", "allocator", "cpu_backend"} <= report["machine"].keys()
-    assert set(report["layers"]) == {f"16x7x7 {layout} {kind}" for layout in ("NCHW", "NHWC") for kind in ("fp32", "bf16")}
+    assert set(report["layers"]) == {
+        f"16x7x7 {layout} {kind}" for layout in ("NCHW", "NHWC") for kind in ("fp32", "bf16")
+    }
     for row in report["layers"].values():
-        assert row["BN + ReLU"]["ratio"] == 1 and "naive SN" in row and not any(name.startswith("sn ") for name in row)
+        assert (
+            row["BN + ReLU"]["ratio"] == 1
+            and "naive SN" in row
+            and not any(name.startswith("sn ") for name in row)
+        )
     text = file.with_suffix(".md").read_text()
     assert "by order of this test" in text and report["machine"]["hardware"] in text
     assert "| SN, cpu: times faster than naive SN | >= 5 | not measured |" in text
@@ -130,22 +153,64 @@ def test_as_a_user_runs_it(tools, tmp_path, capsys, monkeypatch):
 
 def test_every_goal_is_in_the_table_with_what_decides_it(tools):
     layer = {"ms": 1.0, "ms_quartiles": [1, 1], "ratio_quartiles": [1, 1]}
-    names = {"BN + ReLU": 1, "an cpu": 0.5, "naive AN": 8, "an reference": 2, "sn cpu": 1, "naive SN": 9, "gn cpu": 0.4,
-             "nn.GroupNorm": 5, "se cpu": 1}  # fmt: skip
+    names = {
+        "BN + ReLU": 1,
+        "an cpu": 0.5,
+        "naive AN": 8,
+        "an reference": 2,
+        "sn cpu": 1,
+        "naive SN": 9,
+        "gn cpu": 0.4,
+        "nn.GroupNorm": 5,
+        "se cpu": 1,
+    }
     row = {name: {**layer, "ratio": ratio} for name, ratio in names.items()}
     slow = {**row, "an cpu": {**layer, "ratio": 0.97}}
-    facts = {name: "x" for name in ("hardware", "threads", "torch", "onnxruntime", "python", "libc", "cpu_backend",
-             "capability", "cores", "clock", "fresh_write_gb_s", "warm_copy_gb_s")} | {"load": 0.0, "allocator": {}}  # fmt: skip
-    report = {"machine": facts, "quick": True, "seconds": 1, "wrong": {}, "layers_inference": {}, "compiled_layers": {},
-              "layers": {"64x56x56 NHWC bf16": row, "256x14x14 NCHW fp32": slow, "512x7x7 NCHW bf16": row},
-              "memory": {"64x56x56 NCHW fp32": {"BN + ReLU": 1.0, "an cpu": 0.01}}, "onnx": {}, "training": {
-                  "NHWC fp32": {"AN, eager BN elsewhere": {**layer, "ratio": 1.02}, "AN, everything fused": {**layer, "ratio": 1.0}},
-                  "NCHW fp32": {"AN, eager BN elsewhere": {**layer, "ratio": 1.0}, "AN, everything fused": {**layer, "ratio": 0.9}}}}  # fmt: skip
+    facts = {
+        name: "x"
+        for name in (
+            "hardware",
+            "threads",
+            "torch",
+            "onnxruntime",
+            "python",
+            "libc",
+            "cpu_backend",
+            "capability",
+            "cores",
+            "clock",
+            "fresh_write_gb_s",
+            "warm_copy_gb_s",
+        )
+    } | {"load": 0.0, "allocator": {}}
+    report = {
+        "machine": facts,
+        "quick": True,
+        "seconds": 1,
+        "wrong": {},
+        "layers_inference": {},
+        "compiled_layers": {},
+        "layers": {"64x56x56 NHWC bf16": row, "256x14x14 NCHW fp32": slow, "512x7x7 NCHW bf16": row},
+        "memory": {"64x56x56 NCHW fp32": {"BN + ReLU": 1.0, "an cpu": 0.01}},
+        "onnx": {},
+        "training": {
+            "NHWC fp32": {
+                "AN, eager BN elsewhere": {**layer, "ratio": 1.02},
+                "AN, everything fused": {**layer, "ratio": 1.0},
+            },
+            "NCHW fp32": {
+                "AN, eager BN elsewhere": {**layer, "ratio": 1.0},
+                "AN, everything fused": {**layer, "ratio": 0.9},
+            },
+        },
+    }
     by_name = {goal.what: goal for goal in tools["report"].goals(report)}
     missed = by_name["AN + ReLU, cpu, maps of 14x14 and larger"]
     assert (missed.value, missed.where, missed.met) == (0.97, "256x14x14 NCHW fp32", False)
     assert by_name["AN, cpu: times faster than naive AN"].value == pytest.approx(8 / 0.97)
-    assert by_name["GN, cpu: times faster than nn.GroupNorm, bf16 NHWC, 28x28 and larger"].value == pytest.approx(12.5)
+    assert by_name[
+        "GN, cpu: times faster than nn.GroupNorm, bf16 NHWC, 28x28 and larger"
+    ].value == pytest.approx(12.5)
     assert by_name["ResNet-50 step, AN, everything fused, bf16 or NCHW"].value == 0.9
     assert by_name["maps kept for backward, more than BN + ReLU keeps (small tensors count)"].met
     assert by_name["AN-ResNet-50 in onnxruntime, batch 1 / BN folded"].value is None
@@ -155,6 +220,10 @@ def test_every_goal_is_in_the_table_with_what_decides_it(tools):
 
 def test_a_gpus_figures_stand_beside_them(tools):
     entry = {"value": 0.9, "goal": 0.85, "missed": False}
-    gpu = {"machine": {"device": "a GPU"}, "seconds": 3, "passes": {"moments": entry, "copy, GB/s": {**entry, "goal": None}}}
+    gpu = {
+        "machine": {"device": "a GPU"},
+        "seconds": 3,
+        "passes": {"moments": entry, "copy, GB/s": {**entry, "goal": None}},
+    }
     text = tools["report"]._gpu_table(gpu)
     assert "| passes: moments | 0.85 | 0.900 | yes |" in text and "copy" not in text

@@ -96,7 +96,7 @@ def test_a_convolution_with_other_users_is_left_alone(tools):
 
 @torch.no_grad()
 def test_a_channel_far_from_zero_keeps_its_variance(tools):
-    """The convolution takes the centre off before the moments are formed: no digits are lost to a large mean."""
+    """The convolution takes the centre off before the moments are formed: a large mean costs no digits."""
     norm = anorm.create_norm("an", 4, act="relu", k=3)
     norm.base.running_mean.fill_(1e3)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), norm).eval()
@@ -105,7 +105,9 @@ def test_a_channel_far_from_zero_keeps_its_variance(tools):
     expected = model.double()(images.double())
     folded, report = tools[1].fold(model.float())
     assert report.centred == ["1"]
-    assert largest_difference(folded(images).double(), expected) < 1e-4  # 1e3 in float32 carries 6e-5 of absolute error
+    assert (
+        largest_difference(folded(images).double(), expected) < 1e-4
+    )  # 1e3 in float32 carries 6e-5 of absolute error
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +118,13 @@ def exported(tools, tmp_path_factory):
 
 
 def test_what_is_written(exported):
-    model, folder, report = exported
+    _, folder, report = exported
     assert json.loads((folder / "export.json").read_text()) == report
     assert sorted(p.name for p in folder.iterdir()) == ["export.json", *sorted(report["files"])]
     assert report["norms"] == {"folded": 10, "centred": 9, "kept": []}
-    assert set(report["latency_ms"]) == {"torch", "onnxruntime"} and report["latency_ms"]["torch"]["median"] > 0
+    assert (
+        set(report["latency_ms"]) == {"torch", "onnxruntime"} and report["latency_ms"]["torch"]["median"] > 0
+    )
 
 
 @torch.no_grad()
@@ -138,7 +142,12 @@ def test_onnx_says_its_axes(exported):
     import onnx
 
     graph = onnx.load(exported[1] / "model.onnx").graph
-    assert [d.dim_param or d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == ["batch", 3, "height", "width"]
+    assert [d.dim_param or d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [
+        "batch",
+        3,
+        "height",
+        "width",
+    ]
     assert [graph.input[0].name, graph.output[0].name] == ["images", "logits"]
     assert {node.domain for node in graph.node} == {""}, "standard operators only"
     assert sum(node.op_type == "BatchNormalization" for node in graph.node) == 0
@@ -155,7 +164,10 @@ def test_safetensors_hold_the_trained_weights(exported):
     model, folder, _ = exported
     twin = anorm.create_model("resnet20", "an", num_classes=10)
     anorm.load_weights(twin, folder / "model.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(twin.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_a_network_of_one_size_keeps_it(tools, tmp_path):
@@ -204,4 +216,6 @@ def test_untrained_networks_are_given_statistics(tools):
     tools[0].settle(model)
     with torch.no_grad():
         assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
-    assert not model.training and all(m.momentum == 0.1 for m in model.modules() if isinstance(m, Norm) and hasattr(m, "momentum"))
+    assert not model.training and all(
+        m.momentum == 0.1 for m in model.modules() if isinstance(m, Norm) and hasattr(m, "momentum")
+    )
