@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from anorm.archs import foreign
 from anorm.data import sources
 from anorm.data.decode import decode
 from anorm.data.loaders import EvalLoader, TrainLoader
@@ -65,6 +66,13 @@ def complete(config: dict) -> dict:
             raise ValueError(f"{section}.name is missing: choose {section}=...")
         full[section] = (
             {"name": config[section]["name"]} | (_arguments(section, config[section]) or {}) | config[section]
+        )
+    if ":" in full["arch"]["name"]:
+        foreign.find(full["arch"]["name"])
+    elif ":" in full["norm"]["name"]:
+        raise ValueError(
+            f"norm={full['norm']['name']} goes with arch=timm:NAME or arch=torchvision:NAME; for "
+            f"arch={full['arch']['name']} take norm=module norm.target=CLASS"
         )
     if full["norm"]["name"] == "module" and not full["norm"].get("target"):
         raise ValueError("norm=module needs the class of the layer: norm.target=package.module.Class")
@@ -123,12 +131,12 @@ def create_network(config: dict, num_classes: int) -> nn.Module:
     torch.manual_seed(seed_of(seed, "init of norms"))
     model = create_model(name, norm, num_classes, **arch)
     torch.manual_seed(seed_of(seed, "init"))
-    plain = dict(create_model(name, "bn", num_classes, **arch).named_parameters())
-    of_norms = {id(p) for module in model.modules() if isinstance(module, Norm) for p in module.parameters()}
+    plain = create_model(name, "bn", num_classes, **arch)
+    of_norms = {id(p) for module in plain.modules() if isinstance(module, Norm) for p in module.parameters()}
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for key, parameter in plain.named_parameters():
             if id(parameter) not in of_norms:
-                parameter.copy_(plain[key])
+                model.get_parameter(key).copy_(parameter)
     return model
 
 

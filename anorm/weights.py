@@ -71,6 +71,8 @@ def load_weights(
     if head not in ("match", "replace"):
         raise ValueError(f"head={head!r} is neither 'match' nor 'replace'")
     state = read_state(path, entry)
+    for prefix in _wrapper_prefixes(model.state_dict()):  # as the file's: DDP, torch.compile, another library's network
+        model = model.get_submodule(prefix.removesuffix("."))
     target = model.state_dict(keep_vars=True)
     style, names = translate({name: tuple(value.shape) for name, value in state.items()}, target)
     report = LoadReport(str(path), style)

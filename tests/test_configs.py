@@ -52,9 +52,11 @@ def test_a_plain_module_is_a_norm():
     config, _ = composed(
         "norm=module", "norm.target=torch.nn.GroupNorm", "norm.num_groups=8", "arch=resnet18"
     )
-    # GroupNorm takes its groups first, so it is called with both: a class whose first argument is not C is
-    # refused
-    with pytest.raises(ValueError, match="norm.target"):
+    assert (create_network(config, 10).bn1.module.num_groups, config["norm"]["num_groups"]) == (8, 8)
+    config, _ = composed(
+        "norm=module", "norm.target=torch.nn.GroupNorm", "norm.groups=8", "arch=resnet18"
+    )
+    with pytest.raises(ValueError, match="norm.target.*groups"):
         create_network(config, 10)
     config, _ = composed(
         "norm=module", "norm.target=torch.nn.InstanceNorm2d", "norm.affine=true", "arch=resnet18"

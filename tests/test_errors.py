@@ -28,6 +28,9 @@ def refused(capsys, *arguments):
     [
         (["norm=attn"], ["unknown norm 'attn'", "an"]),
         (["arch=resnet5"], ["unknown arch 'resnet5'", "resnet50"]),
+        (["arch=timm:resnt18"], ["timm has no model 'resnt18'", "resnet18"]),
+        (["arch=torchvison:resnet18"], ["unknown arch 'torchvison:resnet18'", "torchvision:NAME"]),
+        (["arch=resnet18", "norm=timm:frn"], ["arch=timm:NAME", "norm=module"]),
         (["setup=vanila"], ["vanilla"]),
         (["epoch=3"], ["unknown key epoch", "epochs"]),
         (["lr=0.1"], ["optim.lr"]),
@@ -68,6 +71,10 @@ def test_mistakes_in_the_command_line(capsys, arguments, words):
     ("arguments", "words"),
     [
         (["norm=an", "norm.k=[10,10,20]"], ["k has 3 numbers", "4 stages"]),
+        (["arch=timm:resnet18", "arch.foo=1"], ["timm:resnet18", "'foo'"]),
+        (["arch=timm:convnext_atto"], ["no BatchNorm2d"]),
+        (["arch=timm:resnet18", "norm=timm:nope"], ["timm has no norm layer 'nope'"]),
+        (["arch=timm:resnet18", "norm=timm:groupnorm", "norm.groups=3"], ["timm:groupnorm", "'groups'"]),
         (["norm=an", "norm.k=0"], ["k=0", "positive"]),
         (["norm=gn", "norm.groups=7"], ["64 channels", "7"]),
         (["norm=an", "batch_size=1"], ["batch", "2"]),

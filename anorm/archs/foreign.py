@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from anorm.archs.base import FeatureInfo
 from anorm.archs.trace import Call, trace
 
-__all__ = ["LIBRARIES", "Foreign", "load", "timm_norm"]
+__all__ = ["LIBRARIES", "Foreign", "find", "load", "timm_norm"]
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -57,12 +57,11 @@ class Foreign(nn.Module):
         return {name: maps[name] for name in self.feature_info}
 
 
-def load(arch: str, num_classes: int = 1000, in_channels: int = 3, **options) -> Foreign:
-    """``timm:NAME`` or ``torchvision:NAME``; options go to the library's own function.
+def find(arch: str) -> tuple[ModuleType, str]:
+    """``timm:NAME`` or ``torchvision:NAME`` -> (the library, NAME).
 
-    Raises ValueError for a name that the library does not have (with the nearest) and for images of other
-    than 3 channels where torchvision is asked; ImportError, with what to install, where the library is
-    missing.
+    Raises ValueError for a name that the library does not have, with the nearest; ImportError, with what to
+    install, where the library is missing.
     """
     library, _, name = arch.partition(":")
     if library not in LIBRARIES:
@@ -74,24 +73,52 @@ def load(arch: str, num_classes: int = 1000, in_channels: int = 3, **options) ->
     if name.split(".")[0] not in names:
         near = difflib.get_close_matches(name, names, n=3)
         raise ValueError(f"{library} has no model {name!r}" + (f"; try {', '.join(near)}" if near else ""))
-    if library == "timm":
-        return Foreign(package.create_model(name, num_classes=num_classes, in_chans=in_channels, **options))
+    return package, name
+
+
+def load(arch: str, num_classes: int = 1000, in_channels: int = 3, **options) -> Foreign:
+    """``timm:NAME`` or ``torchvision:NAME``; options go to the library's own function.
+
+    Raises, besides ``find``'s errors, ValueError for an option that the network does not take and for images
+    of other than 3 channels where torchvision is asked.
+    """
+    package, name = find(arch)
+    try:
+        return Foreign(_create(package, name, num_classes, in_channels, options))
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise ValueError(f"{arch}: {error}") from error
+
+
+def _create(package: ModuleType, name: str, num_classes: int, in_channels: int, options: dict) -> nn.Module:
+    if package.__name__ == "timm":
+        return package.create_model(name, num_classes=num_classes, in_chans=in_channels, **options)
     if in_channels != 3:
         raise ValueError(
             f"torchvision's networks take images of 3 channels, not {in_channels}; timm's take any"
         )
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False} | ({} if options.get("weights") else {"init_weights": True}) | options
-    return Foreign(package.models.get_model(name, num_classes=num_classes, **options))
+    return package.models.get_model(name, num_classes=num_classes, **options)
 
 
 def timm_norm(name: str, channels: int, act: nn.Module, drop: nn.Module, options: dict) -> nn.Module:
     """timm's norm layer of that name, as it is; its norm + activation layer where the BN had an activation or
     a drop.
 
-    Raises ValueError for a name that timm does not have, and for EvoNorm, which cannot do without its
-    activation, where the BN had none.
+    Raises ValueError for a name that timm does not have, for an option that the layer does not take, and for
+    EvoNorm, which cannot do without its activation, where the BN had none.
     """
+    try:
+        return _timm_norm(name, channels, act, drop, options)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise ValueError(f"norm=timm:{name}: {error}") from error
+
+
+def _timm_norm(name: str, channels: int, act: nn.Module, drop: nn.Module, options: dict) -> nn.Module:
     _import("timm")
     layers = importlib.import_module("timm.layers")
     plain, joint = _found(layers.get_norm_layer, name), _found(layers.get_norm_act_layer, name)

@@ -18,6 +18,8 @@ from anorm.engine.names import nearest
 GROUPS = ("arch", "norm", "setup", "data", "hardware")
 RECIPE = "recipe"
 """Entry in the yaml of an architecture or a data set: "key: value", or "group=choice ...: {key: value}"."""
+LIBRARIES = {"arch": ("timm:", "torchvision:"), "norm": ("timm:",)}
+"""Groups that also take LIBRARY:NAME, what another library calls it, without a yaml."""
 Accepted = Callable[[str, dict], "set[str] | None"]
 
 
@@ -42,8 +44,9 @@ def compose(folder: Path, overrides: list[str], accepted: Accepted) -> Composed:
     where it takes any. Raises ValueError, in words, for an unknown group choice, key or form of override.
     """
     picked, values = _split(folder, overrides)
-    groups = [f"{group}={choice}" for group, choice in picked.items()]
+    groups = [word for group, choice in picked.items() for word in _choice(group, choice)]
     base, chosen = _hydra(folder, groups)
+    chosen |= picked
     recipe = list(_recipe(base, chosen, values))
     forced = [f"++{key}={_literal(value)}" for _, key, value in recipe]
     config, _ = _hydra(folder, groups + forced + [f"++{key}={text}" for key, text in values])
@@ -54,6 +57,11 @@ def compose(folder: Path, overrides: list[str], accepted: Accepted) -> Composed:
     given = {key for key, _ in values}
     said = [f"{why}: {key}={_literal(value)}" for why, key, value in recipe if key not in given]
     return Composed(config, chosen, said)
+
+
+def _choice(group: str, choice: str) -> list[str]:
+    """The words by which Hydra takes a choice; another library's name stands for a section with this name."""
+    return [f"~{group}", f"+{group}.name='{choice}'"] if ":" in choice else [f"{group}={choice}"]
 
 
 def change(config: dict, overrides: list[str], accepted: Accepted) -> dict:
@@ -112,12 +120,11 @@ def _split(folder: Path, overrides: list[str]) -> tuple[dict[str, str], list[tup
         if key not in GROUPS:
             values.append((key, override.split("=", 1)[1]))
             continue
-        known = choices(folder, key)
-        if parsed.value() not in known:
-            raise ValueError(
-                f"unknown {key} {parsed.value()!r}{nearest(str(parsed.value()), known, 'choices')}"
-            )
-        picked[key] = parsed.value()
+        value, known, foreign = str(parsed.value()), choices(folder, key), LIBRARIES.get(key, ())
+        if value not in known and not value.startswith(foreign):
+            other = f"; or {' or '.join(f'{library}NAME' for library in foreign)}" if foreign else ""
+            raise ValueError(f"unknown {key} {value!r}{nearest(value, known, 'choices')}{other}")
+        picked[key] = value
     return picked, values
 
 
@@ -134,7 +141,7 @@ def _hydra(folder: Path, overrides: list[str]) -> tuple[dict, dict[str, str]]:
     try:
         with hydra.initialize_config_dir(config_dir=str(folder.resolve()), **version):
             tree = hydra.compose("train", overrides=overrides, return_hydra_config=True)
-        chosen = {group: tree.hydra.runtime.choices[group] for group in GROUPS}
+        chosen = {group: tree.hydra.runtime.choices.get(group) for group in GROUPS}
         del tree._metadata.flags["struct"]
         config = OmegaConf.to_container(
             OmegaConf.masked_copy(tree, [key for key in tree if key != "hydra"]), resolve=True

@@ -23,7 +23,7 @@ def folder_for(config: dict, choices: dict[str, str], signature: str) -> Path:
     """run_dir, or runs/ARCH-NORM-DATA-SETUP-sSEED-SIGNATURE under the present folder."""
     if config["run_dir"]:
         return Path(config["run_dir"]).expanduser().resolve()
-    words = [choices[group] for group in ("arch", "norm", "data", "setup")]
+    words = [choices[group].replace(":", "_") for group in ("arch", "norm", "data", "setup")]
     return Path("runs", "-".join([*words, f"s{config['seed']}", signature])).resolve()
 
 

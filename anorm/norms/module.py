@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ class ModuleNorm(Norm):
     Nothing is fused: the module runs as it is.
 
     Args:
-        channels: C, the first argument of the module's constructor.
+        channels: C, the argument num_features, num_channels or channels of the module's constructor, else its first.
         act: activation after the sum, or None.
         target: dotted name of the class, e.g. ``torch.nn.BatchNorm2d``, or the class itself.
         options: further keyword arguments of the class.
@@ -31,7 +32,7 @@ class ModuleNorm(Norm):
         if isinstance(target, str):
             target = _locate(target)
         try:
-            self.module = target(channels, **options)
+            self.module = _construct(target, channels, options)
         except TypeError as error:
             raise ValueError(f"norm.target: {target.__name__}({channels}, ...) failed: {error}") from error
 
@@ -52,6 +53,11 @@ class ModuleNorm(Norm):
             nn.init.zeros_(self.module.weight)
         else:
             raise ValueError(f"{type(self.module).__name__} has neither zero_init() nor a weight to start at zero")
+
+
+def _construct(target: type, channels: int, options: dict) -> nn.Module:
+    named = [p for p in inspect.signature(target).parameters if p in ("num_features", "num_channels", "channels")]
+    return target(**{named[0]: channels}, **options) if named else target(channels, **options)
 
 
 def _locate(dotted: str) -> type:
