@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from anorm.data.feeds.workers import keep_freed_memory
 from anorm.engine.distributed import World
 from anorm.engine.settings import Hardware
 
@@ -144,6 +145,8 @@ def set_backends(hardware: Hardware, resume: dict | None) -> None:
     """The process-wide switches of torch."""
     # sums depend on the number of threads: a resumed run keeps its own
     torch.set_num_threads(resume["threads"] if resume else hardware.threads)
+    if hardware.device == "cpu":
+        keep_freed_memory()
     fast = hardware.dtype == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
     torch.backends.cudnn.benchmark = not hardware.deterministic

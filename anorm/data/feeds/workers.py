@@ -83,13 +83,14 @@ def _start(worker: int) -> None:
     # What was forked is the rank's to collect: a worker that collected the remains of another loader would close
     # that one's queues. It also keeps the collector from copying the rank's memory.
     gc.freeze()
-    _keep_freed_memory()
+    keep_freed_memory()
     _leave_signals_to_the_rank()
 
 
-def _keep_freed_memory() -> None:
-    """A decoded photograph is larger than what glibc keeps, so each would be mapped, cleared page by page and given back:
-    a tenth of the time. Other C libraries have no mallopt, or another one."""
+def keep_freed_memory() -> None:
+    """Decoded photographs, and the maps and gradients of a step on a CPU, are larger than what glibc keeps, so each would
+    be mapped, cleared page by page and given back: a tenth of a worker's time, a quarter of a step's. Other C libraries
+    have no mallopt, or another one."""
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         m_trim_threshold, m_mmap_threshold = -1, -3
         for option in (m_trim_threshold, m_mmap_threshold):
