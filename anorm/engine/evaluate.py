@@ -38,9 +38,7 @@ class Result:
 
 
 # of a process that was given no image: the types are those of the other processes' columns
-NO_COLUMNS = [
-    torch.empty(0, dtype=kind) for kind in (*[torch.int64] * 3, *[torch.bool] * 2, torch.float32)
-]
+NO_COLUMNS = [torch.empty(0, dtype=kind) for kind in (*[torch.int64] * 3, *[torch.bool] * 2, torch.float32)]
 
 
 @torch.no_grad()
