@@ -81,7 +81,8 @@ def _arguments(section: str, node: dict) -> dict | None:
         signatures = [called] if called else []
     elif section == "norm":
         called, hidden = norm_classes().get(name), {"name", "channels", "act", "options"}
-        signatures = [Placement, called] if called else []
+        # last, as it wins: an option whose default depends on the site (AN's k, SE's reduction) is None
+        signatures, hidden = [Placement, called, called.at] if called else [], hidden | {"site"}
     else:
         assert section == "data", section
         hidden = set()
