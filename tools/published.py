@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -87,7 +87,10 @@ def match(grid: Grid, folder: Path) -> list[Match]:
     if not files:
         raise ValueError(f"--weights {folder} holds no weights: files that end in {', '.join(SUFFIXES)}")
     lines = list({line.likeness: line for line in reversed(grid.lines)}.values())[::-1]
-    networks = {line.likeness: _names_and_shapes(line) for line in lines}
+    networks = {
+        line.likeness: _names_and_shapes(json.dumps(line.config["arch"]), json.dumps(line.config["norm"]))
+        for line in lines
+    }
     found: list[Match] = []
     for file in files:
         state = read_state(file)
@@ -102,11 +105,12 @@ def match(grid: Grid, folder: Path) -> list[Match]:
     return found
 
 
-def _names_and_shapes(line: Line) -> dict[str, torch.Tensor]:
-    """The state_dict of the row's network for ImageNet's classes, without memory behind it."""
-    arch = {key: value for key, value in line.config["arch"].items() if key != "name"}
+@cache
+def _names_and_shapes(arch_config: str, norm_config: str) -> dict[str, torch.Tensor]:
+    """The state_dict of a network for ImageNet's classes, without memory behind it."""
+    arch = json.loads(arch_config)
     with torch.device("meta"):
-        return create_model(line.config["arch"]["name"], line.config["norm"], 1000, **arch).state_dict()
+        return create_model(arch.pop("name"), json.loads(norm_config), 1000, **arch).state_dict()
 
 
 def _of_its_setup(file: Path, folder: Path, fitting: list[Line]) -> Line | None:
