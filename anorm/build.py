@@ -17,7 +17,7 @@ from anorm.data.decode import decode
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.mixing import Mixing
 from anorm.data.random import seed_of
-from anorm.data.sources import Source
+from anorm.data.sources import Dataset, Source
 from anorm.data.transforms import Crop
 from anorm.engine import optim
 from anorm.engine.checkpoint import write_atomic
@@ -89,7 +89,8 @@ def _arguments(section: str, node: dict) -> dict | None:
         signatures = [called] if called else []
     elif section == "norm":
         called, hidden = norm_classes().get(name), {"name", "channels", "act", "options"}
-        signatures = [Placement, called] if called else []
+        # last, as it wins: an option whose default depends on the site (AN's k, SE's reduction) is None
+        signatures, hidden = [Placement, called, called.at] if called else [], hidden | {"site"}
     else:
         assert section == "data", section
         hidden = set()
@@ -236,9 +237,23 @@ def evaluator(config: dict, weights: Path | None = None) -> Evaluator:
     """What evaluates the network of a complete and resolved configuration, in this process; its weights are
     in ``weights``.
     """
-    settings, source = settings_from(config), create_source(config)
+    source = create_source(config)
+    return evaluators(config, source.num_classes, weights, source)(source.val)
+
+
+def evaluators(
+    config: dict, num_classes: int, weights: Path | None = None, source: Source | None = None
+) -> Callable[[Dataset], Evaluator]:
+    """Like ``evaluator``, for whatever images: gives what evaluates one network on any data set.
+
+    source: the configuration's own data; looked for only where statistics are recalibrated on its training
+    images.
+    """
+    settings = settings_from(config)
+    if settings.eval.stats == "recalibrated" and source is None:
+        source = create_source(config)
     world = World().on(settings.hardware.device)
-    model = create_network(config, source.num_classes)
+    model = create_network(config, num_classes)
     if weights:
         load_weights(model, weights)
     place(model, settings.hardware, world.device)
@@ -248,32 +263,46 @@ def evaluator(config: dict, weights: Path | None = None) -> Evaluator:
         "device": world.device,
         "channels_last": settings.hardware.channels_last,
     }
-    return Evaluator(
-        model,
-        TrainLoader(source, settings.seed, settings.optim.global_batch, settings.batch_size, **loading),
-        EvalLoader(source.val, settings.eval.batch_size or settings.batch_size, **loading),
-        world,
-        autocast_of(settings.hardware, world.device),
-        settings.eval,
-        settings.epochs,
+    train = source and TrainLoader(
+        source, settings.seed, settings.optim.global_batch, settings.batch_size, **loading
     )
+
+    def on(images: Dataset) -> Evaluator:
+        return Evaluator(
+            model,
+            train,
+            EvalLoader(images, settings.eval.batch_size or settings.batch_size, **loading),
+            world,
+            autocast_of(settings.hardware, world.device),
+            settings.eval,
+            settings.epochs,
+        )
+
+    return on
 
 
 CARD = "data.json"
 
 
 def write_data_card(folder: Path, source: Source) -> None:
-    """data.json: what a prediction needs to know about the data, so that it does not need the data."""
+    """data.json: what a prediction needs to know about the data, so that it does not need the data; and which
+    images the run is evaluated on.
+    """
+    write_atomic(folder / CARD, json.dumps(data_card(source)).encode())
+
+
+def data_card(source: Source) -> dict:
+    """What ``write_data_card`` writes."""
     crop = getattr(source.val, "crop", None)
-    card = {
+    return {
         "classes": source.classes,
+        "images": source.val.identity,
         "mean": source.mean,
         "std": source.std,
         "image_size": source.image_size,
         "eval_resize": crop.short_side if crop else source.image_size,
         "interpolation": crop.interpolation if crop else "bilinear",
     }
-    write_atomic(folder / CARD, json.dumps(card).encode())
 
 
 def predictor(folder: Path, config: dict) -> tuple[nn.Module, Callable[[Path], Tensor], list[str]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LoadReport", "load_weights", "read_state", "translate"]
+__all__ = ["LoadReport", "compare", "load_weights", "read_state", "translate"]
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "network")
 WRAPPERS = ("module.", "network.", "_orig_mod.", "model.")  # DataParallel, FP16Model, torch.compile, Lightning
@@ -74,6 +74,26 @@ def load_weights(
     for prefix in _wrapper_prefixes(model.state_dict()):  # as the file's: DDP, torch.compile, another library's network
         model = model.get_submodule(prefix.removesuffix("."))
     target = model.state_dict(keep_vars=True)
+    report, fits, names = compare(target, state, path)
+    if head == "replace":
+        _forgive_head(model, report, fits)
+    if strict and not report.complete:
+        raise ValueError(_misfit(report, state, target, names))
+    if not fits:
+        raise ValueError(_misfit(report, state, target, names))
+    with torch.no_grad():
+        for place, value in fits.items():
+            target[place].copy_(value)
+    report.loaded = len(fits)
+    return report
+
+
+def compare(
+    target: dict[str, Tensor], state: dict[str, Tensor], path: str | Path = "the file"
+) -> tuple[LoadReport, dict[str, Tensor], dict[str, str]]:
+    """What of a file's ``state`` has a place in a network's state_dict ``target``; copies nothing, so both may be on
+    the meta device. Returns the report, {name in the network: tensor in its shape}, {name in the file: in the network}.
+    """
     style, names = translate({name: tuple(value.shape) for name, value in state.items()}, target)
     report = LoadReport(str(path), style)
     fits: dict[str, Tensor] = {}
@@ -87,17 +107,7 @@ def load_weights(
             fits[place] = shaped
     given = fits.keys() | set(report.mismatched)
     report.missing = [name for name in target if name not in given and not name.endswith("num_batches_tracked")]
-    if head == "replace":
-        _forgive_head(model, report, fits)
-    if strict and not report.complete:
-        raise ValueError(_misfit(report, state, target, names))
-    if not fits:
-        raise ValueError(_misfit(report, state, target, names))
-    with torch.no_grad():
-        for place, value in fits.items():
-            target[place].copy_(value)
-    report.loaded = len(fits)
-    return report
+    return report, fits, names
 
 
 def read_state(path: str | Path, entry: str | None = None) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from commands import ROOT
 from anorm.build import accepted, complete, create_network
 from anorm.engine.compose import GROUPS, choices, compose
 from anorm.engine.settings import Settings, sections
+from anorm.registry import create_model
 
 CONFIGS = ROOT / "configs"
 PAIRS = [(group, choice) for group in GROUPS for choice in choices(CONFIGS, group)]
@@ -46,6 +47,29 @@ def test_every_architecture_builds_under_every_setup(arch):
 def test_every_norm_builds(norm):
     config, _ = composed(f"norm={norm}", "arch=resnet18")
     create_network(config, 10)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2", "densenet121"])
+@pytest.mark.parametrize("norm", [name for name in choices(CONFIGS, "norm") if name != "module"])
+def test_the_network_that_is_trained_is_the_librarys(norm, arch):
+    """What a complete configuration spells out must not be what a default that depends on the site would not be: AN's
+    published K is 10, 10, 20, 20 for four stages."""
+    with torch.device("meta"):
+        trained = create_network(composed(f"arch={arch}", f"norm={norm}")[0], 1000).state_dict()
+        wanted = create_model(arch, norm, 1000).state_dict()
+    assert {n: v.shape for n, v in trained.items()} == {n: v.shape for n, v in wanted.items()}
+
+
+def test_trained_networks_have_their_papers_size():
+    def size(*arguments):
+        with torch.device("meta"):
+            return sum(p.numel() for p in create_network(composed(*arguments)[0], 1000).parameters())
+
+    assert size("arch=resnet50", "norm=an") == 25_755_420  # K 10, 10, 20, 20; 10 everywhere has 92,340 fewer
+    assert size("arch=resnet50", "norm=an", "norm.k=10") == 25_663_080
+    # SE behind the 3x3 has a reduction of 4 (C = 64, 128, 256, 512 in 3, 4, 6, 3 blocks), as a block's last norm 16
+    gates = sum(n * 2 * c * c // 4 for n, c in ((3, 64), (4, 128), (6, 256), (3, 512)))
+    assert size("arch=resnet50", "norm=se", "norm.place=2") == size("arch=resnet50", "norm=bn") + gates
 
 
 def test_a_plain_module_is_a_norm():

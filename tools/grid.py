@@ -7,15 +7,18 @@ A yaml of ``configs/grid`` (or any file):
     axes:                                              rows are all combinations, the last axis fastest
       norm: [bn, an]                                   the first value of the first axis is the baseline of comparisons
       norm.k: {when: norm=an, values: [5, 10, 20]}     an axis can hold for some choices only
-      optim.lr: [0.05, 0.1, 0.2]                       without "when" every norm has the same budget
+      optim.lr: [0.05, 0.1, 0.2]                       every norm must be given the same number of learning rates
     seeds: 3
+
+An axis can also be a list of {when: ..., values: [...]}, of which the first that holds counts: other learning rates for
+each norm, as many of them. With an axis optim.lr the best rate of each norm is selected, and those are compared.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,18 +34,25 @@ from anorm.engine.signature import EXCLUDED
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
+RATE = "optim.lr"
 
 
 @dataclass(frozen=True)
 class Line:
     """A row to be filled. overrides: train.py's arguments but for the seed; printed: the paper's row, where there is one;
-    versus: the label of the line that it is compared with."""
+    versus: the label of the line that it is compared with.
+
+    Of a grid with an axis of learning rates: rate, this line's; tuned and tuned_versus, label and versus without it.
+    """
 
     label: str
     group: str
     overrides: tuple[str, ...]
     printed: tables.Row | None = None
     versus: str | None = None
+    rate: float | None = None
+    tuned: str | None = None
+    tuned_versus: str | None = None
 
     @cached_property
     def composed(self) -> tuple[dict, dict[str, str]]:
@@ -134,32 +144,57 @@ def _own(path: Path, extra: tuple[str, ...]) -> Grid:
     known = {"title", "overrides", "axes", "seeds", "notes"}
     if not isinstance(data, dict) or not {"title", "axes"} <= set(data) <= known:
         raise ValueError(f"{path}: a grid has {', '.join(sorted(known))}, of which title and axes are needed")
-    axes = {key: axis if isinstance(axis, dict) else {"values": axis} for key, axis in data["axes"].items()}
-    for key, axis in axes.items():
-        if not {"values"} <= set(axis) <= {"values", "when"} or not isinstance(axis["values"], list):
-            raise ValueError(f"{path}: axis {key} is a list of values, or {{when: norm=an, values: [...]}}")
+    axes = {key: _cases(path, key, axis) for key, axis in data["axes"].items()}
+    if twice := [a for a in (*data.get("overrides", ()), *extra) if a.split("=")[0].lstrip("+") in axes]:
+        raise ValueError(f"{twice[0]}: {twice[0].split('=')[0]} is an axis of {path.name} already: leave it out, or change the axis")
     first, lines = next(iter(axes)), []
-    baseline = axes[first]["values"][0]
+    baseline = axes[first][0]["values"][0]
     for choice in combinations(axes):
-        label = ", ".join(_shown(key, value) for key, value in choice.items())
-        others = {key: value for key, value in choice.items() if key != first and "when" not in axes[key]}
-        versus = None if choice[first] == baseline else ", ".join(_shown(k, v) for k, v in ({first: baseline} | others).items())
+        others = {key: value for key, value in choice.items() if key != first and "when" not in axes[key][0]}
+        compared = None if choice[first] == baseline else {first: baseline} | others
         overrides = (*data.get("overrides", ()), *(f"{key}={literal(value)}" for key, value in choice.items()), *extra)
-        lines.append(Line(label, data["title"], overrides, versus=versus))
+        line = Line(_words(choice), data["title"], overrides, versus=compared and _words(compared))
+        if RATE in axes:
+            line = replace(line, rate=choice.get(RATE), tuned=_words(choice, RATE), tuned_versus=compared and _words(compared, RATE))
+        lines.append(line)
+    _check_budget(path, lines)
     labels = {line.label for line in lines}
-    lines = [line if line.versus in labels else Line(line.label, line.group, line.overrides) for line in lines]
+    lines = [line if line.versus in labels else replace(line, versus=None) for line in lines]
     return Grid(path.stem, data["title"], tuple(lines), data.get("seeds", 3), False, notes=tuple(data.get("notes", ())))
 
 
-def combinations(axes: dict[str, dict]) -> Iterator[dict[str, Any]]:
-    """Every choice of values; an axis whose ``when`` ("norm=an", "norm=an optim.lr=0.1") does not hold is left out of it."""
+def _cases(path: Path, key: str, axis: Any) -> list[dict]:
+    """An axis as a list of {when, values}."""
+    cases = axis if isinstance(axis, list) and any(isinstance(a, dict) and "values" in a for a in axis) else [axis]
+    cases = [case if isinstance(case, dict) else {"values": case} for case in cases]
+    for case in cases:
+        if not {"values"} <= set(case) <= {"values", "when"} or not isinstance(case["values"], list) or not case["values"]:
+            raise ValueError(f"{path}: axis {key} is a list of values, or {{when: norm=an, values: [...]}}, or a list of these")
+    return cases
+
+
+def _check_budget(path: Path, lines: list[Line]) -> None:
+    """Raises ValueError where one norm is given more learning rates to choose from than another."""
+    tried: dict[str | None, set] = {}
+    for line in lines:
+        tried.setdefault(line.tuned, set()).add(line.rate)
+    most, fewest = (pick(tried, key=lambda name: len(tried[name])) for pick in (max, min))
+    if len(tried[most]) > len(tried[fewest]):
+        raise ValueError(f"{path}: {most} is given {len(tried[most])} learning rates and {fewest} {len(tried[fewest])}: the best of more "
+                         f"is better by luck alone. Give each as many, by {RATE} without when, or by a list for each norm: "
+                         f"{RATE}: [{{when: norm=bn, values: [...]}}, ...]")
+
+
+def combinations(axes: dict[str, list[dict]]) -> Iterator[dict[str, Any]]:
+    """Every choice of values. Of each axis counts the first case whose ``when`` ("norm=an", "norm=an optim.lr=0.1") holds;
+    an axis without such a case is left out."""
     found: list[dict[str, Any]] = [{}]
-    for key, axis in axes.items():
+    for key, cases in axes.items():
         grown = []
         for choice in found:
             facts = {f"{k}={literal(v)}" for k, v in choice.items()}
-            holds = facts.issuperset(str(axis.get("when", "")).split())
-            grown += [choice | {key: value} for value in axis["values"]] if holds else [choice]
+            case = next((c for c in cases if facts.issuperset(str(c.get("when", "")).split())), None)
+            grown += [choice | {key: value} for value in case["values"]] if case else [choice]
         found = grown
     return iter(found)
 
@@ -167,6 +202,10 @@ def combinations(axes: dict[str, dict]) -> Iterator[dict[str, Any]]:
 def literal(value: Any) -> str:
     """A yaml value as train.py's command line takes it."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _words(choice: dict[str, Any], without: str = "") -> str:
+    return ", ".join(_shown(key, value) for key, value in choice.items() if key != without)
 
 
 def _shown(key: str, value: Any) -> str:
@@ -179,7 +218,7 @@ def _scaled(grid: Grid, scale: str) -> Grid:
         known = ", ".join(sorted(p.stem for p in (CONFIGS / "scale").glob("*.yaml")))
         raise ValueError(f"no scale {scale!r}: there is {known}")
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    lines = tuple(Line(line.label, line.group, (*line.overrides, *data["overrides"]), line.printed, line.versus) for line in grid.lines)
+    lines = tuple(replace(line, overrides=(*line.overrides, *data["overrides"])) for line in grid.lines)
     return Grid(grid.name, grid.title, lines, grid.seeds, False, (f"{scale} protocol, not the paper's: {data['what']}", *grid.notes),
                 grid.marks)
 

@@ -11,6 +11,7 @@ in unlike ways (resolution, statistics, last or best epoch, dtype ...) are refus
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 from judgement import changes_by_class, compare_methods, compare_pair, words
 from records import Run, images_of, one_stamp, open_run
 
-from anorm.build import create_source
+from anorm.build import CARD
 from anorm.engine.commandline import user_errors
 
 
@@ -33,7 +34,7 @@ def report(a: list[Run], b: list[Run]) -> str:
     stamp = one_stamp(run.stamp() for run in (*a, *b))
     a, b = (sorted(runs, key=lambda run: run.seed) for runs in (a, b))
     name_a, name_b = (_name(runs) for runs in (a, b))
-    images_a, images_b = images_of(a), images_of(b)
+    images_a, images_b = np.split(images_of([*a, *b]), [len(a)])
     seeds_a, seeds_b = [r.seed for r in a], [r.seed for r in b]
     if name_a == name_b:
         name_a, name_b = "a", "b"
@@ -53,14 +54,10 @@ def report(a: list[Run], b: list[Run]) -> str:
 
 
 def _classes(run: Run, images_a: np.ndarray, images_b: np.ndarray, shown: int = 5) -> list[str]:
-    """The classes that gain and lose most, where the data set is at hand for its labels."""
-    try:
-        source = create_source(run.config)
-    except ValueError as error:
-        return [f"classes: not shown, as the data set is not at hand ({error})"]
-    labels = source.val.labels.numpy()[run.correct()[0]]
-    found = changes_by_class(images_a, images_b, labels)
-    said = [f"{source.classes[k]} {points:+.1f} ({n} images)" for k, points, n in found]
+    """The classes that gain and lose most."""
+    names = json.loads((run.folder / CARD).read_text())["classes"]
+    found = changes_by_class(images_a, images_b, run.images.label)
+    said = [f"{names[k]} {points:+.1f} ({n} images)" for k, points, n in found]
     return [f"gain most: {', '.join(said[:shown])}", f"lose most: {', '.join(said[::-1][:shown])}"]
 
 

@@ -13,11 +13,13 @@ import numpy as np
 import yaml
 
 from anorm.build import CARD, complete
+from anorm.engine.keep import PREDICTIONS
 from anorm.engine.record import read_metrics
 from anorm.engine.runfolder import CONFIG, thaw
 from anorm.engine.signature import EXCLUDED, flatten
 
 EPOCHS = ("last", "best")
+PLAIN = "plain weights"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,33 @@ class Stamp:
                 f"({self.interpolation}, {self.decoder}), {self.epoch} epoch, {self.weights}, {self.statistics}, {self.dtype}")
 
 
+def stamp_of(config: dict, card: dict, images: int, epoch: str, weights: str, processes: int = 1) -> Stamp:
+    """The protocol of an evaluation of ``images`` images under a complete and resolved configuration. card: what
+    ``anorm.build.data_card`` says of the data."""
+    asked = config["eval"]
+    statistics = f"{asked['stats']} statistics"
+    if asked["stats"] == "batch":
+        statistics += f" (batches of {asked['batch_size'] or config['batch_size']})"
+    if asked["stats"] == "recalibrated":
+        statistics += f" ({asked['recalibrate_batches']} batches of {config['batch_size']})"
+    if processes > 1:
+        statistics += f" ({config['dist']['stats']} over processes)"
+    identity = hashlib.blake2b(str(card.get("images")).encode(), digest_size=3).hexdigest()
+    return Stamp(
+        data=f"{config['data']['name']}-{identity}",
+        classes=len(card["classes"]),
+        images=images,
+        image_size=card["image_size"],
+        resize=card["eval_resize"],
+        interpolation=card["interpolation"],
+        decoder=config["data"].get("loader") or "torch",
+        weights=weights,
+        epoch=epoch,
+        statistics=statistics,
+        dtype=config["hardware"]["dtype"],
+    )
+
+
 def one_stamp(stamps: Iterable[Stamp]) -> Stamp:
     """The stamp that all share. Raises ValueError, naming what differs, when they do not."""
     distinct = list(dict.fromkeys(stamps))
@@ -51,6 +80,40 @@ def one_stamp(stamps: Iterable[Stamp]) -> Stamp:
                   if getattr(distinct[0], f.name) != getattr(other, f.name)]
         raise ValueError(f"these results were taken under unlike protocols ({'; '.join(unlike)}) and cannot be put together")
     return distinct[0]
+
+
+@dataclass(frozen=True)
+class Images:
+    """An evaluation image by image, each array (N,) in the order of index: label and predicted are classes, right says
+    whether they are one, confidence is the probability of the predicted class. data: the identity of the images."""
+
+    data: str
+    index: np.ndarray
+    label: np.ndarray
+    predicted: np.ndarray
+    right: np.ndarray
+    confidence: np.ndarray
+
+    def difference(self, other: Images) -> str:
+        """Why two evaluations are not of the same images; empty where they are."""
+        if self.data != other.data:
+            return f"the data sets differ, {self.data[:10]} and {other.data[:10]}"
+        if not np.array_equal(self.index, other.index):
+            return f"{len(self.index)} and {len(other.index)} images, not the same ones"
+        return "" if np.array_equal(self.label, other.label) else "their labels differ"
+
+
+def open_images(folder: Path) -> Images:
+    """What a folder holds of its final evaluation. Raises ValueError where it holds none, or none that this version wrote."""
+    path = folder / PREDICTIONS
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {PREDICTIONS}: only finished runs can be compared image by image")
+    with np.load(path) as kept:
+        if "data" not in kept or "label" not in kept:
+            raise ValueError(f"{path} does not say which images it is of: an older version wrote it, train again (resume=never)")
+        order = np.argsort(kept["index"], kind="stable")
+        columns = (kept[name][order] for name in ("index", "label", "predicted", "top1", "confidence"))
+        return Images(str(kept["data"]), *columns)
 
 
 @dataclass(frozen=True)
@@ -82,24 +145,25 @@ class Run:
     def evaluations(self) -> list[dict]:
         return [e for e in self.events if e["event"] == "eval"]
 
-    def result(self, epoch: str = "last") -> dict:
-        """The eval event of the last or the best epoch: top1, top5 in percent. Only of a finished run."""
+    @property
+    def averages(self) -> bool:
+        """Whether the run also evaluated an average of its weights (EMA)."""
+        return self.config["ema"]["decay"] > 0
+
+    def result(self, epoch: str = "last", average: bool = False) -> dict:
+        """The eval event of the last or the best epoch (of the plain weights): top1, top5 in percent, of the plain weights or
+        of their average. Only of a finished run."""
         assert self.final is not None
         wanted = self.final["best_epoch"] if epoch == "best" else self.config["epochs"]
-        return next(e for e in reversed(self.evaluations()) if e["epoch"] == wanted)
+        found = next(e for e in reversed(self.evaluations()) if e["epoch"] == wanted)
+        return found | {key: found[f"ema_{key}"] for key in ("top1", "top5")} if average else found
 
-    def stamp(self, epoch: str = "last") -> Stamp:
-        """The protocol of ``result(epoch)``."""
-        config, card = self.config, json.loads((self.folder / CARD).read_text())
-        statistics = f"{config['eval']['stats']} statistics"
-        if self.processes > 1:
-            statistics += f" ({config['dist']['stats']} over processes)"
-        names = hashlib.blake2b(json.dumps(card["classes"]).encode(), digest_size=3).hexdigest()
-        return Stamp(
-            data=f"{config['data']['name']}-{names}", classes=len(card["classes"]), images=self.result(epoch)["images"],
-            image_size=card["image_size"], resize=card["eval_resize"], interpolation=card["interpolation"],
-            decoder=config["data"].get("loader") or "torch", weights="plain weights", epoch=epoch, statistics=statistics,
-            dtype=config["hardware"]["dtype"])
+    def stamp(self, epoch: str = "last", average: bool = False) -> Stamp:
+        """The protocol of ``result``."""
+        card = json.loads((self.folder / CARD).read_text())
+        decay = self.config["ema"]["decay"]
+        weights = f"average of weights (decay {decay:g})" if average else PLAIN
+        return stamp_of(self.config, card, self.result(epoch)["images"], epoch, weights, self.processes)
 
     @property
     def processes(self) -> int:
@@ -118,14 +182,10 @@ class Run:
         """Hours times processes: GPU-hours where it ran on GPUs."""
         return self.final["seconds"] * self.processes / 3600
 
-    def correct(self) -> tuple[np.ndarray, np.ndarray]:
-        """(index, right) of the last weights, image by image in the order of index."""
-        path = self.folder / "predictions.npz"
-        if not path.is_file():
-            raise ValueError(f"{self.folder} has no predictions.npz: only finished runs can be compared image by image")
-        with np.load(path) as kept:
-            order = np.argsort(kept["index"], kind="stable")
-            return kept["index"][order], kept["top1"][order]
+    @cached_property
+    def images(self) -> Images:
+        """What the last weights made of each image."""
+        return open_images(self.folder)
 
 
 def open_run(folder: Path) -> Run:
@@ -160,7 +220,9 @@ def likeness(config: dict) -> str:
 
 def images_of(runs: list[Run]) -> np.ndarray:
     """bool (runs, N): for each run and image whether it was right. Raises ValueError where the images are not the same."""
-    parts = [run.correct() for run in runs]
-    if any(not np.array_equal(index, parts[0][0]) for index, _ in parts):
-        raise ValueError("the runs were not evaluated on the same images")
-    return np.stack([right for _, right in parts])
+    first = runs[0].images
+    for run in runs[1:]:
+        if differs := first.difference(run.images):
+            raise ValueError(f"{runs[0].folder} and {run.folder} were not evaluated on the same images ({differs}), so they "
+                             "cannot be compared image by image: evaluate both on one data set")
+    return np.stack([run.images.right for run in runs])

@@ -10,20 +10,23 @@ import numpy as np
 from audit import Size, size_of
 from grid import Grid, Line
 from judgement import Interval, Methods, compare_methods, holm, mean_interval, noise_of_gap
-from records import Run, Stamp, images_of
+from published import PUBLISHED, Published
+from records import PREDICTIONS, Run, Stamp, images_of
 
 REPRODUCED_SEEDS = 3
 REPRODUCED_NOISE = 0.5  # points: above, an agreement proves too little
+AS_PRINTED = 0.1  # points: what another decoder and another resize change in the accuracy of the same weights
 V100_MACS = 800 * 4.089e9  # per second: 800 images/s of ResNet-50 with FP16 on a V100, for estimates only
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line as it stands. runs: finished ones of the shown stamp, by seed. top1, top5: accuracy in percent over seeds."""
+    """A line as it stands. runs: finished ones of the shown stamp, by seed, or the published weights in their place (seed 0).
+    top1, top5: accuracy in percent over seeds."""
 
     line: Line
     size: Size
-    runs: dict[int, Run]
+    runs: dict[int, Run | Published]
     missing: tuple[int, ...]
     top1: Interval | None
     top5: Interval | None
@@ -33,16 +36,21 @@ class Entry:
     elsewhere: int = 0  # finished runs under another stamp
 
     @property
+    def trained(self) -> list[Run]:
+        """Own runs of the shown stamp."""
+        return [run for run in self.runs.values() if isinstance(run, Run)]
+
+    @property
     def images_per_second(self) -> float | None:
-        return float(np.mean([run.images_per_second for run in self.runs.values()])) if self.runs else None
+        return float(np.mean([run.images_per_second for run in self.trained])) if self.trained else None
 
     @property
     def gpu_hours(self) -> float | None:
-        return sum(run.device_hours for run in self.runs.values()) if self.runs and self.on_gpu else None
+        return sum(run.device_hours for run in self.trained) if self.trained and self.on_gpu else None
 
     @property
     def on_gpu(self) -> bool:
-        return all(run.on_gpu for run in self.runs.values())
+        return all(run.on_gpu for run in self.trained)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,24 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """The learning rates of one norm. best: the entry with the highest mean accuracy; None while one of them is missing."""
+
+    name: str
+    tried: tuple[Entry, ...]
+    best: Entry | None
+
+    def __str__(self) -> str:
+        n = len(self.tried)
+        if self.best is None:
+            return f"learning rate of {self.name}: not selected, {sum(not e.missing for e in self.tried)} of {n} are finished"
+        values = ", ".join(f"{e.line.rate}: {e.top1.mean:.2f}" for e in self.tried)
+        end = n > 1 and self.best.line.rate in (f([e.line.rate for e in self.tried]) for f in (min, max))
+        return (f"learning rate of {self.name}: {self.best.line.rate} is the best of {n} tried, by the mean accuracy over seeds "
+                f"({values})" + (", at the end of their range" if end else ""))
+
+
+@dataclass(frozen=True)
 class Tally:
     grid: Grid
     entries: tuple[Entry, ...]
@@ -65,43 +91,86 @@ class Tally:
     faithful: str
     epoch: str
     seeds: int
+    selections: tuple[Selection, ...] = ()
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the numbers must know."""
-        said = [f"accuracy of the {self.epoch} epoch (--epoch)"]
+        published = bool(self.stamp and self.stamp.weights == PUBLISHED)
+        said = ["accuracy of published weights (--weights)" if published else f"accuracy of the {self.epoch} epoch (--epoch)"]
         said += [f"protocol of ours: {self.stamp}"] if self.stamp else ["nothing has been run yet"]
         said += [f"not shown, another protocol: {n} run{'s' if n > 1 else ''} of {stamp} (--stamp)"
                  for stamp, n in self.stamps.items() if stamp != self.stamp]
+        if self.selections:
+            said += [str(selection) for selection in self.selections]
+            said += ["each learning rate was selected on the images that the accuracy is of, which flatters every norm alike"]
         return said + list(self.grid.notes)
 
 
-def tally(grid: Grid, runs: list[Run], seeds: int, faithful: str = "paper", epoch: str = "last", stamp: int | None = None) -> Tally:
-    """Fill ``grid``. stamp: which protocol to show, counted from 1 in the order of ``Tally.stamps`` (most runs first).
+def tally(grid: Grid, runs: list[Run | Published], seeds: int, faithful: str = "paper", epoch: str = "last",
+          stamp: int | None = None, average: bool = False) -> Tally:
+    """Fill ``grid``. stamp: which protocol to show, counted from 1 in the order of ``Tally.stamps`` (most runs first; default:
+    the first of published weights where ``runs`` holds such, else the first). average: accuracy of the averages of weights.
 
-    Raises ValueError for a number that no protocol has.
+    Raises ValueError for a number that no protocol has, and for a grid whose norms have unlike numbers of learning rates.
     """
     matching = {line: [run for run in runs if run.likeness == line.likeness] for line in grid.lines}
-    finished = {line: [run for run in found if run.final] for line, found in matching.items()}
+    finished = {line: [run for run in found if run.final and (run.averages or not average)] for line, found in matching.items()}
     distinct = {run.folder: run for found in finished.values() for run in found}
-    stamps = dict(Counter(run.stamp(epoch) for run in distinct.values()).most_common())
+    stamps = dict(Counter(run.stamp(epoch, average) for run in distinct.values()).most_common())
     if stamp is not None and not 1 <= stamp <= len(stamps):
         raise ValueError(f"--stamp {stamp}: there are {len(stamps)} protocols")
-    shown = list(stamps)[(stamp or 1) - 1] if stamps else None
+    published = next((k for k, found in enumerate(stamps, 1) if found.weights == PUBLISHED), 1)
+    shown = list(stamps)[(stamp or published) - 1] if stamps else None
 
-    chosen = {line: {run.seed: run for run in found if run.stamp(epoch) == shown} for line, found in finished.items()}
-    samples = [[run.result(epoch)["top1"] for run in found.values()] for found in chosen.values()]
+    chosen = {line: {run.seed: run for run in found if run.stamp(epoch, average) == shown} for line, found in finished.items()}
+    samples = [[run.result(epoch, average)["top1"] for run in found.values()] for found in chosen.values()]
     entries = []
     for line in grid.lines:
         found = dict(sorted(chosen[line].items()))
-        values = [run.result(epoch) for run in found.values()]
+        values = [run.result(epoch, average) for run in found.values()]
         top1, top5 = (mean_interval([v[key] for v in values]) if values else None for key in ("top1", "top5"))
         gap = top1.mean - (100 - line.printed.top1) if top1 and line.printed and grid.comparable else None
         others = len(finished[line]) - len(found)
+        judged = same_weights(gap) if shown and shown.weights == PUBLISHED and gap is not None else verdict(top1, gap, samples, others)
         entries.append(Entry(
             line, size_of(line.overrides), found, tuple(s for s in range(seeds) if s not in found), top1, top5, gap,
-            verdict(top1, gap, samples, others), tuple(run for run in matching[line] if not run.final), others))
-    return Tally(grid, tuple(entries), shown, stamps, _compared(entries, epoch), faithful, epoch, seeds)
+            judged, tuple(run for run in matching[line] if not run.final), others))
+    selections = select_rates(entries)
+    pairs = _pairs(entries, selections)
+    return Tally(grid, tuple(entries), shown, stamps, _compared(pairs, epoch, average), faithful, epoch, seeds, selections)
+
+
+def same_weights(gap: float) -> str:
+    """as printed | off: published weights should give the printed number, but for the decoder and the resize."""
+    return "as printed" if abs(gap) <= AS_PRINTED else f"off ({'better' if gap > 0 else 'worse'})"
+
+
+def select_rates(entries: list[Entry]) -> tuple[Selection, ...]:
+    """For each norm of a grid with learning rates the best one, selected in one way: the highest mean accuracy, once all are
+    finished. Raises ValueError where some norms have more to choose from (a grid cut by --only)."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.line.tuned is not None:
+            groups.setdefault(entry.line.tuned, []).append(entry)
+    counts = {name: len(tried) for name, tried in groups.items()}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} {n}" for name, n in counts.items())
+        raise ValueError(f"these rows have unlike numbers of learning rates ({said}): choose them by norm (--only), not by rate")
+    best = {name: max(tried, key=lambda e: e.top1.mean) if not any(e.missing for e in tried) else None
+            for name, tried in groups.items()}
+    return tuple(Selection(name, tuple(tried), best[name]) for name, tried in groups.items())
+
+
+def _pairs(entries: list[Entry], selections: tuple[Selection, ...]) -> list[tuple[Entry, Entry]]:
+    """(baseline, entry): what is to be compared; of a grid with learning rates only the best of each norm."""
+    if selections:
+        best = {selection.name: selection.best for selection in selections}
+        found = [(best.get(entry.line.tuned_versus), entry) for entry in best.values() if entry is not None]
+    else:
+        found = [(next((e for e in entries if (e.line.label, e.line.group) == (entry.line.versus, entry.line.group)), None), entry)
+                 for entry in entries]
+    return [(base, entry) for base, entry in found if base is not None and base is not entry and base.runs and entry.runs]
 
 
 def verdict(top1: Interval | None, gap: float | None, samples: list[list[float]], elsewhere: int = 0) -> str:
@@ -120,19 +189,16 @@ def verdict(top1: Interval | None, gap: float | None, samples: list[list[float]]
     return "reproduced" if top1.n >= REPRODUCED_SEEDS and noise <= REPRODUCED_NOISE else "within noise"
 
 
-def _compared(entries: list[Entry], epoch: str) -> tuple[Comparison, ...]:
+def _compared(pairs: list[tuple[Entry, Entry]], epoch: str, average: bool) -> tuple[Comparison, ...]:
     found = []
-    for entry in entries:
-        base = next((e for e in entries if e.line.label == entry.line.versus and e.line.group == entry.line.group), None)
-        if base is None or not base.runs or not entry.runs:
-            continue
+    for base, entry in pairs:
         same = sorted(set(base.runs) & set(entry.runs))
         paired = len(same) > 1
         a, b = ([e.runs[s] for s in (same if paired else e.runs)] for e in (base, entry))
         images = {}
-        if epoch == "last" and all((run.folder / "predictions.npz").is_file() for run in (*a, *b)):
-            images = {"images_a": images_of(a), "images_b": images_of(b)}
-        values_a, values_b = ([run.result(epoch)["top1"] for run in runs] for runs in (a, b))
+        if epoch == "last" and not average and all((run.folder / PREDICTIONS).is_file() for run in (*a, *b)):
+            images = dict(zip(("images_a", "images_b"), np.split(images_of([*a, *b]), [len(a)]), strict=True))
+        values_a, values_b = ([run.result(epoch, average)["top1"] for run in runs] for runs in (a, b))
         found.append((base, entry, compare_methods(values_a, values_b, paired or (len(a) == len(b) == 1), **images)))
     tested = [i for i, (_, _, methods) in enumerate(found) if methods.difference.n > 1]
     corrected = dict(zip(tested, holm([found[i][2].p for i in tested]), strict=True))
@@ -141,15 +207,15 @@ def _compared(entries: list[Entry], epoch: str) -> tuple[Comparison, ...]:
 
 def hours(entry: Entry, known: list[Entry]) -> tuple[float | None, str]:
     """(hours times devices of one run, where the number is from): own runs, another line's by multiply-adds, or a V100's."""
-    if entry.runs:
-        return float(np.mean([run.device_hours for run in entry.runs.values()])), "measured"
+    if entry.trained:
+        return float(np.mean([run.device_hours for run in entry.trained])), "measured"
     config = entry.line.config
     pixels = (config["data"].get("image_size", 224) / 224) ** 2
     for other in known:
         theirs = other.line.config
-        if other.runs and theirs["data"] == config["data"]:
+        if other.trained and theirs["data"] == config["data"]:
             scale = entry.size.macs / other.size.macs * config["epochs"] / theirs["epochs"]
-            return scale * float(np.mean([run.device_hours for run in other.runs.values()])), f"from {other.line.label}"
+            return scale * float(np.mean([run.device_hours for run in other.trained])), f"from {other.line.label}"
     if not config["data"]["name"].startswith("imagenet"):
         return None, "unknown"
     return 1_281_167 * config["epochs"] * entry.size.macs * pixels / V100_MACS / 3600, "rough, V100 with FP16"

@@ -81,7 +81,7 @@ class TrainLoader:
 class EvalLoader:
     """Every image of `dataset` once over all ranks: rank r of `world` takes an unpadded slice, r n/world .. (r+1) n/world.
 
-    Yields `Batch`es; the last may be smaller, and a rank may have none. `skipped` lists images left out because
+    identity: of the dataset. Yields `Batch`es; the last may be smaller, and a rank may have none. `skipped` lists images left out because
     data.on_error=skip; with data.on_error=error (the default) the sum over ranks is exactly len(dataset).
     """
 
@@ -89,7 +89,7 @@ class EvalLoader:
                  device: torch.device | str = "cpu", channels_last: bool = False):
         _check_positive(batch=batch, world=world)
         assert 0 <= rank < world, (rank, world)
-        self.batch = batch
+        self.batch, self.identity = batch, dataset.identity
         self._first, self._stop = len(dataset) * rank // world, len(dataset) * (rank + 1) // world
         self._feed = open_feed(dataset, 0, batch, workers, torch.device(device))
         self._finish = _Finish(dataset, torch.device(device), channels_last)

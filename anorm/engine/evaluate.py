@@ -21,8 +21,8 @@ class Result:
     """top1 and top5 in percent (top5 of at most as many classes as there are), loss per image, images
     counted.
 
-    Per image of this process, in the order of the loader: index, whether its class was first, or among five,
-    and the probability of the class that was first.
+    Per image of this process, in the order of the loader: index, label, the class that was first, whether
+    the label was first, or among five, and the probability of the class that was first.
     """
 
     top1: float
@@ -30,9 +30,15 @@ class Result:
     loss: float
     images: int
     index: Tensor
+    label: Tensor
+    predicted: Tensor
     first: Tensor
     among_five: Tensor
     confidence: Tensor
+
+
+# of a process that was given no image: the types are those of the other processes' columns
+NO_COLUMNS = [torch.empty(0, dtype=kind) for kind in (*[torch.int64] * 3, *[torch.bool] * 2, torch.float32)]
 
 
 @torch.no_grad()
@@ -44,26 +50,25 @@ def evaluate(model: nn.Module, batches: Iterable, world: World, autocast: Autoca
     was_training = model.training
     model.eval()
     sums, images = torch.zeros(4, dtype=torch.float64, device=world.device), 0
-    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    rows: list[tuple[Tensor, ...]] = []
     for inputs, labels, indices in batches:
         with autocast():
             logits = model(inputs)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        first, among_five = ranked[:, 0], ranked.any(1)
+        ranked = logits.topk(min(5, logits.shape[1])).indices
+        right = ranked == labels[:, None]
+        first, among_five = right[:, 0], right.any(1)
         sums[:3] += torch.stack((first.sum(), among_five.sum(), losses.double().sum()))
         images += len(labels)
-        rows.append((indices, first, among_five, logits.softmax(1).amax(1)))
+        rows.append((indices, labels, ranked[:, 0], first, among_five, logits.softmax(1).amax(1)))
     sums[3] = images
     world.sum(sums)
     model.train(was_training)
     first, among_five, loss, images = sums.tolist()
     if images == 0:
         raise ValueError("there are no images to evaluate on")
-    columns = (
-        [torch.cat(column).cpu() for column in zip(*rows, strict=True)] if rows else [torch.empty(0)] * 4
-    )
+    columns = [torch.cat(column).cpu() for column in zip(*rows, strict=True)] if rows else NO_COLUMNS
     return Result(100 * first / images, 100 * among_five / images, loss / images, int(images), *columns)
 
 
@@ -71,11 +76,11 @@ def evaluate(model: nn.Module, batches: Iterable, world: World, autocast: Autoca
 class Evaluator:
     """What it takes to evaluate a network under the statistics that ``settings`` names.
 
-    train: for recalibration, an epoch of it that training does not use.
+    train: for recalibration, an epoch of it that training does not use; None where ``settings`` ask for none.
     """
 
     model: nn.Module
-    train: TrainLoader
+    train: TrainLoader | None
     val: EvalLoader
     world: World
     autocast: Autocast

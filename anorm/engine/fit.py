@@ -136,7 +136,7 @@ def evaluate_and_keep_best(run: Run, epoch: int) -> Result:
     if improved and world.main:
         checkpoint.save(run.folder / "best.ckpt", weights_state(run))
     if progress.step == run.total_steps:
-        keep_predictions(run, result)
+        keep_predictions(run.folder, world, result, run.evaluator.val.identity)
         if world.main:
             save_release(run)
     if run.ema:

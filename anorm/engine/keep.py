@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
 from anorm.engine import checkpoint
+from anorm.engine.distributed import World
 from anorm.engine.evaluate import Result
 from anorm.engine.run import Progress, Run
 
@@ -89,19 +91,29 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
     return said
 
 
-def keep_predictions(run: Run, result: Result) -> None:
+PREDICTIONS = "predictions.npz"
+
+
+def keep_predictions(folder: Path, world: World, result: Result, identity: str) -> None:
     """predictions.npz: for every image of the evaluation, in the data set's order, what the final weights
-    made of it.
+    made of it: index, label, predicted (classes), top1, top5 (whether the label was first, or among five),
+    confidence (of the predicted class). data: the identity of the images, so that results of other images
+    are not compared with these. Called by every process; rank 0 writes.
     """
-    columns = (result.index, result.first, result.among_five, result.confidence)
-    parts = run.world.gather([column.numpy() for column in columns])
-    if run.world.main:
-        index, first, among_five, confidence = (
-            numpy.concatenate(column) for column in zip(*parts, strict=True)
-        )
+    columns = {
+        "index": result.index,
+        "label": result.label,
+        "predicted": result.predicted,
+        "top1": result.first,
+        "top5": result.among_five,
+        "confidence": result.confidence,
+    }
+    parts = world.gather([column.numpy() for column in columns.values()])
+    if world.main:
+        whole = (numpy.concatenate(column) for column in zip(*parts, strict=True))
         content = io.BytesIO()
-        numpy.savez_compressed(content, index=index, top1=first, top5=among_five, confidence=confidence)
-        checkpoint.write_atomic(run.folder / "predictions.npz", content.getbuffer())
+        numpy.savez_compressed(content, data=numpy.array(identity), **dict(zip(columns, whole, strict=True)))
+        checkpoint.write_atomic(folder / PREDICTIONS, content.getbuffer())
 
 
 def save_release(run: Run) -> None:

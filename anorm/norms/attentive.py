@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial, partialmethod
 
 import torch
@@ -96,8 +97,7 @@ class AttentiveNorm(Norm):
         self.attention = Attention(channels, weights, input, attention, activation, attention_norm, eps_rsd)
 
     @classmethod
-    def at(cls, site: Site, **options) -> AttentiveNorm:
-        k = options.pop("k", None)
+    def at(cls, site: Site, k: int | Sequence[int] | None = None, **options) -> AttentiveNorm:
         if k is None:
             k = PUBLISHED_K.get(site.stages, (10,) * site.stages)
         if not isinstance(k, int):

@@ -40,9 +40,10 @@ class SqueezeExcite(Norm):
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
 
     @classmethod
-    def at(cls, site: Site, **options) -> SqueezeExcite:
-        options.setdefault("reduction", 16 if site.last or not site.block_norm else 4)
-        return super().at(site, **options)
+    def at(cls, site: Site, reduction: int | None = None, **options) -> SqueezeExcite:
+        if reduction is None:
+            reduction = 16 if site.last or not site.block_norm else 4
+        return super().at(site, reduction=reduction, **options)
 
     @classmethod
     def belongs(cls, site: Site) -> bool:

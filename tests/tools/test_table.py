@@ -178,8 +178,8 @@ def test_unlike_protocols_never_share_a_column(two_norms, trained, tmp_path):
 
 
 def test_an_axis_that_holds_for_some_choices_only():
-    axes = {"norm": {"values": ["bn", "an"]}, "norm.k": {"when": "norm=an", "values": [5, [5, 5, 10, 10]]}, "optim.lr": {"values": [0.1, 0.2]}}
-    found = list(grid.combinations(axes))
+    k = {"when": "norm=an", "values": [5, [5, 5, 10, 10]]}
+    found = list(grid.combinations({"norm": [{"values": ["bn", "an"]}], "norm.k": [k], "optim.lr": [{"values": [0.1, 0.2]}]}))
     assert len(found) == 6 and found[0] == {"norm": "bn", "optim.lr": 0.1}
     assert {"norm": "an", "norm.k": [5, 5, 10, 10], "optim.lr": 0.2} in found
     assert sum("norm.k" in choice for choice in found) == 4

@@ -33,6 +33,7 @@ class Fetched(NamedTuple):
 class Dataset(ABC):
     """Labelled images of one split. `labels` is int64 (N,); mean and std (in units of 0..1) have one value a channel.
 
+    identity: a digest that changes with these images (their names and sizes, or version) and with their classes.
     in_memory: fetching costs so little that workers would only slow it down.
     """
 
@@ -40,6 +41,7 @@ class Dataset(ABC):
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    identity: str
     in_memory: bool = False
     loader: str = "torch"
 
@@ -95,6 +97,9 @@ class Store(Protocol):
     def name(self, index: int) -> str:
         """What an error message calls it."""
 
+    def digest(self) -> str:
+        """Changes with the images and their classes."""
+
 
 class EncodedImages(Dataset):
     """Image files of any store, decoded and cropped when fetched."""
@@ -107,6 +112,7 @@ class EncodedImages(Dataset):
             raise ValueError(f"data.mean={list(mean)} and data.std={list(std)} need three values each, std above zero")
         self.store, self.crop, self.on_error, self.loader = store, crop, on_error, loader
         self.labels, self.image_size, self.mean, self.std = store.labels, crop.image_size, tuple(mean), tuple(std)
+        self.identity = store.digest()
 
     def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
         size = self.image_size

@@ -31,6 +31,9 @@ class FolderStore:
     def name(self, index: int) -> str:
         return self.index.path(index)
 
+    def digest(self) -> str:
+        return self.index.digest()
+
 
 def imagefolder(root: str | None = None, train: str = "train", val: str = "val", image_size: int = 224,
                 eval_resize: int | None = None, interpolation: str = "bilinear",

@@ -22,6 +22,7 @@ class PooledNoise(Dataset):
     def __init__(self, pool: Tensor, count: int, num_classes: int):
         self._pool, self.image_size = pool, pool.shape[1]  # (POOL,S,S,3): rows copy at memory speed
         self.labels = torch.arange(count) % len(pool) % num_classes
+        self.identity = f"noise-{self.image_size}-{num_classes}-{count}"
 
     def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
         index = torch.as_tensor(indices, dtype=torch.int64)

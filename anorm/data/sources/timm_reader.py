@@ -30,6 +30,10 @@ class TimmStore:
     def name(self, index: int) -> str:
         return f"{self.title}: image {index}"
 
+    def digest(self) -> str:
+        """Of the title and the labels: the names of the images are not known without reading them."""
+        return hashlib.blake2b(self.title.encode() + self.labels.numpy().tobytes(), digest_size=16).hexdigest()
+
     def classes(self) -> list[str]:
         """The reader's names in the order of their labels, else the labels' numbers."""
         names = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", None)
