@@ -10,8 +10,9 @@ import matplotlib
 import numpy as np
 from landscape import Point
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from mixtures import by_class, mixture
 from probes import Look, Lost, Responses
 
@@ -21,7 +22,7 @@ __all__ = [
 ]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#b8a800")
-WIDTH, DPI = 4.6, 150
+WIDTH, DPI = 4.6, 130
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
     "legend.fontsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -98,14 +99,12 @@ def mixture_weights(seen: dict[str, Look], key: str) -> Picture:
     def draw(axes: list[Axes]) -> None:
         counts = np.stack([np.histogram(c.values.numpy(), 40, (0, top))[0] / c.values.numel() for c in shown.values()])
         drawn = axes[0].imshow(
-            np.sqrt(counts.T), origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1,
+            counts.T, origin="lower", aspect="auto", cmap="Blues", norm=PowerNorm(0.5, 0, counts.max()),
             extent=(-0.5, len(shown) - 0.5, 0, top),
         )  # fmt: skip
         axes[0].set_ylabel("weight")
         _layers_on_x(axes[0], list(shown))
-        bar = axes[0].figure.colorbar(drawn, ax=axes[0], ticks=[0, 0.1**0.5, 0.5, 1])
-        bar.ax.set_yticklabels(["0", "0.1", "0.25", "1"])
-        bar.set_label("part of all weights of the layer")
+        axes[0].figure.colorbar(drawn, ax=axes[0], label="part of all weights of the layer")
 
     return _draw(_file(key), f"{key}: their distribution over instances and components, by layer", 3.2, 1, draw)
 
@@ -209,7 +208,7 @@ def gammas(of_runs: dict[str, dict[str, Look]]) -> Picture:
         for i, (run, seen) in enumerate(of_runs.items()):
             known = [one for one in seen.values() if one.known]
             between = [one.gamma_between_channels for one in known]
-            axes[0].plot([o.gamma_spread for o in known], "o-", ms=3, color=COLOURS[i], label=f"{run}: instances")
+            axes[0].plot([o.gamma_spread for o in known], "o", ms=4, color=COLOURS[i], label=f"{run}: instances")
             axes[0].plot(between, ":", lw=1.2, color=COLOURS[i], label=f"{run}: channels")
         axes[0].set(ylim=(0, None), ylabel="std of gamma / mean |gamma|")
         axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, 1.24), ncols=2)
@@ -259,6 +258,9 @@ def landscape(name: str, of_runs: dict[str, list[Point]], where: str) -> Picture
             ]
             if values and min(values) > 0:
                 ax.set_yscale("log")
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_formatter(NullFormatter())
         axes[2].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes[0].legend(ncols=2)
 
