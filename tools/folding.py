@@ -19,7 +19,7 @@ from anorm.algebra import Moments
 from anorm.norms.base import Norm
 from anorm.ops.activations import lookup
 
-__all__ = ["FoldReport", "Folded", "PerInstance", "fold"]
+__all__ = ["FoldReport", "Folded", "PerInstance", "fold", "outermost_norms"]
 
 
 @dataclass
@@ -75,7 +75,7 @@ def fold(model: nn.Module) -> tuple[nn.Module, FoldReport]:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     report = FoldReport()
     before = _convolutions_before(model)
-    for name, norm in _outermost_norms(model):
+    for name, norm in outermost_norms(model):
         conv = before.get(name)
         if conv is None:
             report.kept.append(name)
@@ -92,7 +92,7 @@ def fold(model: nn.Module) -> tuple[nn.Module, FoldReport]:
     return model, report
 
 
-def _outermost_norms(model: nn.Module) -> list[tuple[str, Norm]]:
+def outermost_norms(model: nn.Module) -> list[tuple[str, Norm]]:
     """Norms that are no part of another law."""
     found: list[tuple[str, Norm]] = []
     for name, module in model.named_modules():

@@ -21,15 +21,21 @@ Point = tuple[float, float]
 
 def html(tally: Tally) -> str:
     """The page."""
-    frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     groups = list(dict.fromkeys(e.line.group for e in tally.entries))
-    parts = {
+    return page({
         "title": escape(f"{tally.grid.name}: {tally.grid.title}"),
         "head": "".join(f'<p class="soft">{escape(line)}</p>' for line in (f"{HEADER}.", *tally.notes[:2])),
         "groups": "".join(f"<option>{escape(group)}</option>" for group in groups),
+        "heading": "Table",
+        "hint": "such as an or not run",
         "table": _table(tally),
         "body": _curves(tally) + _comparisons(tally) + _notes(tally) + _missing(tally),
-    }
+    })
+
+
+def page(parts: dict[str, str]) -> str:
+    """The frame with its parts: title, head, heading, groups, hint, table, body, each HTML."""
+    frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     for name, content in parts.items():
         frame = frame.replace(f"<!--{name}-->", content)
     return frame
@@ -72,11 +78,16 @@ def _curves(tally: Tally) -> str:
     names = [f"{e.line.label} ({e.line.group})" if several else e.line.label for e in entries]
     errors = [[[(v["epoch"], 100 - v["top1"]) for v in run.evaluations()] for run in e.runs.values()] for e in entries]
     losses = [[_by_epoch(run.events) for run in e.runs.values()] for e in entries]
+    charts = {"top-1 error on the evaluation images, percent": errors, "training loss": losses}
+    return curves(names, charts, "; thick: mean over seeds")
+
+
+def curves(names: list[str], charts: dict[str, list[list[list[Point]]]], note: str = "") -> str:
+    """A chart a title, with a legend that switches lines. charts: for each name its curves, (epoch, value) each."""
     legend = "".join(f'<label class="k{i % COLOURS}"><input type="checkbox" checked value="{i}"><span>{escape(name)}</span></label>'
                      for i, name in enumerate(names))
-    charts = "".join(_chart(title, names, series) for title, series in (("top-1 error on the evaluation images, percent", errors),
-                                                                        ("training loss", losses)))
-    return f'<h2>Curves</h2><div class="legend">{legend}</div><div class="charts">{charts}</div>'
+    drawn = "".join(_chart(title, names, series, note) for title, series in charts.items())
+    return f'<h2>Curves</h2><div class="legend">{legend}</div><div class="charts">{drawn}</div>'
 
 
 def _by_epoch(events: list[dict]) -> list[Point]:
@@ -88,7 +99,7 @@ def _by_epoch(events: list[dict]) -> list[Point]:
     return [(epoch, sum(values) / len(values)) for epoch, values in found.items()]
 
 
-def _chart(title: str, names: list[str], series: list[list[list[Point]]]) -> str:
+def _chart(title: str, names: list[str], series: list[list[list[Point]]], note: str) -> str:
     points = [p for runs in series for run in runs for p in run]
     if not points:
         return ""
@@ -114,7 +125,7 @@ def _chart(title: str, names: list[str], series: list[list[list[Point]]]) -> str
                   f"<title>{escape(name)}, epoch {p[0]:g}: {p[1]:.2f}</title></circle>" for p in mean]
         parts.append(f'<g class="k{i % COLOURS}" data-line="{i}">{"".join(lines)}</g>')
     return (f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by epoch">{"".join(parts)}</svg>'
-            f"<figcaption>{escape(title)}; thick: mean over seeds</figcaption></figure>")
+            f"<figcaption>{escape(title)}{escape(note)}</figcaption></figure>")
 
 
 def mean_curve(runs: list[list[Point]]) -> list[Point]:

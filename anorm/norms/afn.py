@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from anorm.algebra import Affine, Moments, pool_batch
 from anorm.norms.asr import Adaptation
-from anorm.norms.base import ParamNeeds, RunningNorm
+from anorm.norms.base import ParamNeeds, Parts, RunningNorm
 
 __all__ = ["NORMS", "AdaptiveFusionNorm", "AdaptiveFusionNormAsReleased"]
 
@@ -113,6 +113,13 @@ class AdaptiveFusionNorm(RunningNorm):
         return "mean_var" if self.from_batch else "none"
 
     def law(self, moments: Moments | None) -> Affine:
+        return self.adapt(*self._seen(moments), self.weight, self.bias, self.learning)
+
+    def parts(self, moments: Moments | None) -> Parts:
+        return self.adapt.parts(*self._seen(moments), self.weight, self.bias, self.learning)
+
+    def _seen(self, moments: Moments | None) -> tuple[Tensor, Tensor]:
+        """mu and sigma (C), as the networks see them."""
         mean, var = self.batch_statistics(moments)
         if self.variance == "unbiased" and self.from_batch:
             count = pool_batch(moments, self.sync).count
@@ -120,7 +127,7 @@ class AdaptiveFusionNorm(RunningNorm):
                 var = var * (count / (count - 1))
         # running statistics of a half-precision model: the networks compute in float32
         mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (mean, var))
-        return self.adapt(mean, self._std(var), self.weight, self.bias, self.learning)
+        return mean, self._std(var)
 
     def _std(self, var: Tensor) -> Tensor:
         if self.eps_place == "inside":

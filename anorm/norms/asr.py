@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments
-from anorm.norms.base import Norm, ParamNeeds, fully_connected
+from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, fully_connected
 
 __all__ = ["NORMS", "Adaptation", "AdaptiveStandardizationRescaling"]
 
@@ -85,10 +85,17 @@ class AdaptiveStandardizationRescaling(Norm):
         )
 
     def law(self, moments: Moments) -> Affine:
+        return self.adapt(*self._seen(moments), self.weight, self.bias)
+
+    def parts(self, moments: Moments) -> Parts:
+        return self.adapt.parts(*self._seen(moments), self.weight, self.bias)
+
+    def _seen(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """mu and sigma (N, C), as the networks see them."""
         mean, var, count = moments
         if self.variance == "unbiased" and count > 1:
             var = var * (count / (count - 1))
-        return self.adapt(mean, (var + self.eps).sqrt(), self.weight, self.bias)
+        return mean, (var + self.eps).sqrt()
 
     def zero_init(self) -> None:
         self.adapt.zero_rescaling(self.weight)
@@ -183,6 +190,26 @@ class Adaptation(nn.Module):
         self, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor, learning: bool = False
     ) -> Affine:
         """``learning`` switches the dropout on; only the standardizing encoders see it."""
+        new_mean, new_std, gamma, beta = self._four(mean, std, weight, bias, learning)
+        return Affine(new_mean, gamma / new_std, beta)
+
+    def parts(
+        self, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor, learning: bool = False
+    ) -> Parts:
+        """The same in parts; the lambdas as gates of the layer (or of each channel)."""
+        new_mean, new_std, gamma, beta = self._four(mean, std, weight, bias, learning)
+        choices = {
+            "lambda of mu": Choice("gates", self.lambda_mean.sigmoid()),
+            "lambda of sigma": Choice("gates", self.lambda_std.sigmoid()),
+        }
+        if self.lambda_weight is not None:
+            limit = 1.0 if self.rescale_lambda == "sigmoid" else None
+            for name, raw in (("lambda of gamma", self.lambda_weight), ("lambda of beta", self.lambda_bias)):
+                choices[name] = Choice("gates", self._rescaling(raw, raw), limit=limit)
+        return Parts(Affine(new_mean, 1 / new_std, torch.zeros_like(new_mean)), gamma, beta, choices)
+
+    def _four(self, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor, learning: bool) -> tuple[Tensor, ...]:
+        """mu^, sigma^, gamma^, beta^."""
         new_mean, new_std = self._standardizing(mean, std, learning)
         if self.floor:
             new_std = torch.maximum(new_std, self.floor * std)
@@ -192,7 +219,7 @@ class Adaptation(nn.Module):
         gamma = self._rescaling(self.lambda_weight, std) * gamma + weight
         beta = torch.tanh(_decode(self.bias_encoder or self.rescale_encoder, self.bias_decoder, mean))
         beta = self._rescaling(self.lambda_bias, mean) * beta + bias
-        return Affine(new_mean, gamma / new_std, beta)
+        return new_mean, new_std, gamma, beta
 
     def _standardizing(self, mean: Tensor, std: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
         """mu^ and sigma^."""

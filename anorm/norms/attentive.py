@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, squeeze, then
-from anorm.norms.base import Norm, ParamNeeds, Site, fully_connected
+from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, Site, fully_connected
 from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build, build_base
 from anorm.ops.hot import HotLaw, hot_an
@@ -115,12 +115,24 @@ class AttentiveNorm(Norm):
 
     def law(self, moments: Moments) -> Affine:
         standardized = self.base.law(moments)
-        return self._recalibrated(standardized, self.mixture_weights(moments, standardized))
+        return then(standardized, *self._mixed(self.mixture_weights(moments, standardized)))
 
-    def _recalibrated(self, standardized: Affine, weights: Tensor) -> Affine:
+    def parts(self, moments: Moments) -> Parts | None:
+        below = self.base.parts(moments)
+        if below is None:
+            return None
+        standardized = then(*below[:3])
+        weights = self.mixture_weights(moments, standardized)
+        kinds = ("mixture weights of gamma", "mixture weights of beta") if self.separate else ("mixture weights",)
+        limit = None if self.attention.activation == "relu" else 1.0
+        shown = zip(kinds, weights.chunk(len(kinds), 1), strict=True)
+        choices = {name: Choice("mixture", values, limit=limit) for name, values in shown}
+        return Parts(standardized, *self._mixed(weights), choices | below.choices)
+
+    def _mixed(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """gamma and beta of each instance, (N, C)."""
         for_gamma, for_beta = weights.chunk(2, 1) if self.separate else (weights, weights)
-        gamma = for_gamma @ self.weight.to(weights.dtype)
-        return then(standardized, gamma, for_beta @ self.bias.to(weights.dtype))
+        return for_gamma @ self.weight.to(weights.dtype), for_beta @ self.bias.to(weights.dtype)
 
     def mixture_weights(self, moments: Moments, standardized: Affine) -> Tensor:
         """lambda (N, K) ((N, 2K) when separate)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from anorm.ops import normalize
 from anorm.ops.activations import lookup
 from anorm.ops.hot import HotLaw
 
-__all__ = ["Norm", "ParamNeeds", "RunningNorm", "Site", "fully_connected"]
+__all__ = ["Choice", "Norm", "ParamNeeds", "Parts", "RunningNorm", "Site", "fully_connected"]
 
 ROLES = ("stem", "reduce", "spatial", "expand", "shortcut", "transition", "final")
 
@@ -52,6 +53,32 @@ class ParamNeeds:
     clip: float | None = None
 
 
+class Choice(NamedTuple):
+    """Numbers by which a law weighs what it puts together, for a person to look at.
+
+    ``kind`` is "mixture", weights (N, K) of K affine maps; "shares", parts of one over named alternatives, (K,); or
+    "gates", a factor for each channel, (N, C) or (C,), or for the layer, (1,). ``limit`` is the largest possible value,
+    None where there is none; the least is 0 then too.
+    """
+
+    kind: str
+    values: Tensor
+    names: tuple[str, ...] = ()
+    limit: float | None = 1.0
+
+
+class Parts(NamedTuple):
+    """A law taken apart: it is ``then(standardized, gamma, beta)``; gamma and beta (C,), (N, C) or None.
+
+    ``choices``: by name, what the law decided on the way.
+    """
+
+    standardized: Affine
+    gamma: Tensor | None
+    beta: Tensor | None
+    choices: dict[str, Choice] = {}  # noqa: RUF012 - never written to
+
+
 class Norm(nn.Module):
     """A normalization layer over (N, C, H, W): y = act(mask * N(x) + residual).
 
@@ -65,6 +92,9 @@ class Norm(nn.Module):
 
     elsewhere: tuple[str, dict] = ("bn", {})
     """Name and options of the law for the sites where a placement does not put this one."""
+
+    site: Site | None = None
+    """Where the layer stands, once a placement has put it there."""
 
     def __init__(self, channels: int, act: str | None = None) -> None:
         super().__init__()
@@ -99,6 +129,10 @@ class Norm(nn.Module):
     def law(self, moments: Moments | None) -> Affine:
         """Moments -> coefficients (centre, scale, shift), each (C,) or (N, C)."""
         raise NotImplementedError
+
+    def parts(self, moments: Moments | None) -> Parts | None:
+        """``law(moments)`` in its parts, for tools that look inside; None where a law does not tell them."""
+        return None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """act(mask * N(x) + residual); x and residual (N, C, H, W), mask (N, C) (a dropout of whole channels)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from anorm.algebra import Affine, Moments, standardize
-from anorm.norms.base import RunningNorm
+from anorm.norms.base import Parts, RunningNorm
 from anorm.ops.hot import HotLaw, hot_bn
 
 __all__ = ["NORMS", "BatchNorm"]
@@ -44,6 +44,9 @@ class BatchNorm(RunningNorm):
 
     def law(self, moments: Moments | None) -> Affine:
         return self._then_affine(standardize(*self.batch_statistics(moments), self.eps))
+
+    def parts(self, moments: Moments | None) -> Parts:
+        return Parts(standardize(*self.batch_statistics(moments), self.eps), self.weight, self.bias)
 
     def hot(self, x: Tensor) -> HotLaw | None:
         if not self.from_batch or self.sync or x.numel() <= self.channels:

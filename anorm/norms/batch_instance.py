@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from anorm.algebra import Affine, Moments, mix, standardize
-from anorm.norms.base import ParamNeeds, RunningNorm
+from anorm.norms.base import Choice, ParamNeeds, Parts, RunningNorm
 
 __all__ = ["NORMS", "BatchInstanceNorm"]
 
@@ -46,9 +46,16 @@ class BatchInstanceNorm(RunningNorm):
         self.gate = nn.Parameter(torch.ones(channels))
 
     def law(self, moments: Moments) -> Affine:
+        return self._then_affine(self._standardized(moments))
+
+    def parts(self, moments: Moments) -> Parts:
+        gate = {"share of BN": Choice("gates", self.gate)}
+        return Parts(self._standardized(moments), self.weight, self.bias, gate)
+
+    def _standardized(self, moments: Moments) -> Affine:
         batch = standardize(*self.batch_statistics(moments), self.eps)
         instance = standardize(moments.mean, moments.var, self.eps)
-        return self._then_affine(mix(batch, instance, self.gate))
+        return mix(batch, instance, self.gate)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

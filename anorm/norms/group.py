@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from anorm.algebra import Affine, Moments, pool_groups, standardize
-from anorm.norms.base import Norm
+from anorm.norms.base import Norm, Parts
 from anorm.ops.hot import HotLaw, hot_gn
 
 __all__ = ["NORMS", "GroupNorm", "InstanceNorm", "LayerNorm", "resolve_groups"]
@@ -54,8 +54,14 @@ class GroupNorm(Norm):
         self._make_affine(affine)
 
     def law(self, moments: Moments) -> Affine:
+        return self._then_affine(self._standardized(moments))
+
+    def parts(self, moments: Moments) -> Parts:
+        return Parts(self._standardized(moments), self.weight, self.bias)
+
+    def _standardized(self, moments: Moments) -> Affine:
         mean, var, _ = pool_groups(moments, self.groups)
-        return self._then_affine(standardize(mean, var, self.eps))
+        return standardize(mean, var, self.eps)
 
     def hot(self, x: Tensor) -> HotLaw:
         return hot_gn(self.weight, self.bias, self.groups, self.eps)

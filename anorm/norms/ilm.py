@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, pool_groups, standardize, then
-from anorm.norms.base import Norm, ParamNeeds, fully_connected
+from anorm.norms.base import Norm, ParamNeeds, Parts, fully_connected
 from anorm.norms.group import resolve_groups
 
 __all__ = ["NORMS", "InstanceLevelMetaNorm"]
@@ -82,11 +82,14 @@ class InstanceLevelMetaNorm(Norm):
         self.bias_decoder = nn.Linear(hidden, self.keys, bias=False)
 
     def law(self, moments: Moments) -> Affine:
+        return then(*self.parts(moments)[:3])
+
+    def parts(self, moments: Moments) -> Parts:
         mean, var = self._statistics(moments, self.groups)
         key_mean, key_var = self._statistics(moments, self.keys)
         omega = torch.sigmoid(self._decode(self.weight_decoder, key_var)) + self.weight
         b = torch.tanh(self._decode(self.bias_decoder, key_mean)) + self.bias
-        return then(standardize(mean, var, self.eps), omega, b)
+        return Parts(standardize(mean, var, self.eps), omega, b)
 
     def _statistics(self, moments: Moments, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of the groups, repeated for every channel (N, C)."""

@@ -62,6 +62,7 @@ class Placement:
             options = dict(self.elsewhere)
             name = options.pop("name")
             norm = build(name, site.channels, site.act, self.sync, **options)
+        norm.site = site
         self.built[name] += 1
         self._note_groups(norm)
         return norm

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anorm.algebra import Affine, Moments, gate, squeeze
-from anorm.norms.base import Norm, ParamNeeds, Site, fully_connected
+from anorm.algebra import Affine, Moments, gate, squeeze, then
+from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, Site, fully_connected
 from anorm.norms.build import build_base
 
 __all__ = ["NORMS", "SqueezeExcite"]
@@ -55,6 +55,16 @@ class SqueezeExcite(Norm):
     def law(self, moments: Moments) -> Affine:
         normalized = self.base.law(moments)
         return gate(normalized, self.weights(squeeze(normalized, moments.mean)))
+
+    def parts(self, moments: Moments) -> Parts | None:
+        below = self.base.parts(moments)
+        if below is None:
+            return None
+        weight = self.weights(squeeze(then(*below[:3]), moments.mean))
+        gamma = weight if below.gamma is None else weight * below.gamma
+        beta = None if below.beta is None else weight * below.beta
+        choices = {"channel gates": Choice("gates", weight)} | below.choices
+        return Parts(below.standardized, gamma, beta, choices)
 
     def weights(self, squeezed: torch.Tensor) -> torch.Tensor:
         """The gates (N, C) for squeezed features (N, C)."""

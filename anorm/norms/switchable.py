@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anorm.algebra import Affine, Moments, pool_groups, standardize
-from anorm.norms.base import ParamNeeds, RunningNorm
+from anorm.norms.base import Choice, ParamNeeds, Parts, RunningNorm
 
 __all__ = ["NORMS", "SwitchableNorm"]
 
@@ -61,6 +61,14 @@ class SwitchableNorm(RunningNorm):
         return self.mean_weight.softmax(0), self.var_weight.softmax(0)
 
     def law(self, moments: Moments) -> Affine:
+        return self._then_affine(self._standardized(moments, *self.weights()))
+
+    def parts(self, moments: Moments) -> Parts:
+        weights, names = self.weights(), ("IN", "LN", "BN")[: len(self.mean_weight)]
+        shares = dict(zip(("means", "variances"), (Choice("shares", w, names) for w in weights), strict=True))
+        return Parts(self._standardized(moments, *weights), self.weight, self.bias, shares)
+
+    def _standardized(self, moments: Moments, w_mean: Tensor, w_var: Tensor) -> Affine:
         mean, var, count = moments
         if self.variance == "unbiased" and count > 1:
             var = var * (count / (count - 1))
@@ -68,10 +76,9 @@ class SwitchableNorm(RunningNorm):
         branches = [(mean, var), pool_groups(instance, 1)[:2]]
         if self.use_bn:
             branches.append(self.batch_statistics(instance))
-        w_mean, w_var = self.weights()
         mu = sum(w * mean for w, (mean, _) in zip(w_mean, branches, strict=True))
         sigma2 = sum(w * var for w, (_, var) in zip(w_var, branches, strict=True))
-        return self._then_affine(standardize(mu, sigma2, self.eps))
+        return standardize(mu, sigma2, self.eps)
 
     def param_needs(self) -> dict[str, ParamNeeds]:
         control = {name: ParamNeeds("control") for name in ("mean_weight", "var_weight")}

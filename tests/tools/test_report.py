@@ -35,7 +35,7 @@ def printed():
 class Parsed(HTMLParser):
     """Text of table cells; every element is closed."""
 
-    VOID = {"meta", "input", "line", "circle", "polyline"}
+    VOID = {"meta", "img", "input", "line", "circle", "polyline"}
 
     def __init__(self, page):
         super().__init__()

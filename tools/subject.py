@@ -1,0 +1,123 @@
+"""A run opened for looking at: its network, its images, its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from anorm.build import accepted, complete, create_source, evaluator, last_weights, resolve
+from anorm.data.loaders import EvalLoader
+from anorm.data.sources.base import Dataset, Fetched, Source
+from anorm.engine.compose import change
+from anorm.engine.evaluate import Evaluator, Result, evaluate, statistics_from
+from anorm.engine.names import nearest
+from anorm.engine.runfolder import thaw
+
+__all__ = ["Part", "Subject", "chosen_classes", "of_classes", "open_subject", "spread_out"]
+
+
+@dataclass
+class Subject:
+    """A run's network in evaluation mode, with its last weights, on this machine's device.
+
+    config: complete and resolved for one process here.
+    """
+
+    name: str
+    folder: Path
+    config: dict
+    source: Source
+    evaluator: Evaluator
+
+    @property
+    def model(self) -> nn.Module:
+        return self.evaluator.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.evaluator.world.device
+
+    def batches(self, dataset: Dataset, indices: Sequence[int]) -> EvalLoader:
+        """These images of one of ``source``'s data sets, cropped as in evaluation."""
+        hardware, size = self.config["hardware"], self.config["eval"]["batch_size"] or self.config["batch_size"]
+        return EvalLoader(
+            Part(dataset, indices), size, device=self.device, channels_last=hardware["channels_last"]
+        )
+
+    def evaluate(self, batches: EvalLoader) -> Result:
+        return evaluate(self.model, batches, self.evaluator.world, self.evaluator.autocast)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.evaluator.train.close()
+        self.evaluator.val.close()
+
+    @contextmanager
+    def as_evaluated(self) -> Iterator[Subject]:
+        """Within: statistics as the run's evaluation takes them (eval.stats)."""
+        self.model.eval()
+        own = self.evaluator
+        with statistics_from(self.model, own.settings.stats, lambda: own.recalibrate(self.model)):
+            yield self
+
+
+def open_subject(folder: Path, overrides: Sequence[str] = (), weights: Path | None = None) -> Subject:
+    """The run in a folder; ``overrides`` are train.py's arguments. Raises ValueError where there is none."""
+    config, _ = thaw(folder)
+    config["hardware"]["processes"] = 1
+    config = resolve(complete(change(config, list(overrides), accepted)))
+    source, found = create_source(config), evaluator(config, weights or last_weights(folder))
+    found.model.eval().requires_grad_(True)
+    return Subject(folder.resolve().name, folder, config, source, found)
+
+
+class Part(Dataset):
+    """Some images of a data set, in the order of ``indices``; read by torch whatever the data set's loader."""
+
+    def __init__(self, whole: Dataset, indices: Sequence[int]):
+        self.whole, self.indices = whole, torch.as_tensor(indices, dtype=torch.int64)
+        self.labels, self.image_size = whole.labels[self.indices], whole.image_size
+        self.mean, self.std, self.in_memory = whole.mean, whole.std, whole.in_memory
+
+    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
+        return self.whole.fetch(self.indices[torch.as_tensor(indices)].tolist(), rngs)
+
+
+def spread_out(count: int, wanted: int) -> list[int]:
+    """``wanted`` indices of ``count`` (all when there are fewer, or 0 are wanted), at even distances."""
+    if not 0 < wanted < count:
+        return list(range(count))
+    return [i * count // wanted for i in range(wanted)]
+
+
+def of_classes(labels: Tensor, classes: Sequence[int], each: int) -> list[int]:
+    """Indices of the first ``each`` images of every class."""
+    return [int(i) for k in classes for i in (labels == k).nonzero().flatten()[:each]]
+
+
+def chosen_classes(source: Source, asked: str | None, default: int = 4) -> list[int]:
+    """Numbers of the classes that a comma-separated list names, by name or number; without one, ``default`` classes
+    at even distances. Raises ValueError for one that there is not, or that has no image.
+    """
+    names = [str(name) for name in source.classes]
+    present = set(source.val.labels.tolist())
+    if asked is None:
+        known = sorted(present)
+        return [known[i] for i in spread_out(len(known), default)]
+    found = []
+    for word in (word.strip() for word in asked.split(",")):
+        if word in names:
+            number = names.index(word)
+        elif word.isdigit() and int(word) < len(names):
+            number = int(word)
+        else:
+            raise ValueError(f"there is no class {word!r}{nearest(word, names, 'classes')}")
+        if number not in present:
+            raise ValueError(f"class {word!r} has no image in the evaluation images")
+        found.append(number)
+    return list(dict.fromkeys(found))
