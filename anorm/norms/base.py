@@ -251,9 +251,9 @@ class RunningNorm(Norm):
             self.track(pooled.mean, var)
         return pooled.mean, pooled.var
 
-    @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor) -> None:
         """Take a batch's statistics (C,) into the running ones."""
+        mean, var = mean.detach(), var.detach()
         self.num_batches_tracked.add_(1)
         if self.momentum is None:
             rate = 1.0 / self.num_batches_tracked.to(self.running_mean.dtype)

@@ -17,7 +17,9 @@ themselves differentiable.
 
 from __future__ import annotations
 
-from types import ModuleType
+import inspect
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from torch.autograd import Function
 from anorm.ops import reference
 from anorm.ops.activations import masked
 
-__all__ = ["fixed_affine", "moments_and_slots", "slotted_affine"]
+__all__ = ["fixed_affine", "in_order", "moments_and_slots", "slotted_affine"]
 
 Slots = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -56,10 +58,26 @@ def fixed_affine(
     return _Affine.apply(x, centre, scale, shift, residual, act, backend, None, None, None, None)
 
 
+class _InOrder(inspect.Signature):
+    def bind(self, *args, **kwargs) -> SimpleNamespace:
+        return SimpleNamespace(args=args, kwargs=kwargs, apply_defaults=lambda: None)
+
+
+def in_order(forward: Callable) -> Callable:
+    """A Function's forward that is always called with all its arguments in order.
+
+    Before each call of a Function with ``setup_context`` torch derives forward's signature anew and binds the
+    arguments to it, which takes longer than a pass over a small map.
+    """
+    forward.__signature__ = _InOrder(inspect.signature(forward).parameters.values())
+    return forward
+
+
 class _Moments(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @in_order
     def forward(x: Tensor, var: bool, act: str, backend: ModuleType) -> tuple[Any, ...]:
         mean, variance = backend.moments(x, var)
         empty = mean.new_zeros(())
@@ -93,6 +111,7 @@ class _Affine(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @in_order
     def forward(x, centre, scale, shift, residual, act, backend, slot_c, slot_s, slot_b, slot_g):
         return backend.affine(x, centre, scale, shift, residual, act)
 

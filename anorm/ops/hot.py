@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from anorm.algebra import Affine, Moments, pool_batch, pool_groups, squeeze, standardize, then
 from anorm.ops import reference
 from anorm.ops.activations import masked
+from anorm.ops.autograd import in_order
 
 __all__ = ["HotLaw", "hot_an", "hot_bn", "hot_gn", "normalize_hot"]
 
@@ -57,6 +58,7 @@ class _Hot(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @in_order
     def forward(x, residual, act, backend, hot, *parameters):
         mean, var = backend.moments(x, True)
         made = hot.forward(backend.laws(x.dtype), mean, var, x.shape[2] * x.shape[3], parameters)
