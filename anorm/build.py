@@ -25,6 +25,7 @@ from anorm.engine.distributed import World
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
 from anorm.engine.hardware import (
+    Machine,
     autocast_of,
     check_batches,
     compiled,
@@ -107,14 +108,15 @@ def _arguments(section: str, node: dict) -> dict | None:
     return found if signatures else None
 
 
-def resolve(config: dict, world: World | None = None) -> dict:
-    """``config`` with every "auto" of its hardware decided for this machine, and its batches checked.
+def resolve(config: dict, world: World | None = None, machine: Machine | None = None) -> dict:
+    """``config`` with every "auto" of its hardware decided for ``machine`` (default: this one), and its batches
+    checked.
 
     world: the processes that another launcher started. Raises ValueError where the machine lacks what is
     asked for, or where the batches do not fit the processes.
     """
     settings = settings_from(config)
-    hardware = decide(settings.hardware, world)
+    hardware = decide(settings.hardware, world, machine)
     check_batches(settings.batch_size, settings.optim.global_batch, hardware.processes)
     return config | {"hardware": dataclasses.asdict(hardware)}
 
