@@ -121,6 +121,13 @@ def resolve(config: dict, world: World | None = None, machine: Machine | None = 
     return config | {"hardware": dataclasses.asdict(hardware)}
 
 
+def settle(config: dict, machine: Machine) -> dict:
+    """``config`` with device and precision, which is part of its signature, decided for a machine elsewhere."""
+    decided = resolve(config, machine=machine)["hardware"]
+    kept = {key: decided[key] for key in ("device", "dtype")}
+    return config | {"hardware": config["hardware"] | kept}
+
+
 def create_source(config: dict) -> Source:
     """The data set. Raises ValueError for what is wrong with the files."""
     options = dict(config["data"])
