@@ -95,13 +95,14 @@ def run(arguments: Arguments) -> int:
 
 def plan(found: Composed, world=None) -> dict | None:
     """All that is decided before training: devices, batches, signature, folder. None: it is finished."""
-    from anorm.build import create_source, resolve
+    from anorm.build import create_source, outline, resolve
     from anorm.engine.runfolder import folder_for, standing
     from anorm.engine.signature import signature
 
     config = resolve(found.config, world)
     processes = config["hardware"]["processes"]
-    signed = signature(config, create_source(config).identity, processes)
+    source = create_source(config)
+    signed = signature(config, source.identity, processes)
     folder = folder_for(config, found.choices, signed)
     for deviation in found.recipe:
         print(f"recipe of {deviation}")
@@ -112,6 +113,8 @@ def plan(found: Composed, world=None) -> dict | None:
             "(resume=never trains it again)"
         )
         return None
+    if config["dry"]:
+        print(outline(config, source))
     print(f"run folder: {folder}", flush=True)
     return {"config": config, "choices": found.choices, "signature": signed, "folder": str(folder)}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from anorm.archs import foreign
 from anorm.data import sources
@@ -148,6 +149,18 @@ def create_network(config: dict, num_classes: int) -> nn.Module:
             if id(parameter) not in of_norms:
                 model.get_parameter(key).copy_(parameter)
     return model
+
+
+def outline(config: dict, source: Source) -> str:
+    """Parameters and multiply-adds, in words, of the network built on the meta device: before any memory is taken."""
+    try:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model = create_network(config, source.num_classes).eval()
+            model(torch.empty(1, 3, source.image_size, source.image_size))
+    except (NotImplementedError, RuntimeError) as error:  # a layer of others may want values
+        return f"not on the meta device: {str(error).splitlines()[0]}"
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"parameters {parameters:,}; multiply-adds of an image {counter.get_total_flops() / 2e9:.3f} G"
 
 
 def build(config: dict, folder: Path, signature: str, world: World, resume: dict | None) -> Run:
