@@ -11,8 +11,8 @@ The same command continues a run that was cut, and says so when the run is finis
     -m, --multirun        run every combination of comma-separated values, each in a process of its own
     --cfg job             print the composed configuration and stop
     --config FILE         run a frozen configuration, such as the config.yaml of a run folder
-    --submit slurm        a job of a Slurm cluster for each run; slurm.partition=gpu slurm.time=1-00 slurm.nodes=2
-                          slurm.gpus_per_node=8: any long option of sbatch
+    --submit slurm        a job of a Slurm cluster for each run; any long option of sbatch as slurm.OPTION:
+                          slurm.partition=gpu slurm.time=1-00 slurm.nodes=2 slurm.gpus_per_node=8
     -h, --help            this text
 """
 

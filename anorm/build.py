@@ -110,8 +110,8 @@ def _arguments(section: str, node: dict) -> dict | None:
 
 
 def resolve(config: dict, world: World | None = None, machine: Machine | None = None) -> dict:
-    """``config`` with every "auto" of its hardware decided for ``machine`` (default: this one), and its batches
-    checked.
+    """``config`` with every "auto" of its hardware decided for ``machine`` (default: this one), and its
+    batches checked.
 
     world: the processes that another launcher started. Raises ValueError where the machine lacks what is
     asked for, or where the batches do not fit the processes.
@@ -123,7 +123,7 @@ def resolve(config: dict, world: World | None = None, machine: Machine | None = 
 
 
 def settle(config: dict, machine: Machine) -> dict:
-    """``config`` with device and precision, which is part of its signature, decided for a machine elsewhere."""
+    """``config`` with device and precision (part of its signature) decided for a machine elsewhere."""
     decided = resolve(config, machine=machine)["hardware"]
     kept = {key: decided[key] for key in ("device", "dtype")}
     return config | {"hardware": config["hardware"] | kept}
@@ -152,7 +152,9 @@ def create_network(config: dict, num_classes: int) -> nn.Module:
 
 
 def outline(config: dict, source: Source) -> str:
-    """Parameters and multiply-adds, in words, of the network built on the meta device: before any memory is taken."""
+    """Parameters and multiply-adds, in words, of the network on the meta device: before any memory is
+    taken.
+    """
     try:
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             model = create_network(config, source.num_classes).eval()

@@ -1,6 +1,6 @@
-"""Slurm's commands, faked: sbatch really runs the script in the background, srun its tasks, all on this machine.
+"""Slurm's commands, faked: sbatch really runs the script in the background, srun its tasks, all here.
 
-The state of jobs lies in $FAKE_SLURM. Not faked: queues, limits, hosts, cgroups; only signals that are sent by hand.
+The state of jobs lies in $FAKE_SLURM. Not faked: queues, limits, hosts, cgroups; signals are sent by hand.
 """
 
 import json
@@ -23,7 +23,7 @@ class Slurm:
         (folder / "bin").mkdir(parents=True)
         for name in COMMANDS:
             path = folder / "bin" / name
-            path.write_text(f"#!/bin/sh\nexec {sys.executable} {__file__} {name} \"$@\"\n")
+            path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
             path.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
         monkeypatch.setenv("FAKE_SLURM", str(folder))
@@ -62,8 +62,13 @@ def sbatch(script):
         sys.exit("sbatch: error: invalid partition specified: nowhere")
     number = str(4000 + len(list(Path(os.environ["FAKE_SLURM"]).glob("*.json"))))
     change(number, state="PENDING", options=options, script=text, starts=0, requeue=False, tasks=[])
-    subprocess.Popen([sys.executable, __file__, "daemon", number], start_new_session=True, stdin=subprocess.DEVNULL,
-                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.Popen(
+        [sys.executable, __file__, "daemon", number],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     print(f"Submitted batch job {number}")
 
 
@@ -74,7 +79,11 @@ def daemon(number):
         while hold.exists():
             time.sleep(0.1)
     nodes = known["options"].get("nodes", "1")
-    environment = os.environ | {"SLURM_JOB_ID": number, "SLURM_JOB_NUM_NODES": nodes, "SLURM_JOB_NODELIST": "localhost"}
+    environment = os.environ | {
+        "SLURM_JOB_ID": number,
+        "SLURM_JOB_NUM_NODES": nodes,
+        "SLURM_JOB_NODELIST": "localhost",
+    }
     while True:
         change(number, state="RUNNING", requeue=False, starts=change(number)["starts"] + 1)
         status = subprocess.run(["bash", "-c", known["script"]], env=environment).returncode
@@ -92,7 +101,12 @@ def srun(*words):
     number, nodes = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_JOB_NUM_NODES"])
     tasks = []
     for rank in range(nodes):
-        place = {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank), "SLURM_LOCALID": "0", "SLURM_NTASKS": str(nodes)}
+        place = {
+            "SLURM_PROCID": str(rank),
+            "SLURM_NODEID": str(rank),
+            "SLURM_LOCALID": "0",
+            "SLURM_NTASKS": str(nodes),
+        }
         with open(options["output"].replace("%j", number).replace("%t", str(rank)), "a") as log:
             tasks.append(subprocess.Popen(words, env=os.environ | place, stdout=log, stderr=log))
     change(number, tasks=[task.pid for task in tasks])

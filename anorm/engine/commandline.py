@@ -50,7 +50,9 @@ def parse(argv: list[str]) -> Arguments:
             arguments.frozen = Path(rest.pop(0))
         elif word == "--submit":
             if not rest or rest.pop(0) != "slurm":
-                raise ValueError("--submit takes one word: --submit slurm makes each run a job of a Slurm cluster")
+                raise ValueError(
+                    "--submit takes one word: --submit slurm makes each run a job of a Slurm cluster"
+                )
             arguments.submit = True
         elif word.startswith("slurm."):
             arguments.slurm.append(word)

@@ -25,8 +25,8 @@ FOR_V100 = "pip install 'torch==2.14.*' torchvision --index-url https://download
 
 @dataclass(frozen=True)
 class Machine:
-    """What decisions depend on. capability: of its GPUs, (0, 0) where not known; kernels: what torch brings for
-    GPUs, such as sm_80.
+    """What decisions depend on. capability: of its GPUs, (0, 0) where not known; kernels: what torch brings
+    for GPUs, such as sm_80.
     """
 
     gpus: int
@@ -45,11 +45,13 @@ class Machine:
 
     @property
     def without_kernels(self) -> str | None:
-        """Why torch cannot compute on the GPUs, and what to install; None where it can, or nothing is known.
+        """Why torch cannot compute on the GPUs and what to install; None where it can, or nothing is known.
 
         sm_XY runs on capability X.Y and later minor ones, compute_XY (compiled at its first use) on all later.
         """
-        known = [name.rstrip("af").split("_") for name in self.kernels if name.startswith(("sm_", "compute_"))]
+        known = [
+            name.rstrip("af").split("_") for name in self.kernels if name.startswith(("sm_", "compute_"))
+        ]
         if not known or not self.capability[0]:
             return None
         for kind, digits in known:
@@ -60,9 +62,11 @@ class Machine:
                 return None
         capability = ".".join(map(str, self.capability))
         return (
-            f"this torch ({torch.__version__}) has no kernels for {self.gpu}, compute capability {capability}: "
+            f"this torch ({torch.__version__}) has no kernels for {self.gpu}, compute capability "
+            f"{capability}: "
             + (
-                f"the newest that has is 2.14 built for CUDA 12.6, with a driver of the R580 series: {FOR_V100}"
+                "the newest that has is 2.14 built for CUDA 12.6, with a driver of the R580 series: "
+                f"{FOR_V100}"
                 if self.capability == (7, 0)
                 else "install a build of torch for it (pytorch.org)"
             )
@@ -117,8 +121,8 @@ def _dtype(asked: Hardware, gpu: bool, machine: Machine) -> str:
         raise ValueError(f"hardware.dtype={asked.dtype} is for GPUs: on a CPU use fp32 (or bf16)")
     if gpu and asked.dtype in ("bf16", "tf32") and 0 < machine.capability[0] < 8:
         raise ValueError(
-            f"hardware.dtype={asked.dtype} needs a GPU of compute capability 8.0 (A100) or later; {machine.gpu} "
-            f"has {'.'.join(map(str, machine.capability))} and no arithmetic of this kind: use fp16 or fp32"
+            f"hardware.dtype={asked.dtype} needs a GPU of compute capability 8.0 (A100) or later; "
+            f"{machine.gpu} has {'.'.join(map(str, machine.capability))} and no arithmetic of this kind: use fp16 or fp32"
         )
     return asked.dtype
 

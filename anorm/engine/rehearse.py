@@ -1,5 +1,5 @@
-"""dry=true: all of a run but its length, and what the whole of it will cost. What needs no memory, parameters and
-multiply-adds, ``build.outline`` says first.
+"""dry=true: all of a run but its length, and what the whole of it will cost. What needs no memory, parameters
+and multiply-adds, ``build.outline`` says first.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from typing import Any
 import yaml
 
 from anorm.engine.commandline import user_errors
-from anorm.engine.distributed import LAUNCHED
 from anorm.engine.hardware import Machine
 from anorm.engine.launch import slurm_environment
 
@@ -56,9 +55,13 @@ def wishes_from(words: list[str]) -> Wishes:
     for word in words:
         key, equals, value = word.removeprefix("slurm.").partition("=")
         if not equals or not key or not value:
-            raise ValueError(f"{word}: give slurm.OPTION=VALUE, with a long option of sbatch: slurm.partition=gpu")
+            raise ValueError(
+                f"{word}: give slurm.OPTION=VALUE, with a long option of sbatch: slurm.partition=gpu"
+            )
         if (key := key.replace("_", "-")) in OURS:
-            raise ValueError(f"slurm.{key} is decided by train.py: one task a node, requeued after its signal")
+            raise ValueError(
+                f"slurm.{key} is decided by train.py: one task a node, requeued after its signal"
+            )
         found[key] = value
     gpus = whole(found.pop("gpus-per-node", "8"), "gpus-per-node", 0)
     return Wishes(
@@ -74,7 +77,9 @@ def minutes(text: str) -> int:
     """Slurm's ways to write a duration: "90", "90:00", "1:30:00", "1-12", "1-12:30"."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
-        raise ValueError(f"slurm.time={text} is no duration: give minutes, hours:minutes:seconds or days-hours")
+        raise ValueError(
+            f"slurm.time={text} is no duration: give minutes, hours:minutes:seconds or days-hours"
+        )
     days, *rest = (int(part) if part else 0 for part in match.groups())
     if match[1]:
         return max(1, days * 1440 + rest[0] * 60 + rest[1])
@@ -95,9 +100,8 @@ class Training:
 
     def __call__(self) -> int:
         """Run to the end. On the first node a failure is an error, for Slurm to see; the others follow it."""
-        environment = {key: value for key, value in os.environ.items() if key != LAUNCHED}
         # in a session of its own: Slurm's signal comes to the task, and is passed on once
-        self.running = subprocess.Popen(self.command(), env=environment, start_new_session=True)
+        self.running = subprocess.Popen(self.command(), start_new_session=True)
         status = self.running.wait()
         if status and os.environ.get("SLURM_PROCID", "0") == "0":
             raise RuntimeError(f"train.py ended with status {status}; its words are above")
@@ -125,7 +129,7 @@ class Training:
         return [sys.executable, "-m", "torch.distributed.run", *words, *train]
 
     def checkpoint(self):
-        """Called by submitit in its signal handler, on the first node: let all processes save, then be requeued.
+        """Called in submitit's signal handler, on the first node: let all processes save, then be requeued.
 
         The process is watched without being waited for, which the interrupted wait() does.
         """
@@ -172,7 +176,9 @@ def submit(script: Path, frozen: str, runs: Path, wishes: Wishes) -> str:
     config = yaml.safe_load(frozen)
     processes = config["hardware"]["processes"]
     if processes != "auto" and processes % wishes.nodes:
-        raise ValueError(f"hardware.processes={processes} on slurm.nodes={wishes.nodes}: as many on each node")
+        raise ValueError(
+            f"hardware.processes={processes} on slurm.nodes={wishes.nodes}: as many on each node"
+        )
     folder = (runs / FOLDER).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{hashlib.blake2b(frozen.encode(), digest_size=8).hexdigest()}.yaml"
@@ -184,7 +190,9 @@ def submit(script: Path, frozen: str, runs: Path, wishes: Wishes) -> str:
         nodes=wishes.nodes,
         ntasks_per_node=1,
         cpus_per_task=wishes.cpus_per_task,
-        srun_args=[f"--cpus-per-task={wishes.cpus_per_task}"],  # since Slurm 22.05 srun does not take sbatch's
+        srun_args=[
+            f"--cpus-per-task={wishes.cpus_per_task}"
+        ],  # since Slurm 22.05 srun does not take sbatch's
         signal_delay_s=WARNING,
         stderr_to_stdout=True,
         additional_parameters={"requeue": True, **wishes.other},

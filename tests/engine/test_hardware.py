@@ -68,7 +68,9 @@ def test_the_report_knows_v100s(monkeypatch):
     assert "install" not in dict(main.devices())["cuda:1"]
 
 
-@pytest.mark.parametrize(("capability", "special"), [("7.0", True), ("8.0", False), ("17.0", False), (None, False)])
+@pytest.mark.parametrize(
+    ("capability", "special"), [("7.0", True), ("8.0", False), ("17.0", False), (None, False)]
+)
 def test_make_installs_a_torch_that_runs_on_v100s(tmp_path, capability, special):
     program = tmp_path / "nvidia-smi"
     answer = "exit 9" if capability is None else f"echo {capability}\necho {capability}"

@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import SMALL, events, run_train, train, weights
+from processes import SMALL, events, fake_slurm, run_train, train, weights
 
-import fake_slurm
 from anorm.engine.slurm import active, minutes, wishes_from
 
-CPU = ["--submit", "slurm", "slurm.gpus_per_node=0", "slurm.partition=long", "slurm.time=2-12", "slurm.exclusive=true"]
+CPU = [
+    "--submit",
+    "slurm",
+    "slurm.gpus_per_node=0",
+    "slurm.partition=long",
+    "slurm.time=2-12",
+    "slurm.exclusive=true",
+]
 LONG = [*SMALL, "arch=convnet", "data.train_images=128", "epochs=8", "log.every=1"]
 
 
@@ -42,7 +48,12 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_it_had_not_been(slurm, tmp_p
     assert slurm.jobs() == [number] and active(number) and not active("99")
     options = slurm.job(number)["options"]
     assert {k: options[k] for k in ("nodes", "ntasks-per-node", "partition", "time", "cpus-per-task")} == {
-        "nodes": "1", "ntasks-per-node": "1", "partition": "long", "time": "3600", "cpus-per-task": "1"}
+        "nodes": "1",
+        "ntasks-per-node": "1",
+        "partition": "long",
+        "time": "3600",
+        "cpus-per-task": "1",
+    }
     assert {"requeue", "exclusive"} <= options.keys() and options["signal"] == "USR2@180"
     assert "gpus-per-node" not in options and "srun" in slurm.job(number)["script"]
     (frozen,) = (tmp_path / "runs" / ".slurm").glob("*.yaml")
@@ -87,7 +98,9 @@ def test_two_nodes_are_one_run(slurm, tmp_path):
 @pytest.mark.slow
 def test_a_grid_is_a_job_for_each_combination_that_composes_and_a_failure_is_seen(slurm, tmp_path):
     (slurm.folder / "hold").touch()
-    status, out, err = run_train("-m", *CPU, *SMALL, "epochs=1", "norm=bn,bm", "optim.lr=0.1,1e30", cwd=tmp_path)
+    status, out, err = run_train(
+        "-m", *CPU, *SMALL, "epochs=1", "norm=bn,bm", "optim.lr=0.1,1e30", cwd=tmp_path
+    )
     assert status == 2 and err.count("unknown norm 'bm'") == 2 and len(slurm.jobs()) == 2
     (slurm.folder / "hold").unlink()
     assert slurm.wait(*slurm.jobs()) == ["COMPLETED", "FAILED"]
@@ -102,7 +115,14 @@ def test_submission_options_do_not_change_the_run_and_its_devices_are_those_of_t
     sizes = ["batch_size=4", "optim.global_batch=64"]
     for nodes, partition in (("1", "a"), ("2", "b")):
         status, out, err = run_train(
-            "--submit", "slurm", f"slurm.nodes={nodes}", f"slurm.partition={partition}", *here, *sizes, cwd=tmp_path)
+            "--submit",
+            "slurm",
+            f"slurm.nodes={nodes}",
+            f"slurm.partition={partition}",
+            *here,
+            *sizes,
+            cwd=tmp_path,
+        )
         assert status == 0, err
     (frozen,) = (tmp_path / "runs" / ".slurm").glob("*.yaml")
     hardware = yaml.safe_load(frozen.read_text())["hardware"]
@@ -125,7 +145,10 @@ def test_submission_options_do_not_change_the_run_and_its_devices_are_those_of_t
         (["--submit", "slurm", "slurm.array=1-3"], "slurm.array is decided by train.py"),
         (["--submit", "slurm", "slurm.partition"], "give slurm.OPTION=VALUE"),
         (["--submit", "slurm", "slurm.partition=nowhere"], "Slurm refuses the job: .*invalid partition"),
-        (["--submit", "slurm", "hardware.processes=3", "slurm.nodes=2", "optim.global_batch=384"], "on each node"),
+        (
+            ["--submit", "slurm", "hardware.processes=3", "slurm.nodes=2", "optim.global_batch=384"],
+            "on each node",
+        ),
         (["--submit", "slurm", "slurm.nodes=3"], "optim.global_batch=1024 is no whole number"),
     ],
 )
@@ -144,8 +167,13 @@ def test_without_slurm(tmp_path, monkeypatch, capsys):
 
 
 def test_durations_as_slurm_writes_them():
-    for text, expected in {"90": 90, "90:00": 90, "1:30:00": 90, "1-12": 2160, "2-00:30": 2910, "0:30": 1}.items():
+    for text, expected in {
+        "90": 90,
+        "90:00": 90,
+        "1:30:00": 90,
+        "1-12": 2160,
+        "2-00:30": 2910,
+        "0:30": 1,
+    }.items():
         assert minutes(text) == expected
     assert wishes_from(["slurm.mail_user=a", "slurm.time=1-00"]).other == {"mail-user": "a"}
-
-
