@@ -68,6 +68,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_it_had_not_been(slurm, tmp_p
     assert slurm.wait(number) == ["COMPLETED"], log.read_text()
     assert slurm.job(number)["starts"] == 2 and not active(number)
     said = log.read_text()
+    assert "this job is preempted" in said
     assert "everything is saved" in said and "continuing at step" in said
     assert len(events(run, "final")) == 1
     steps = [line["step"] for line in events(run, "train")]
@@ -80,8 +81,10 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_it_had_not_been(slurm, tmp_p
 
 @pytest.mark.slow
 def test_two_nodes_are_one_run(slurm, tmp_path):
-    """Also when they are preempted: the first node's signal stops the processes of both."""
-    status, out, err = run_train(*CPU, "slurm.nodes=2", *LONG, "run_dir=run", cwd=tmp_path)
+    """Also when their time is over: the first node's signal stops the processes of both. To submitit a signal in
+    the last ten minutes is a time-out, and otherwise a preemption.
+    """
+    status, out, err = run_train(*CPU, "slurm.nodes=2", "slurm.time=9", *LONG, "run_dir=run", cwd=tmp_path)
     assert status == 0, err
     number, log = job_of(out)
     while not any(line["step"] >= 3 for line in events(tmp_path / "run", "train")):
@@ -91,6 +94,7 @@ def test_two_nodes_are_one_run(slurm, tmp_path):
     assert slurm.wait(number) == ["COMPLETED"], log.read_text()
     assert slurm.job(number)["starts"] == 2
     starts = events(tmp_path / "run", "start")
+    assert "this job is timed-out" in log.read_text()
     assert [line["processes"] for line in starts] == [2, 2] and starts[1]["step"] >= 3
     assert len(events(tmp_path / "run", "final")) == 1
 
