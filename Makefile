@@ -16,11 +16,20 @@ test: $(VENV)/.test
 	@$(BIN)/python -m anorm build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
+# On V100s (compute capability 7.0) the newest torch that runs is 2.14 built for CUDA 12.6: it is installed first, and
+# what follows finds it there.
+V100 := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '7\.0' | head -n 1)
+FOR_V100 := 'torch==2.14.*' torchvision --index-url https://download.pytorch.org/whl/cu126
+
 # A stamp is written last: a set-up that was cut off starts again.
 $(VENV)/.train: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "anorm needs Python 3.10 or newer: make PYTHON=python3.x"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: apt install python3-venv"; exit 2; }
 	@echo "installing into $(VENV) (PyTorch and its libraries: a few minutes, 6 GB)"
+ifneq ($(V100),)
+	@echo "there are V100s here: PyTorch 2.14 for CUDA 12.6, which wants a driver of the R580 series"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(FOR_V100)
+endif
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train]'
 	@touch $@
 

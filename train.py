@@ -11,6 +11,8 @@ The same command continues a run that was cut, and says so when the run is finis
     -m, --multirun        run every combination of comma-separated values, each in a process of its own
     --cfg job             print the composed configuration and stop
     --config FILE         run a frozen configuration, such as the config.yaml of a run folder
+    --submit slurm        a job of a Slurm cluster for each run; any long option of sbatch as slurm.OPTION:
+                          slurm.partition=gpu slurm.time=1-00 slurm.nodes=2 slurm.gpus_per_node=8
     -h, --help            this text
 """
 
@@ -22,7 +24,8 @@ from pathlib import Path
 from anorm.engine.commandline import Arguments, help_text, parse, user_errors
 from anorm.engine.compose import Composed, compose, sweep
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+SCRIPT = Path(__file__).resolve()
+CONFIGS = SCRIPT.parent / "configs"
 
 
 def main(argv: list[str]) -> int:
@@ -31,10 +34,16 @@ def main(argv: list[str]) -> int:
         arguments = parse(argv)
         if arguments.help:
             print(help_text(__doc__, CONFIGS))
+        elif arguments.submit:
+            from anorm.engine.slurm import submit_all, wishes_from
+
+            runs = sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]
+            jobs = [Arguments(overrides, frozen=arguments.frozen) for overrides in runs]
+            return submit_all(jobs, SCRIPT, frozen, Path("runs"), wishes_from(arguments.slurm))
         elif arguments.multirun:
             from anorm.engine.sweep import run_sweep
 
-            return run_sweep(sweep(arguments.overrides), Path(__file__).resolve(), freeze_job)
+            return run_sweep(sweep(arguments.overrides), SCRIPT, freeze_job)
         elif arguments.print_config:
             import yaml
 
@@ -58,10 +67,18 @@ def composed(arguments: Arguments) -> Composed:
 
 def freeze_job(overrides: list[str], path: Path) -> None:
     """Compose a job of a sweep into a file."""
+    path.write_text(frozen(Arguments(overrides)))
+
+
+def frozen(arguments: Arguments, machine=None) -> str:
+    """The complete configuration as text for --config, checked for the machine that it is meant for."""
     import yaml
 
-    found = composed(Arguments(overrides))
-    path.write_text(yaml.safe_dump({"choices": found.choices} | found.config, sort_keys=False))
+    from anorm.build import settle
+
+    found = composed(arguments)
+    config = settle(found.config, machine) if machine else found.config
+    return yaml.safe_dump({"choices": found.choices} | config, sort_keys=False)
 
 
 def run(arguments: Arguments) -> int:
@@ -78,13 +95,14 @@ def run(arguments: Arguments) -> int:
 
 def plan(found: Composed, world=None) -> dict | None:
     """All that is decided before training: devices, batches, signature, folder. None: it is finished."""
-    from anorm.build import create_source, resolve
+    from anorm.build import create_source, outline, resolve
     from anorm.engine.runfolder import folder_for, standing
     from anorm.engine.signature import signature
 
     config = resolve(found.config, world)
     processes = config["hardware"]["processes"]
-    signed = signature(config, create_source(config).identity, processes)
+    source = create_source(config)
+    signed = signature(config, source.identity, processes)
     folder = folder_for(config, found.choices, signed)
     for deviation in found.recipe:
         print(f"recipe of {deviation}")
@@ -95,6 +113,8 @@ def plan(found: Composed, world=None) -> dict | None:
             "(resume=never trains it again)"
         )
         return None
+    if config["dry"]:
+        print(outline(config, source))
     print(f"run folder: {folder}", flush=True)
     return {"config": config, "choices": found.choices, "signature": signed, "folder": str(folder)}
 

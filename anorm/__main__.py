@@ -18,6 +18,7 @@ import torch
 
 import anorm
 from anorm import ops
+from anorm.engine.hardware import Machine
 
 PARTS = {
     "torchvision": ("data and images, tools/", "train"),
@@ -61,11 +62,12 @@ def devices() -> Iterator[tuple[str, str]]:
         built = "this torch is built without CUDA" if torch.version.cuda is None else "no driver or no device is visible"
         yield "gpu", f"none: {built}"
     for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        text = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
-        if f"sm_{major}{minor}" not in torch.cuda.get_arch_list() and (major, minor) < (7, 5):
-            text += "; this torch has no kernels for it: install torch 2.14 built for CUDA 12.6"
-        yield f"cuda:{index}", text
+        capability, name = torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index)
+        found = Machine(1, 1, capability, name, tuple(torch.cuda.get_arch_list()))
+        text = f"{name}, compute capability {capability[0]}.{capability[1]}"
+        if capability < (8, 0):
+            text += "; fp16 and fp32, no bf16 and no tf32"
+        yield f"cuda:{index}", f"{text}; {found.without_kernels}" if found.without_kernels else text
 
 
 def backends() -> Iterator[tuple[str, str]]:

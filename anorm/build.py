@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from anorm.archs import foreign
 from anorm.data import sources
@@ -25,6 +26,7 @@ from anorm.engine.distributed import World
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
 from anorm.engine.hardware import (
+    Machine,
     autocast_of,
     check_batches,
     compiled,
@@ -107,16 +109,24 @@ def _arguments(section: str, node: dict) -> dict | None:
     return found if signatures else None
 
 
-def resolve(config: dict, world: World | None = None) -> dict:
-    """``config`` with every "auto" of its hardware decided for this machine, and its batches checked.
+def resolve(config: dict, world: World | None = None, machine: Machine | None = None) -> dict:
+    """``config`` with every "auto" of its hardware decided for ``machine`` (default: this one), and its
+    batches checked.
 
     world: the processes that another launcher started. Raises ValueError where the machine lacks what is
     asked for, or where the batches do not fit the processes.
     """
     settings = settings_from(config)
-    hardware = decide(settings.hardware, world)
+    hardware = decide(settings.hardware, world, machine)
     check_batches(settings.batch_size, settings.optim.global_batch, hardware.processes)
     return config | {"hardware": dataclasses.asdict(hardware)}
+
+
+def settle(config: dict, machine: Machine) -> dict:
+    """``config`` with device and precision (part of its signature) decided for a machine elsewhere."""
+    decided = resolve(config, machine=machine)["hardware"]
+    kept = {key: decided[key] for key in ("device", "dtype")}
+    return config | {"hardware": config["hardware"] | kept}
 
 
 def create_source(config: dict) -> Source:
@@ -139,6 +149,20 @@ def create_network(config: dict, num_classes: int) -> nn.Module:
             if id(parameter) not in of_norms:
                 model.get_parameter(key).copy_(parameter)
     return model
+
+
+def outline(config: dict, source: Source) -> str:
+    """Parameters and multiply-adds, in words, of the network on the meta device: before any memory is
+    taken.
+    """
+    try:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model = create_network(config, source.num_classes).eval()
+            model(torch.empty(1, 3, source.image_size, source.image_size))
+    except (NotImplementedError, RuntimeError) as error:  # a layer of others may want values
+        return f"not on the meta device: {str(error).splitlines()[0]}"
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"parameters {parameters:,}; multiply-adds of an image {counter.get_total_flops() / 2e9:.3f} G"
 
 
 def build(config: dict, folder: Path, signature: str, world: World, resume: dict | None) -> Run:

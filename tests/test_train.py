@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,9 +321,35 @@ def test_a_dry_run_reports_costs_and_leaves_nothing(tmp_path, capsys):
         "waiting for data",
         "bottleneck",
         "the whole run",
+        "process-hours on 1",
         "disk",
     ):
         assert word in out
+    assert out.index("multiply-adds") < out.index("run folder")  # from the meta device
+
+
+def test_a_dry_run_says_what_is_missing_before_it_is(tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    assert train(*SMALL, "dry=true", f"run_dir={tmp_path / 'run'}") == 2
+    said = capsys.readouterr()
+    assert "0.0 GiB free" in said.err and "checkpoint.keep" in said.err
+    assert train("data=imagefolder", "data.root=nowhere", "hardware=cpu", "dry=true") == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arch", "macs"), [("resnet50", 4.089), ("densenet121", 2.835), ("aognet12m", 2.108)]
+)
+def test_the_outline_takes_no_memory(arch, macs):
+    """25.76 million parameters of ResNet-50 with AN, 4.089 G multiply-adds: those of tools/audit.py."""
+    from anorm.build import create_source, outline
+
+    found = script("train.py").composed(
+        script("train.py").Arguments([f"arch={arch}", "norm=an", "data=synthetic"])
+    )
+    said = outline(found.config, create_source(found.config))
+    assert f"{macs:.3f} G" in said and ("25,755,420" in said) == (arch == "resnet50")
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 A cell is a run's signature. Beside the run folders lies ``.grid``: SIGNATURE.lock, which the worker and its train.py hold
 while they run (the system releases it with the last of them), SIGNATURE.log, what the run printed, and SIGNATURE.failed,
-what is known of its last failure. A cell that failed is left alone until it is retried.
+what is known of its last failure. A cell that failed is left alone until it is retried. On a cluster a cell is submitted
+instead: SIGNATURE.job holds the job's number, and while Slurm has that job the cell is taken.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import yaml
 from grid import ROOT, Grid, Line
 from records import find_runs
 
-from anorm.build import create_source, resolve
+from anorm.build import create_source, resolve, settle
+from anorm.engine import slurm
+from anorm.engine.hardware import Machine
 from anorm.engine.signature import signature
 
 
@@ -40,16 +44,22 @@ class Cell:
     def arguments(self) -> list[str]:
         return [*self.line.arguments(self.seed), f"run_dir={self.folder}"]
 
+    def frozen(self, machine: Machine) -> str:
+        """The configuration as text for train.py --config, on a machine elsewhere."""
+        config = settle(self.line.config | {"seed": self.seed, "run_dir": str(self.folder)}, machine)
+        return yaml.safe_dump({"choices": self.line.composed[1]} | config, sort_keys=False)
 
-def cells_of(grid: Grid, seeds: int, runs_dir: Path) -> list[Cell]:
-    """Every cell, seed by seed, so that the whole table has one seed before any row has two.
+
+def cells_of(grid: Grid, seeds: int, runs_dir: Path, machine: Machine | None = None) -> list[Cell]:
+    """Every cell, seed by seed, so that the whole table has one seed before any row has two. machine: what they will run
+    on, where that is not this one.
 
     Raises ValueError where the data are not at hand.
     """
     found: dict[str, Cell] = {}
     for seed in range(seeds):
         for line in grid.lines:
-            config = resolve(line.config | {"seed": seed})
+            config = resolve(line.config | {"seed": seed}, machine=machine)
             signed = signature(config, _identity(json.dumps(config["data"])), config["hardware"]["processes"])
             labels = (*(found[signed].labels if signed in found else ()), line.label)
             folder = runs_dir.resolve() / line.folder(seed, signed).name
@@ -83,16 +93,31 @@ class Book:
     def log(self, signed: str) -> Path:
         return self.folder / f"{signed}.log"
 
-    def fail(self, cell: Cell, status: int, seconds: float) -> None:
-        known = {"labels": cell.labels, "seed": cell.seed, "status": status, "error": last_words(self.log(cell.signature)),
-                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": round(seconds), "log": str(self.log(cell.signature)),
+    def fail(self, cell: Cell, status: int | None = None, seconds: float | None = None, log: Path | None = None) -> None:
+        log = log or self.log(cell.signature)
+        known = {"labels": cell.labels, "seed": cell.seed, "status": status, "error": last_words(log),
+                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds and round(seconds), "log": str(log),
                  "command": cell.line.command(cell.seed)}
-        path = self.folder / f"{cell.signature}.failed"
-        path.with_suffix(".new").write_text(json.dumps(known, indent=1))
-        path.with_suffix(".new").replace(path)
+        self._write(f"{cell.signature}.failed", json.dumps(known, indent=1))
 
     def forgive(self, signed: str) -> None:
         (self.folder / f"{signed}.failed").unlink(missing_ok=True)
+
+    def job(self, signed: str) -> str | None:
+        """The number of the Slurm job that the cell was last submitted as."""
+        path = self.folder / f"{signed}.job"
+        return path.read_text() if path.is_file() else None
+
+    def submitted(self, signed: str, job: str) -> None:
+        self._write(f"{signed}.job", job)
+
+    def forget_job(self, signed: str) -> None:
+        (self.folder / f"{signed}.job").unlink(missing_ok=True)
+
+    def _write(self, name: str, text: str) -> None:
+        new = self.folder / f"{name}.new"
+        new.write_text(text)
+        new.replace(self.folder / name)
 
     @contextmanager
     def taken(self, signed: str) -> Iterator[int | None]:
@@ -108,7 +133,8 @@ class Book:
 
 def last_words(log: Path) -> str:
     """The error that a run ended with: its last "error:" line, else its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["it printed nothing"])[-1][:500]
 
@@ -120,6 +146,7 @@ class Outcome:
     finished: int = 0
     failed: int = 0
     elsewhere: int = 0
+    submitted: int = 0
     stopped: int = 0
 
     @property
@@ -127,16 +154,24 @@ class Outcome:
         return 128 + self.stopped if self.stopped else int(self.failed > 0)
 
 
-def run_cells(cells: list[Cell], runs_dir: Path, retry: bool = False) -> Outcome:
-    """Run what is neither finished, taken nor (without ``retry``) failed; says what it does."""
+def run_cells(cells: list[Cell], runs_dir: Path, retry: bool = False, submit: Callable[[Cell], str] | None = None) -> Outcome:
+    """Run what is neither finished, taken nor (without ``retry``) failed; says what it does. submit: instead of running a
+    cell, makes a Slurm job of it and gives the job's number.
+    """
     book, outcome = Book(runs_dir), Outcome()
     for number, cell in enumerate(cells, 1):
         name = f"cell {number} of {len(cells)}, {' = '.join(cell.labels)}, seed {cell.seed}"
         with book.taken(cell.signature) as lock:
+            job = None if lock is None else book.job(cell.signature)
+            waits = job is not None and slurm.active(job)
+            if job and not waits:
+                book.forget_job(cell.signature)
+                if cell.signature not in book.finished():
+                    book.fail(cell, log=slurm.log_of(runs_dir, job))
             known = book.failure(cell.signature)
-            if lock is None:
+            if lock is None or waits:
                 outcome.elsewhere += 1
-                print(f"{name}: another worker has it", flush=True)
+                print(f"{name}: {f'job {job}' if waits else 'another worker'} has it", flush=True)
             elif cell.signature in book.finished():
                 outcome.finished += 1
                 book.forgive(cell.signature)
@@ -145,6 +180,12 @@ def run_cells(cells: list[Cell], runs_dir: Path, retry: bool = False) -> Outcome
                 print(f"{name}: failed on {known['time']}: {known['error']} (--retry; {known['log']})", flush=True)
             else:
                 print(f"{name}: {cell.line.command(cell.seed)}", flush=True)
+                if submit:
+                    book.forgive(cell.signature)
+                    book.submitted(cell.signature, job := submit(cell))
+                    outcome.submitted += 1
+                    print(f"  job {job}: {slurm.log_of(runs_dir, job)}", flush=True)
+                    continue
                 _run(cell, book, lock, outcome)
                 if outcome.stopped:
                     break

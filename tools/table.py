@@ -2,6 +2,7 @@
 
     python tools/table.py table2                              the table; the command of every missing cell at its end
     python tools/table.py table2 --run data.root=/imagenet    run what is missing; repeat it to continue
+    python tools/table.py table2 --run --submit slurm slurm.partition=gpu    each cell a job of a Slurm cluster
     python tools/table.py table2 --dry                        which cells, how many GPU-hours
     python tools/table.py table3 --only resnet50-an --seeds 5
     python tools/table.py table2 --scale proxy --run          a smaller protocol (configs/scale)
@@ -29,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from cells import Book, cells_of, run_cells  # noqa: E402
+from cells import Book, Cell, cells_of, run_cells  # noqa: E402
 from formats import FORMATS  # noqa: E402
 from grid import Grid, open_grid, select  # noqa: E402
 from published import Match, evaluate, match  # noqa: E402
@@ -39,6 +40,7 @@ from tables import FAITHFUL  # noqa: E402
 from tally import Tally, hours, tally, total_hours  # noqa: E402
 
 from anorm.engine.commandline import user_errors  # noqa: E402
+from anorm.engine.slurm import submit, wishes_from  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("table", help="table2, a grid of configs/grid, or a yaml file")
     add("arguments", nargs="*", metavar="key=value", help="arguments of train.py for every cell")
     add("--run", action="store_true", help="run what is missing")
+    add("--submit", choices=("slurm",), help="with --run: as jobs of a cluster; slurm.OPTION=VALUE as train.py takes them")
     add("--retry", action="store_true", help="with --run: also what failed")
     add("--dry", action="store_true", help="say what --run would run, and what it costs")
     add("--seeds", type=int, metavar="N", help="seeds 0 to N-1 of each row (default 3, or the grid's)")
@@ -67,7 +70,12 @@ def main(argv: list[str]) -> int:
     """0, 1 when a cell failed, 2 for what the user can mend, 128 + n after signal n."""
     asked = parser().parse_intermixed_args(argv)
     with user_errors() as outcome:
-        grid = open_grid(asked.table, asked.faithful, asked.scale, tuple(asked.arguments))
+        of_slurm = [word for word in asked.arguments if word.startswith("slurm.")]
+        if of_slurm and not asked.submit:
+            raise ValueError(f"{of_slurm[0]} is for jobs of a Slurm cluster: add --submit slurm")
+        wishes = wishes_from(of_slurm)
+        extra = tuple(word for word in asked.arguments if word not in of_slurm)
+        grid = open_grid(asked.table, asked.faithful, asked.scale, extra)
         grid = select(grid, asked.only) if asked.only else grid
         seeds = (1 if asked.weights else grid.seeds) if asked.seeds is None else asked.seeds
         if seeds < 1:
@@ -83,8 +91,15 @@ def main(argv: list[str]) -> int:
             published = evaluate(matches, asked.runs)
             grid = with_misfits(grid, matches, asked.faithful)
         if asked.run and not asked.dry:
-            done = run_cells(cells_of(grid, seeds, asked.runs), asked.runs, asked.retry)
-            print(f"cells: {done.finished} finished, {done.failed} failed, {done.elsewhere} with other workers\n", flush=True)
+            machine = wishes.machine if asked.submit else None
+
+            def queue(cell: Cell) -> str:
+                return submit(ROOT / "train.py", cell.frozen(machine), asked.runs, wishes)
+
+            cells = cells_of(grid, seeds, asked.runs, machine)
+            done = run_cells(cells, asked.runs, asked.retry, queue if asked.submit else None)
+            print(f"cells: {done.finished} finished, {done.failed} failed, {done.elsewhere} with other workers"
+                  + (f", {done.submitted} submitted" if asked.submit else "") + "\n", flush=True)
             status = done.status
         found = tally(grid, [*find_runs(asked.runs), *published], seeds, asked.faithful, asked.epoch, asked.stamp, asked.average)
         found = with_failures(found, asked.runs)

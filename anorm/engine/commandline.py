@@ -17,7 +17,7 @@ OWN_CODE = (
     str(Path(__file__).resolve().parents[2] / "train.py"),
     str(Path(__file__).resolve().parents[2] / "tools"),
 )
-FLAGS = ("-h", "--help", "-m", "--multirun", "--cfg", "--config")
+FLAGS = ("-h", "--help", "-m", "--multirun", "--cfg", "--config", "--submit")
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Arguments:
     multirun: bool = False
     print_config: bool = False
     frozen: Path | None = None
+    submit: bool = False
+    slurm: list[str] = field(default_factory=list)
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -46,10 +48,20 @@ def parse(argv: list[str]) -> Arguments:
             if not rest:
                 raise ValueError("--config needs a file, such as the config.yaml of a run folder")
             arguments.frozen = Path(rest.pop(0))
+        elif word == "--submit":
+            if not rest or rest.pop(0) != "slurm":
+                raise ValueError(
+                    "--submit takes one word: --submit slurm makes each run a job of a Slurm cluster"
+                )
+            arguments.submit = True
+        elif word.startswith("slurm."):
+            arguments.slurm.append(word)
         elif word.startswith("-"):
             raise ValueError(f"unknown option {word}{nearest(word, FLAGS, 'options')}")
         else:
             arguments.overrides.append(word)
+    if arguments.slurm and not arguments.submit:
+        raise ValueError(f"{arguments.slurm[0]} is for jobs of a Slurm cluster: add --submit slurm")
     if arguments.frozen and (arguments.overrides or arguments.multirun):
         raise ValueError("--config runs a frozen configuration as it is: leave out the other arguments")
     return arguments
@@ -117,8 +129,8 @@ def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, st
     if isinstance(error, ModuleNotFoundError):
         return (
             2,
-            f"error: the package {error.name} is not installed: pip install 'anorm[train]' (or pip install "
-            f"{error.name})",
+            f"error: the package {error.name} is not installed: pip install "
+            f"'anorm[{'slurm' if error.name == 'submitit' else 'train'}]' (or pip install {error.name})",
         )
     if isinstance(error, RuntimeError) and "torchvision::" in str(error):
         return 2, (

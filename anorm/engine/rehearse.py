@@ -1,4 +1,6 @@
-"""dry=true: all of a run but its length, and what the whole of it will cost."""
+"""dry=true: all of a run but its length, and what the whole of it will cost. What needs no memory, parameters
+and multiply-adds, ``build.outline`` says first.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from anorm.engine.fit import train_step
 from anorm.engine.run import Run
@@ -46,14 +47,12 @@ def rehearse(run: Run, home: Path) -> None:
         else f"computing on {world.device.type}"
     )
     for line in (
-        f"parameters {sum(p.numel() for p in run.model.parameters()):,}; multiply-adds of an image "
-        f"{_multiply_adds(run, kept) / 1e9:.3f} G",
         f"images/s: {images / compute:.0f} on a batch that is there, {images / reading:.0f} of reading "
         f"alone, {images / both:.0f} of both; "
         f"share of waiting for data {100 * share:.0f} %; bottleneck: {bottleneck}",
         f"the whole run: {settings.epochs} epochs x {run.train.steps_per_epoch} steps, about "
-        f"{_hours(total)}, "
-        f"{_hours(total * world.size)} over {world.size} process{'es' if world.size > 1 else ''}",
+        f"{_hours(total)}, {total * world.size / 3600:.3g} "
+        f"{'GPU' if world.device.type == 'cuda' else 'process'}-hours on {world.size}",
         f"disk: {needed / 2**20:.0f} MiB of checkpoints, {free / 2**30:.1f} GiB free",
     ):
         run.record.say(line)
@@ -102,16 +101,6 @@ def _seconds(run: Run, batches, work) -> float:
         times.append(time.perf_counter() - start)
         step += 1
     return sum(times[-STEPS:]) / len(times[-STEPS:])
-
-
-def _multiply_adds(run: Run, kept: list) -> float:
-    counter = FlopCounterMode(display=False)
-    was_training = run.model.training
-    run.model.eval()
-    with torch.no_grad(), counter:
-        run.model(kept[0].images[:1])
-    run.model.train(was_training)
-    return counter.get_total_flops() / 2
 
 
 def _checkpoint_bytes(run: Run) -> int:

@@ -8,11 +8,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from commands import ROOT, SMALL, environment, run_train, start_train  # noqa: E402
+import fake_slurm  # noqa: E402
+from commands import ROOT, SMALL, environment, run_train, start_train, train  # noqa: E402
 
 from anorm.engine.record import read_metrics  # noqa: E402
 
-__all__ = ["ROOT", "SMALL", "environment", "events", "ranks_of", "run_train", "start_train", "weights"]
+__all__ = [
+    "ROOT",
+    "SMALL",
+    "environment",
+    "events",
+    "fake_slurm",
+    "ranks_of",
+    "run_train",
+    "start_train",
+    "train",
+    "weights",
+]
 
 
 def events(folder, kind):

@@ -14,6 +14,7 @@ import sys
 import time
 
 import cells
+import fake_slurm
 import formats
 import grid
 import pytest
@@ -21,9 +22,12 @@ import records
 import table
 import tables
 import tally
+import torch
 import yaml
 from commands import ROOT, SMALL, environment
 from judgement import Interval, mean_interval
+
+from anorm.engine.hardware import Machine
 
 OF_ALL = [a for a in SMALL if not a.startswith("norm=")]
 
@@ -286,6 +290,49 @@ def test_two_workers_and_a_killed_one(tmp_path):
     assert last.returncode == 0 and "2 finished, 0 failed" in out and "Missing" not in out
 
 
+def test_cells_as_slurm_jobs_are_submitted_once(tmp_path, monkeypatch, capsys):
+    """Finished, waiting and failed ones are not submitted again; a failed one is when asked to."""
+    cluster, runs = fake_slurm.Slurm(tmp_path / "cluster", monkeypatch), tmp_path / "runs"
+    (cluster.folder / "hold").touch()
+    path = written(tmp_path, {"norm": ["bn", "gn"]}, ["epochs=1"])
+    asked = [str(path), "--run", "--submit", "slurm", "slurm.gpus_per_node=0", "--seeds", "1", "--runs", str(runs)]
+    assert table.main(asked) == 0 and "2 submitted" in capsys.readouterr().out
+    first, second = cluster.jobs()
+    assert table.main(asked) == 0 and cluster.jobs() == [first, second]
+    out = capsys.readouterr().out
+    assert f"job {first} has it" in out and f"job {second} has it" in out and "0 submitted" in out
+
+    broken = next(c.folder for c in cells.cells_of(grid.open_grid(str(path)), 1, runs) if c.line.label == "gn")
+    broken.mkdir(parents=True)
+    (broken / "last.ckpt").write_text("not a checkpoint")
+    (cluster.folder / "hold").unlink()
+    assert cluster.wait(first, second) == ["COMPLETED", "FAILED"]
+    assert table.main(asked) == 1 and len(cluster.jobs()) == 2
+    out = capsys.readouterr().out
+    assert "1 finished, 1 failed" in out and "0 submitted" in out and "failed: gn, seed 0: error:" in out and "config.yaml" in out
+
+    (broken / "last.ckpt").unlink()
+    assert table.main([*asked, "--retry"]) == 0 and "1 submitted" in capsys.readouterr().out
+    assert cluster.wait(cluster.jobs()[-1]) == ["COMPLETED"]
+    assert table.main(asked) == 0 and len(cluster.jobs()) == 3
+    assert "2 finished, 0 failed, 0 with other workers, 0 submitted" in capsys.readouterr().out
+
+
+def test_cells_for_machines_with_gpus_have_their_signature(two_norms, tmp_path):
+    """The precision is part of it, and is that of the machine that will train."""
+    free = [a for a in OF_ALL if not a.startswith("hardware")]
+    line = dataclasses.replace(two_norms.lines[0], overrides=(*free, "norm=bn", "batch_size=2"))
+    there = Machine(8, 1)
+    asked = dataclasses.replace(two_norms, lines=(line,))
+    cell, here = (cells.cells_of(asked, 1, tmp_path, machine)[0] for machine in (there, None))
+    hardware = yaml.safe_load(cell.frozen(there))["hardware"]
+    assert (hardware["device"], hardware["dtype"], hardware["processes"]) == ("gpu", "fp16", "auto")
+    explicit = dataclasses.replace(asked, lines=(dataclasses.replace(line, overrides=(*line.overrides, "hardware.dtype=fp16")),))
+    assert cell.signature == cells.cells_of(explicit, 1, tmp_path, there)[0].signature and cell.folder.name.endswith(cell.signature)
+    if not torch.cuda.is_available():
+        assert cell.signature != here.signature
+
+
 def held(runs):
     """Whether any cell is taken."""
     book = cells.Book(runs)
@@ -303,6 +350,7 @@ def until(condition):
 
 
 def test_wrong_arguments(tmp_path, capsys):
+    assert table.main(["table3", "--run", "slurm.partition=a"]) == 2 and "add --submit slurm" in capsys.readouterr().err
     assert table.main(["table9"]) == 2 and "there are" in capsys.readouterr().err
     assert table.main(["table3", "--seeds", "0"]) == 2 and "--seeds 0" in capsys.readouterr().err
     assert table.main(["table3", "optim.lrr=3"]) == 2 and "optim.lrr" in capsys.readouterr().err
