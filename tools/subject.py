@@ -44,7 +44,10 @@ class Subject:
 
     def batches(self, dataset: Dataset, indices: Sequence[int]) -> EvalLoader:
         """These images of one of ``source``'s data sets, cropped as in evaluation."""
-        hardware, size = self.config["hardware"], self.config["eval"]["batch_size"] or self.config["batch_size"]
+        hardware, size = (
+            self.config["hardware"],
+            self.config["eval"]["batch_size"] or self.config["batch_size"],
+        )
         return EvalLoader(
             Part(dataset, indices), size, device=self.device, channels_last=hardware["channels_last"]
         )
@@ -77,7 +80,9 @@ def open_subject(folder: Path, overrides: Sequence[str] = (), weights: Path | No
 
 
 class Part(Dataset):
-    """Some images of a data set, in the order of ``indices``; read by torch whatever the data set's loader."""
+    """Some images of a data set, in the order of ``indices``; read by torch whatever the data set's
+    loader.
+    """
 
     def __init__(self, whole: Dataset, indices: Sequence[int]):
         self.whole, self.indices = whole, torch.as_tensor(indices, dtype=torch.int64)
@@ -101,8 +106,8 @@ def of_classes(labels: Tensor, classes: Sequence[int], each: int) -> list[int]:
 
 
 def chosen_classes(source: Source, asked: str | None, default: int = 4) -> list[int]:
-    """Numbers of the classes that a comma-separated list names, by name or number; without one, ``default`` classes
-    at even distances. Raises ValueError for one that there is not, or that has no image.
+    """Numbers of the classes that a comma-separated list names, by name or number; without one, ``default``
+    classes at even distances. Raises ValueError for one that there is not, or that has no image.
     """
     names = [str(name) for name in source.classes]
     present = set(source.val.labels.tolist())
