@@ -115,7 +115,7 @@ def _measure(model: nn.Module, batch, smoothing: float, lengths: Sequence[float]
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """Step -> file, for every checkpoint that a run has kept."""
-    files = sorted(folder.glob("*.ckpt"), key=lambda path: path.name == "last.ckpt")
+    files = [*folder.glob("best.ckpt"), *folder.glob("last-*.ckpt"), *folder.glob("last.ckpt")]
     return dict(sorted((checkpoint.load(path)["step"], path) for path in files))
 
 

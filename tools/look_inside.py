@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
                         end="",
                         flush=True,
                     )
-                layers = view.seen[0] if wanted != ["ranks"] else {}
+                layers = view.seen[0]
             finally:
                 for subject in subjects:
                     subject.close()

@@ -220,9 +220,9 @@ def ranks(found: dict[str, dict[str, float]]) -> Picture:
     def draw(axes: list[Axes]) -> None:
         for i, key in enumerate(dict.fromkeys(key for one in found.values() for key in one)):
             values = [one.get(key, np.nan) for one in found.values()]
-            axes[0].plot(values, "o-", ms=3, color=COLOURS[i % len(COLOURS)], label=key)
+            axes[0].plot(values, "o", ms=4, color=COLOURS[i % len(COLOURS)], label=key)
         axes[0].set(ylim=(0, None), ylabel="distance / size")
-        axes[0].legend()
+        axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         layers_on_x(axes[0], list(found))
 
     return draw_picture(

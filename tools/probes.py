@@ -189,10 +189,10 @@ def responses(model: nn.Module, batches: Iterable, autocast: Autocast, most: int
     found: dict[str, dict] = {}
 
     def note(name: str, y: Tensor) -> None:
-        flat = y.detach().float().flatten(1)
+        flat = y.detach().float().flatten(1).cpu()  # a GPU's histogram is not deterministic
         if name not in found:
             few = flat.flatten()[:: max(1, flat.numel() // 500_000)]
-            low, high = torch.quantile(few, torch.tensor([2e-4, 1 - 2e-4], device=few.device)).tolist()
+            low, high = torch.quantile(few, torch.tensor([2e-4, 1 - 2e-4])).tolist()
             found[name] = {"low": low, "high": high if high > low else low + 1.0, "rows": []}
         one = found[name]
         one["rows"] += [
@@ -220,7 +220,7 @@ def responses(model: nn.Module, batches: Iterable, autocast: Autocast, most: int
             {round(i * (len(names) - 1) / max(1, most - 1)) for i in range(min(most, len(names)))}
         ):
             one = found[names[unit]]
-            counts = torch.stack(one["rows"]).cpu()
+            counts = torch.stack(one["rows"])
             density = counts / counts.sum(1, keepdim=True)
             kept.append(
                 Responses(names[unit], stage, unit + 1, one["low"], one["high"], density, torch.cat(labels))

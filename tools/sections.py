@@ -179,8 +179,10 @@ def ranks(view: View) -> Section:
     """How far the processes' running statistics lie apart, in the newest checkpoint that holds them apart."""
     found = Section("Running statistics of the ranks")
     files = sorted(view.run.folder.glob("last*.ckpt"), key=lambda path: (path.name != "last.ckpt", path.name))
+    several = False
     for path in files:
         state = checkpoint.load(path)
+        several |= state["processes"]["size"] > 1
         distances = rank_divergence(state, view.run.model)
         if any(value for one in distances.values() for value in one.values()):
             worst = max((value, name, key) for name, one in distances.items() for key, value in one.items())
@@ -191,7 +193,9 @@ def ranks(view: View) -> Section:
             found.numbers, found.pictures = distances, [pictures.ranks(distances)]
             found.columns = {"ranks": {name: f"{max(one.values()):.4f}" for name, one in distances.items()}}
             return found
-    if any(checkpoint.load(path)["processes"]["size"] > 1 for path in files):
+    if not files:
+        found.said.append("this run has kept no checkpoint")
+    elif several:
         found.said.append("equal on all ranks in every checkpoint kept: they are joined at each evaluation")
     else:
         found.said.append("this run's checkpoints hold those of one process")
@@ -203,16 +207,20 @@ def landscape(view: View) -> Section:
     found = Section("Loss and gradient along the step")
     kept = view.named(at_checkpoints(subject, view.lengths) for subject in view.subjects)
     for run, points in kept.items():
+        steps = ", ".join(str(p.step) for p in points)
         found.said.append(
-            f"{run}: {len(points)} checkpoint{'s' if len(points) != 1 else ''}, step "
-            f"{', '.join(str(p.step) for p in points)}: a run keeps no earlier ones"
+            f"{run}: {len(points)} checkpoint{'s' if len(points) != 1 else ''}"
+            + (f", step {steps}: a run keeps no earlier ones" if points else " kept")
             + ("" if view.steps else " (--steps N trains its first N steps again and measures on the way)")
         )
     parts = [("landscape-checkpoints", kept, "at the checkpoints kept")]
     if view.steps:
         fresh = view.named(list(afresh(s, view.steps, lengths=view.lengths)) for s in view.subjects)
         parts.append(("landscape-start", fresh, f"in the first {view.steps} steps, trained again"))
-    for name, runs, where in parts:
+    for name, measured, where in parts:
+        runs = {run: points for run, points in measured.items() if points}
+        if not runs:
+            continue
         found.numbers[name] = {run: [_point(p) for p in points] for run, points in runs.items()}
         found.said += [
             f"{run}, {where}: effective beta {min(p.smoothness for p in points):.3g} to "

@@ -201,6 +201,18 @@ def events(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_without_checkpoints(runs, tmp_path, capsys):
+    """The weights for release suffice."""
+    folder = tmp_path / "released"
+    shutil.copytree(runs("bn"), folder)
+    for path in folder.glob("*.ckpt"):
+        path.unlink()
+    assert look(folder, "--only", "ranks,landscape,gammas", "--images", 4) == 0
+    out = capsys.readouterr().out
+    assert "has kept no checkpoint" in out and "released: 0 checkpoints kept" in out
+    assert [path.name for path in (folder / "inside").glob("*.png")] == ["gammas.png"]
+
+
 def test_a_run_that_is_not_finished(runs, tmp_path):
     folder = tmp_path / "cut"
     shutil.copytree(runs("bn"), folder)
