@@ -147,7 +147,12 @@ def test_two_runs_side_by_side(runs, tmp_path, capsys):
 def test_trained_again_it_is_the_run(runs):
     """The losses of the run's log are those of the fresh start: same weights, same batches, none mixed."""
     found = subject.open_subject(runs("bn"))
+    found.model.fc2.bias.data += 1  # unlike every checkpoint
+    before = {name: value.clone() for name, value in found.model.state_dict().items()}
+    landscape.at_checkpoints(found, (0.1,))
     points = list(landscape.afresh(found, 4, lengths=(0.1,)))
+    for name, value in found.model.state_dict().items():
+        assert torch.equal(value, before[name]), name  # the subject itself stays as it was
     found.close()
     log = [json.loads(line) for line in (runs("bn") / "metrics.jsonl").read_text().splitlines()]
     logged = [e["loss"] for e in log if e["event"] == "train"][:4]

@@ -62,7 +62,9 @@ def test_dead_and_saturated_components():
     assert found.dead == (1, 4) and found.saturated == (3,)
     assert mixtures.mixture(weights, limit=None).saturated == ()
     weights[:3, 4] = 0.5
-    assert mixtures.mixture(weights).dead == (1,)
+    weights[:, 0], weights[:, 2] = 0.99, 0.01  # nearly open and nearly closed are neither
+    found = mixtures.mixture(weights)
+    assert found.dead == (1,) and found.saturated == (3,)
     assert mixtures.mixture(torch.full((10, 4), 0.5)).varying == 0.0
 
 
@@ -191,9 +193,9 @@ def test_ranks_by_hand():
             torch.full_like(b, mean) if "mean" in name else b.clone() for name, b in model.named_buffers()
         ]
 
-    state = {"processes": {"size": 2, "buffers": [buffers(0.0), buffers(2.0)]}}
+    state = {"processes": {"size": 2, "buffers": [buffers(0.0), buffers(4.0)]}}
     found = probes.rank_divergence(state, model)
-    assert found["bn1"] == {"running_mean": 1.0, "running_var": 0.0}  # 0 and 2 lie 1 from their mean, 1
+    assert found["bn1"] == {"running_mean": 1.0, "running_var": 0.0}  # 0 and 4 lie 2 from their mean, 2
     assert probes.rank_divergence({"processes": {"size": 1, "buffers": [buffers(0.0)]}}, model) == {}
 
 
@@ -203,10 +205,10 @@ def test_ranks_by_hand():
 def test_along_the_gradient_of_a_parabola():
     w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))  # loss = a/2 |w|^2: gradient a w
     a = 2.0
-    found = landscape.along_gradient([w], lambda: a / 2 * w.square().sum(), (0.1, 0.5, 1.0), step=7)
+    found = landscape.along_gradient([w], lambda: a / 2 * w.square().sum(), (0.1, 0.5, 2.0), step=7)
     assert (found.step, found.loss, found.gradient_norm) == (7, pytest.approx(25.0), pytest.approx(10.0))
-    assert found.losses == pytest.approx([25 * (1 - 2 * t) ** 2 for t in (0.1, 0.5, 1.0)], abs=1e-12)
-    assert found.changes == pytest.approx([20 * t for t in (0.1, 0.5, 1.0)])  # a t |g|
+    assert found.losses == pytest.approx([25 * (1 - 2 * t) ** 2 for t in (0.1, 0.5, 2.0)], abs=1e-12)
+    assert found.changes == pytest.approx([20 * t for t in (0.1, 0.5, 2.0)])  # a t |g|
     assert found.smoothness == pytest.approx(2.0)  # a
     assert w.tolist() == [3.0, 4.0]
 
