@@ -25,10 +25,10 @@ __all__ = ["Part", "Subject", "chosen_classes", "of_classes", "open_subject", "s
 class Subject:
     """A run's network in evaluation mode, with its last weights, on this machine's device.
 
-    config: complete and resolved for one process here.
+    norm: as it was chosen; config: complete and resolved for one process here.
     """
 
-    name: str
+    norm: str
     folder: Path
     config: dict
     source: Source
@@ -71,12 +71,12 @@ class Subject:
 
 def open_subject(folder: Path, overrides: Sequence[str] = (), weights: Path | None = None) -> Subject:
     """The run in a folder; ``overrides`` are train.py's arguments. Raises ValueError where there is none."""
-    config, _ = thaw(folder)
+    config, choices = thaw(folder)
     config["hardware"]["processes"] = 1
     config = resolve(complete(change(config, list(overrides), accepted)))
     source, found = create_source(config), evaluator(config, weights or last_weights(folder))
     found.model.eval().requires_grad_(True)
-    return Subject(folder.resolve().name, folder, config, source, found)
+    return Subject(choices["norm"], folder.resolve(), config, source, found)
 
 
 class Part(Dataset):

@@ -35,12 +35,12 @@ class View:
         return [self.run, *([self.other] if self.other else [])]
 
     def named(self, values: Iterable) -> dict[str, Any]:
-        """Run name -> value, where both folders may have one name."""
-        names = [subject.name for subject in self.subjects]
-        names = (
-            names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
-        )
-        return dict(zip(names, values, strict=True))
+        """Run -> value. A run is called by its norm, or, where both have one norm, by the end of its folder's
+        name (a legend has room for so much), or by its number.
+        """
+        by_norm, by_folder = ([s.norm for s in self.subjects], [s.folder.name[-24:] for s in self.subjects])
+        names = next((names for names in (by_norm, by_folder) if len(set(names)) == len(names)), None)
+        return dict(zip(names or ["run 1", "run 2"], values, strict=True))
 
     def evaluation(self, subject: Subject) -> EvalLoader:
         return subject.batches(subject.source.val, spread_out(len(subject.source.val), self.images))

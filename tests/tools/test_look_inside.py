@@ -13,6 +13,7 @@ import torch
 import yaml
 from commands import script, train
 from test_report import Parsed, in_chromium
+from view import View
 
 import anorm
 from anorm.build import create_source
@@ -144,6 +145,15 @@ def test_two_runs_side_by_side(runs, tmp_path, capsys):
     assert "a run keeps no earlier ones" in capsys.readouterr().out
 
 
+def test_what_runs_are_called(runs, tmp_path):
+    long = tmp_path / f"{'x' * 40}-of-a-long-name"
+    shutil.copytree(runs("bn"), long)
+    bn, other, an = (subject.open_subject(folder) for folder in (runs("bn"), long, runs("an")))
+    assert list(View(bn, an).named([1, 2])) == ["bn", "an"]
+    assert list(View(bn, other).named([1, 2])) == ["bn", "xxxxxxxxx-of-a-long-name"]
+    assert list(View(other, other).named([1, 2])) == ["run 1", "run 2"]
+
+
 def test_trained_again_it_is_the_run(runs):
     """The losses of the run's log are those of the fresh start: same weights, same batches, none mixed."""
     found = subject.open_subject(runs("bn"))
@@ -214,7 +224,7 @@ def test_without_checkpoints(runs, tmp_path, capsys):
         path.unlink()
     assert look(folder, "--only", "ranks,landscape,gammas", "--images", 4) == 0
     out = capsys.readouterr().out
-    assert "has kept no checkpoint" in out and "released: 0 checkpoints kept" in out
+    assert "has kept no checkpoint" in out and "bn: 0 checkpoints kept" in out
     assert [path.name for path in (folder / "inside").glob("*.png")] == ["gammas.png"]
 
 
