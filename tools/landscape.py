@@ -1,8 +1,9 @@
-"""Loss and gradient along the step, as in Santurkar et al., "How Does Batch Normalization Help Optimization?" (2018).
+"""Loss and gradient along the step, as in Santurkar et al., "How Does Batch Normalization Help Optimization?"
+(2018).
 
-At a point of training, with gradient g of a batch's loss (section 3.1, Figure 4): the loss at w - t g for several t, the
-distance of the gradient there from g, and the effective beta-smoothness, the largest ratio of that distance to the
-distance moved, t |g|.
+At a point of training, with gradient g of a batch's loss (section 3.1, Figure 4): the loss at w - t g for
+several t, the distance of the gradient there from g, and the effective beta-smoothness, the largest ratio of
+that distance to the distance moved, t |g|.
 """
 
 from __future__ import annotations
@@ -52,9 +53,14 @@ class Point:
 
 
 def along_gradient(
-    parameters: Sequence[Tensor], loss: Callable[[], Tensor], lengths: Sequence[float] = LENGTHS, step: int = 0
+    parameters: Sequence[Tensor],
+    loss: Callable[[], Tensor],
+    lengths: Sequence[float] = LENGTHS,
+    step: int = 0,
 ) -> Point:
-    """Measure around the parameters' present values, which are put back. ``loss`` may be called any number of times."""
+    """Measure around the parameters' present values, which are put back. ``loss`` may be called any number of
+    times.
+    """
     start = [p.detach().clone() for p in parameters]
     value, gradient = _gradient(parameters, loss)
     losses, changes = [], []
@@ -76,7 +82,9 @@ def along_gradient(
 def _gradient(parameters: Sequence[Tensor], loss: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
     value = loss()
     found = torch.autograd.grad(value, parameters, allow_unused=True)
-    return float(value.detach()), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return float(value.detach()), [
+        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
+    ]
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
@@ -84,8 +92,8 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _measure(model: nn.Module, batch, smoothing: float, lengths: Sequence[float], step: int) -> Point:
-    """The network as it trains, in full precision: batch statistics, the same dropout at every call. Its running
-    statistics are put back.
+    """The network as it trains, in full precision: batch statistics, the same dropout at every call. Its
+    running statistics are put back.
     """
     images, labels = batch[:2]
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -107,7 +115,7 @@ def _measure(model: nn.Module, batch, smoothing: float, lengths: Sequence[float]
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """Step -> file, for every checkpoint that a run has kept."""
-    files = sorted(folder.glob("*.ckpt"), key=lambda path: path.name == "last.ckpt")
+    files = [*folder.glob("best.ckpt"), *folder.glob("last-*.ckpt"), *folder.glob("last.ckpt")]
     return dict(sorted((checkpoint.load(path)["step"], path) for path in files))
 
 
@@ -126,9 +134,11 @@ def at_checkpoints(subject: Subject, lengths: Sequence[float] = LENGTHS) -> list
     return found
 
 
-def afresh(subject: Subject, steps: int, points: int = 12, lengths: Sequence[float] = LENGTHS) -> Iterator[Point]:
-    """The run's first ``steps`` steps once more, in a folder that goes away; measured before about ``points`` of them,
-    each with the batch that is trained on next, before it is mixed.
+def afresh(
+    subject: Subject, steps: int, points: int = 12, lengths: Sequence[float] = LENGTHS
+) -> Iterator[Point]:
+    """The run's first ``steps`` steps once more, in a folder that goes away; measured before about ``points``
+    of them, each with the batch that is trained on next, before it is mixed.
     """
     config = subject.config | {"resume": "never", "log": subject.config["log"] | {"tensorboard": False}}
     every, step = max(1, -(-steps // points)), 0

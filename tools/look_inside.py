@@ -7,11 +7,12 @@
     python tools/look_inside.py RUN --only curves               the page alone: no data set is needed
     python tools/look_inside.py RUN data.root=... hardware.device=cpu    with other settings
 
-Sections: responses (histograms of filter responses by class), mixtures (AN's weights), gammas (their spread over
-instances), shares (SN's importance weights), gates (SE, BIN, the lambdas of AFN), ranks (running statistics of the
-processes), landscape (loss and gradient along the step), surgery (each layer's affine averaged). What does not apply
-to a run is said in a line. (This is not named inspect.py: a program's own folder comes first in Python's search for
-modules, so that it would stand in the way of Python's own ``inspect``.)
+Sections: responses (histograms of filter responses by class), mixtures (AN's weights), gammas (their spread
+over instances), shares (SN's importance weights), gates (SE, BIN, the lambdas of AFN), ranks (running
+statistics of the processes), landscape (loss and gradient along the step), surgery (each layer's affine
+averaged). What does not apply to a run is said in a line. (This is not named inspect.py: a program's own
+folder comes first in Python's search for modules, so that it would stand in the way of Python's own
+``inspect``.)
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ def parser() -> argparse.ArgumentParser:
     add("--classes", metavar="A,B", help="classes to compare (default: four at even distances)")
     add("--images", type=int, default=1000, metavar="N", help="images measured on, 0 for all (default 1000)")
     add("--each", type=int, default=16, metavar="N", help="images of each chosen class (default 16)")
-    add("--steps", type=int, default=0, metavar="N", help="train N steps afresh for the landscape (default none)")
+    add(
+        "--steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train N steps afresh for the landscape (default none)",
+    )
     add("--lengths", metavar="A,B", help="step lengths in units of the gradient (default 0.05,0.1,0.2,0.4)")
     add("--only", metavar="A,B", help="sections (default: all)")
     add("--out", type=Path, metavar="DIR", help="where the files go (default: RUN/inside)")
@@ -56,26 +63,36 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"give one run folder or two, not {len(folders)}")
         wanted = _wanted(asked.only)
         lengths = _lengths(asked.lengths)
-        for name, value, least in (("images", asked.images, 0), ("each", asked.each, 1), ("steps", asked.steps, 0)):
+        for name, value, least in (
+            ("images", asked.images, 0),
+            ("each", asked.each, 1),
+            ("steps", asked.steps, 0),
+        ):
             if value < least:
                 raise ValueError(f"--{name} {value} must be at least {least}")
 
         from records import open_run
         from run_report import html
-        from sections import SECTIONS, View
+        from sections import SECTIONS
         from subject import open_subject
+        from view import View
 
         run = open_run(folders[0])
         found = []
         if wanted:
             subjects = [open_subject(folder, overrides) for folder in folders]
             try:
-                view = View(*subjects, *[None] * (2 - len(subjects)), asked.classes, asked.images, asked.each, asked.steps,
-                            lengths)  # fmt: skip
+                other = subjects[1] if len(subjects) > 1 else None
+                asks = asked.classes, asked.images, asked.each, asked.steps, lengths
+                view = View(subjects[0], other, *asks)
                 for name in wanted:
                     found.append(SECTIONS[name](view))
-                    print(f"{found[-1].title}\n" + "".join(f"  {line}\n" for line in found[-1].said), end="", flush=True)
-                layers = view.seen[0] if wanted != ["ranks"] else {}
+                    print(
+                        f"{found[-1].title}\n" + "".join(f"  {line}\n" for line in found[-1].said),
+                        end="",
+                        flush=True,
+                    )
+                layers = view.seen[0]
             finally:
                 for subject in subjects:
                     subject.close()
@@ -86,7 +103,9 @@ def main(argv: list[str]) -> int:
         for picture in (picture for section in found for picture in section.pictures):
             (out / f"{picture.name}.png").write_bytes(picture.png)
         if found:
-            numbers = {name: section.numbers for name, section in zip(wanted, found, strict=True) if section.numbers}
+            numbers = {
+                name: section.numbers for name, section in zip(wanted, found, strict=True) if section.numbers
+            }
             (out / "inside.json").write_text(json.dumps(_plain(numbers), indent=1) + "\n", encoding="utf-8")
         (out / "report.html").write_text(html(run, found, layers), encoding="utf-8")
         print(f"{out}: report.html and {sum(len(s.pictures) for s in found)} pictures")
@@ -99,7 +118,9 @@ def _wanted(only: str | None) -> list[str]:
     words = [word.strip() for word in only.split(",")]
     for word in words:
         if word not in (*NAMES, DRAWN_BY_THE_PAGE):
-            raise ValueError(f"there is no section {word!r}{nearest(word, (*NAMES, DRAWN_BY_THE_PAGE), 'sections')}")
+            raise ValueError(
+                f"there is no section {word!r}{nearest(word, (*NAMES, DRAWN_BY_THE_PAGE), 'sections')}"
+            )
     return [name for name in NAMES if name in words]
 
 

@@ -1,4 +1,6 @@
-"""Statistics of mixture weights: how many components a layer really uses, which ones never, and whether classes differ."""
+"""Statistics of mixture weights: how many components a layer really uses, which ones never, and whether
+classes differ.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ NEARLY_ALL = 0.99
 @dataclass(frozen=True)
 class Mixture:
     """k: components; entropy: of the normalized weights, in nats, mean over instances; effective: mean of
-    exp(entropy), 1 to k; of_mean: effective number of the mean weights; dead, saturated: numbers of the components
-    (from 0) that are closed, or fully open, for nearly all instances; varying: mean over components of the
-    standard deviation over instances.
+    exp(entropy), 1 to k; of_mean: effective number of the mean weights; dead, saturated: numbers of the
+    components (from 0) that are closed, or fully open, for nearly all instances; varying: mean over
+    components of the standard deviation over instances.
     """
 
     k: int
@@ -64,7 +66,9 @@ def by_class(weights: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
 
 
 def explained_by_class(weights: Tensor, labels: Tensor) -> float:
-    """Part of the weights' variance over instances that lies between classes (0 to 1); 0 where nothing varies."""
+    """Part of the weights' variance over instances that lies between classes (0 to 1); 0 where nothing
+    varies.
+    """
     weights = weights.double()
     groups = [weights[labels == k] for k in labels.unique()]
     centre = weights.mean(0)

@@ -1,62 +1,31 @@
-"""Pictures of what ``probes``, ``mixtures`` and ``landscape`` measured, narrow enough to be read on a phone."""
+"""Pictures of what ``probes``, ``mixtures`` and ``landscape`` measured, narrow enough to be read on a
+phone.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import matplotlib
 import numpy as np
+from drawing import COLOURS, Picture, draw_picture, layers_on_x
 from landscape import Point
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from mixtures import by_class, mixture
-from probes import Look, Lost, Responses
+from probes import Look, Responses
+from surgery import Lost
 
 __all__ = [
-    "Picture", "gammas", "gates", "landscape", "mixture_by_class", "mixture_weights", "mixtures_used", "ranks",
-    "responses", "shares", "surgery",
+    "gammas",
+    "gates",
+    "landscape",
+    "mixture_by_class",
+    "mixture_weights",
+    "mixtures_used",
+    "ranks",
+    "responses",
+    "shares",
+    "surgery",
 ]
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#b8a800")
-WIDTH, DPI = 4.6, 130
-STYLE = {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}  # fmt: skip
-NAMED = 22
-"""Layers up to which an axis has their names; above, their numbers."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG. name: of its file, without the ending; caption: what it shows, in words."""
-
-    name: str
-    caption: str
-    png: bytes
-
-
-def _draw(name: str, caption: str, height: float, rows: int, draw: Callable[[list[Axes]], None], **grid) -> Picture:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height))
-        axes = figure.subplots(rows, 1, squeeze=False, **grid)[:, 0]
-        draw(list(axes))
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    return Picture(name, caption, out.getvalue())
-
-
-def _layers_on_x(axes: Axes, names: Sequence[str]) -> None:
-    if len(names) <= NAMED:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_xlabel("layer, in the order of calls (from 0)")
 
 
 def responses(found: list[Responses], classes: list[str], run: str) -> list[Picture]:
@@ -74,19 +43,26 @@ def responses(found: list[Responses], classes: list[str], run: str) -> list[Pict
                     colour = COLOURS[i % len(COLOURS)]
                     ax.plot(middle, rows.T, color=colour, lw=0.4, alpha=0.35)
                     mean = np.nan_to_num(rows).mean(0)
-                    ax.plot(middle, np.where(mean > 0, mean, np.nan), color=colour, lw=1.6, label=classes[number])
+                    ax.plot(
+                        middle, np.where(mean > 0, mean, np.nan), color=colour, lw=1.6, label=classes[number]
+                    )
                 ax.set_yscale("log")
                 within, between = unit.similarity()
-                ax.set_title(f"stage-{unit.stage}-unit-{unit.unit}: distance {within:.3f} within, {between:.3f} between")
+                ax.set_title(
+                    f"stage-{unit.stage}-unit-{unit.unit}: "
+                    f"distance {within:.3f} within, {between:.3f} between"
+                )
                 ax.set_ylabel("part of responses")
             axes[0].legend(ncols=2)
             axes[-1].set_xlabel("response")
 
         caption = (
-            f"{run}, stage {stage}: histograms of filter responses by class (thin: an image, thick: the mean of "
-            "a class); in the titles the mean total variation distance of two images' histograms"
+            f"{run}, stage {stage}: histograms of filter responses by class (thin: an image, thick: the mean "
+            "of a class); in the titles the mean total variation distance of two images' histograms"
         )
-        pictures.append(_draw(f"responses-stage{stage}", caption, 0.5 + 1.75 * len(units), len(units), draw))
+        pictures.append(
+            draw_picture(f"responses-stage{stage}", caption, 0.5 + 1.75 * len(units), len(units), draw)
+        )
     return pictures
 
 
@@ -97,16 +73,20 @@ def mixture_weights(seen: dict[str, Look], key: str) -> Picture:
     top = 1.0 if bounded else max(float(choice.values.max()) for choice in shown.values()) or 1.0
 
     def draw(axes: list[Axes]) -> None:
-        counts = np.stack([np.histogram(c.values.numpy(), 40, (0, top))[0] / c.values.numel() for c in shown.values()])
+        counts = np.stack(
+            [np.histogram(c.values.numpy(), 40, (0, top))[0] / c.values.numel() for c in shown.values()]
+        )
         drawn = axes[0].imshow(
             counts.T, origin="lower", aspect="auto", cmap="Blues", norm=PowerNorm(0.5, 0, counts.max()),
             extent=(-0.5, len(shown) - 0.5, 0, top),
         )  # fmt: skip
         axes[0].set_ylabel("weight")
-        _layers_on_x(axes[0], list(shown))
+        layers_on_x(axes[0], list(shown))
         axes[0].figure.colorbar(drawn, ax=axes[0], label="part of all weights of the layer")
 
-    return _draw(_file(key), f"{key}: their distribution over instances and components, by layer", 3.2, 1, draw)
+    return draw_picture(
+        _file(key), f"{key}: their distribution over instances and components, by layer", 3.2, 1, draw
+    )
 
 
 def _file(key: str) -> str:
@@ -134,13 +114,13 @@ def mixtures_used(seen: dict[str, Look], key: str) -> Picture:
         below.set(ylim=(0, max(1, *(m.k for m in found))), ylabel="components")
         below.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         below.legend(ncols=2, loc="upper left")
-        _layers_on_x(below, list(shown))
+        layers_on_x(below, list(shown))
 
     caption = (
-        f"{key}: exp(entropy) of the normalized weights, and how many components are closed (dead) or fully open "
-        "(saturated) for 99 % of the instances"
+        f"{key}: exp(entropy) of the normalized weights, and how many components are closed (dead) or fully "
+        "open (saturated) for 99 % of the instances"
     )
-    return _draw(f"{_file(key)}-used", caption, 3.9, 2, draw, sharex=True, height_ratios=(3, 2))
+    return draw_picture(f"{_file(key)}-used", caption, 3.9, 2, draw, sharex=True, height_ratios=(3, 2))
 
 
 def mixture_by_class(seen: dict[str, Look], key: str, numbers: list[int], classes: list[str]) -> Picture:
@@ -159,12 +139,16 @@ def mixture_by_class(seen: dict[str, Look], key: str, numbers: list[int], classe
         axes[-1].set_xlabel("component")
 
     height = 0.6 + len(last) * (0.7 + 0.16 * len(numbers))
-    return _draw(f"{_file(key)}-by-class", f"{key}: mean over the images of each class", height, len(last), draw)
+    return draw_picture(
+        f"{_file(key)}-by-class", f"{key}: mean over the images of each class", height, len(last), draw
+    )
 
 
 def shares(seen: dict[str, Look]) -> Picture:
     """Importance weights: stacked bars, a panel for each choice."""
-    keys = list(dict.fromkeys(key for one in seen.values() for key, c in one.choices.items() if c.kind == "shares"))
+    keys = list(
+        dict.fromkeys(key for one in seen.values() for key, c in one.choices.items() if c.kind == "shares")
+    )
 
     def draw(axes: list[Axes]) -> None:
         for ax, key in zip(axes, keys, strict=True):
@@ -177,9 +161,11 @@ def shares(seen: dict[str, Look]) -> Picture:
                 bottom += part
             ax.set(ylim=(0, 1), title=f"importance weights of {key}")
         axes[0].legend(ncols=4, loc="lower center", frameon=True)
-        _layers_on_x(axes[-1], list(shown))
+        layers_on_x(axes[-1], list(shown))
 
-    return _draw("importance", "importance weights of the statistics, by layer", 4.2, len(keys), draw, sharex=True)
+    return draw_picture(
+        "importance", "importance weights of the statistics, by layer", 4.2, len(keys), draw, sharex=True
+    )
 
 
 def gates(seen: dict[str, Look], key: str) -> Picture:
@@ -188,7 +174,9 @@ def gates(seen: dict[str, Look], key: str) -> Picture:
 
     def draw(axes: list[Axes]) -> None:
         at = range(len(shown))
-        quantiles = np.stack([np.quantile(c.values.numpy(), (0.05, 0.25, 0.5, 0.75, 0.95)) for c in shown.values()]).T
+        quantiles = np.stack(
+            [np.quantile(c.values.numpy(), (0.05, 0.25, 0.5, 0.75, 0.95)) for c in shown.values()]
+        ).T
         axes[0].vlines(at, quantiles[0], quantiles[4], color=COLOURS[0], lw=1, label="5 to 95 %")
         axes[0].vlines(at, quantiles[1], quantiles[3], color=COLOURS[0], lw=4, alpha=0.5, label="25 to 75 %")
         axes[0].plot(at, quantiles[2], "o", ms=3.5, color=COLOURS[1], label="median")
@@ -196,30 +184,34 @@ def gates(seen: dict[str, Look], key: str) -> Picture:
             axes[0].set_ylim(-0.03, 1.03)
         axes[0].set_ylabel(key)
         axes[0].legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.16))
-        _layers_on_x(axes[0], list(shown))
+        layers_on_x(axes[0], list(shown))
 
-    return _draw(_file(key), f"{key}: values over instances and channels, by layer", 3.2, 1, draw)
+    return draw_picture(_file(key), f"{key}: values over instances and channels, by layer", 3.2, 1, draw)
 
 
 def gammas(of_runs: dict[str, dict[str, Look]]) -> Picture:
-    """How much gamma differs between instances and between channels; batch norm's does not between instances."""
+    """How much gamma differs between instances and between channels; batch norm's does not between
+    instances.
+    """
 
     def draw(axes: list[Axes]) -> None:
         for i, (run, seen) in enumerate(of_runs.items()):
             known = [one for one in seen.values() if one.known]
             between = [one.gamma_between_channels for one in known]
-            axes[0].plot([o.gamma_spread for o in known], "o", ms=4, color=COLOURS[i], label=f"{run}: instances")
+            axes[0].plot(
+                [o.gamma_spread for o in known], "o", ms=4, color=COLOURS[i], label=f"{run}: instances"
+            )
             axes[0].plot(between, ":", lw=1.2, color=COLOURS[i], label=f"{run}: channels")
         axes[0].set(ylim=(0, None), ylabel="std of gamma / mean |gamma|")
         axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, 1.24), ncols=2)
         longest = max(of_runs.values(), key=len)
-        _layers_on_x(axes[0], [one.name for one in longest.values() if one.known])
+        layers_on_x(axes[0], [one.name for one in longest.values() if one.known])
 
     caption = (
-        "spread of gamma: standard deviation over instances (mean over channels) and over channels (of the mean "
-        "over instances), in units of gamma's mean size"
+        "spread of gamma: standard deviation over instances (mean over channels) and over channels (of the "
+        "mean over instances), in units of gamma's mean size"
     )
-    return _draw("gammas", caption, 3.4, 1, draw)
+    return draw_picture("gammas", caption, 3.4, 1, draw)
 
 
 def ranks(found: dict[str, dict[str, float]]) -> Picture:
@@ -228,16 +220,20 @@ def ranks(found: dict[str, dict[str, float]]) -> Picture:
     def draw(axes: list[Axes]) -> None:
         for i, key in enumerate(dict.fromkeys(key for one in found.values() for key in one)):
             values = [one.get(key, np.nan) for one in found.values()]
-            axes[0].plot(values, "o-", ms=3, color=COLOURS[i % len(COLOURS)], label=key)
+            axes[0].plot(values, "o", ms=4, color=COLOURS[i % len(COLOURS)], label=key)
         axes[0].set(ylim=(0, None), ylabel="distance / size")
-        axes[0].legend()
-        _layers_on_x(axes[0], list(found))
+        axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        layers_on_x(axes[0], list(found))
 
-    return _draw("ranks", "running statistics: root mean square distance of the ranks from their mean", 3.2, 1, draw)
+    return draw_picture(
+        "ranks", "running statistics: root mean square distance of the ranks from their mean", 3.2, 1, draw
+    )
 
 
 def landscape(name: str, of_runs: dict[str, list[Point]], where: str) -> Picture:
-    """Figure 4 of Santurkar et al.: range of the loss and of the gradient's change along the step, effective beta."""
+    """Figure 4 of Santurkar et al.: range of the loss and of the gradient's change along the step, effective
+    beta.
+    """
 
     def draw(axes: list[Axes]) -> None:
         for i, (run, points) in enumerate(of_runs.items()):
@@ -248,7 +244,9 @@ def landscape(name: str, of_runs: dict[str, list[Point]], where: str) -> Picture
                 ax.fill_between(steps, low, high, color=colour, alpha=0.25, lw=1)
                 ax.vlines(steps, low, high, color=colour, lw=1) if few else None
             axes[0].plot(steps, [p.loss for p in points], color=colour, marker=few, ms=4, lw=1.2, label=run)
-            axes[2].plot(steps, [p.smoothness for p in points], color=colour, marker=few, ms=4, lw=1.2, label=run)
+            axes[2].plot(
+                steps, [p.smoothness for p in points], color=colour, marker=few, ms=4, lw=1.2, label=run
+            )
         axes[0].set_ylabel("loss")
         axes[1].set_ylabel("change of gradient")
         axes[2].set(ylabel="effective beta", xlabel="step")
@@ -262,11 +260,14 @@ def landscape(name: str, of_runs: dict[str, list[Point]], where: str) -> Picture
                 ax.yaxis.set_major_formatter("{x:g}")
                 ax.yaxis.set_minor_formatter(NullFormatter())
         axes[2].xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes[0].legend(ncols=2)
+        axes[0].legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
     lengths = ", ".join(f"{t:g}" for t in next(iter(of_runs.values()))[0].lengths)
-    caption = f"along the gradient (steps of {lengths} times it), {where}: range of the loss, of the gradient's change, beta"
-    return _draw(name, caption, 5.4, 3, draw, sharex=True)
+    caption = (
+        f"along the gradient (steps of {lengths} times it), {where}: range of the loss, of the gradient's "
+        "change, beta"
+    )
+    return draw_picture(name, caption, 5.4, 3, draw, sharex=True)
 
 
 def surgery(found: list[Lost], whole: Lost) -> Picture:
@@ -282,6 +283,13 @@ def surgery(found: list[Lost], whole: Lost) -> Picture:
             ax.bar(at, values, color=[COLOURS[0]] * len(found) + [COLOURS[1]])
             ax.axhline(0, color="#333333", lw=0.8)
             ax.set_ylabel(label)
-        _layers_on_x(axes[1], [one.name for one in every])
+        layers_on_x(axes[1], [one.name for one in every])
 
-    return _draw("surgery", "each layer with its mean gamma and beta for all images: what it costs", 4.4, 2, draw, sharex=True)
+    return draw_picture(
+        "surgery",
+        "each layer with its mean gamma and beta for all images: what it costs",
+        4.4,
+        2,
+        draw,
+        sharex=True,
+    )

@@ -1,11 +1,12 @@
-"""Measurements on a network in evaluation mode: what its laws decide, what its units answer, what their decisions are worth.
+"""Measurements on a network in evaluation mode: what its laws decide, what its units answer, what their
+decisions are worth.
 
 Nothing here asks for the type of a layer: a law tells its parts (``Norm.parts``) and a placement its site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,13 +14,20 @@ import torch
 from folding import outermost_norms
 from torch import Tensor, nn
 
-from anorm.algebra import Affine, Moments, then
-from anorm.engine.evaluate import Result
+from anorm.algebra import Moments
 from anorm.engine.hardware import Autocast
 from anorm.norms.base import Choice, Norm, Site
 from anorm.ops import reference
 
-__all__ = ["Averaged", "Lost", "Look", "Responses", "Spread", "layers", "look", "rank_divergence", "responses", "surgery"]
+__all__ = [
+    "Look",
+    "Responses",
+    "Spread",
+    "layers",
+    "look",
+    "rank_divergence",
+    "responses",
+]
 
 
 def layers(model: nn.Module) -> dict[str, Norm]:
@@ -28,7 +36,9 @@ def layers(model: nn.Module) -> dict[str, Norm]:
 
 
 class Spread:
-    """Mean and standard deviation (population) over instances, for each channel; exactly 0 where nothing varies."""
+    """Mean and standard deviation (population) over instances, for each channel; exactly 0 where nothing
+    varies.
+    """
 
     def __init__(self) -> None:
         self.count, self.mean, self._squares = 0, torch.zeros(()), torch.zeros(())
@@ -39,7 +49,9 @@ class Spread:
         mean = values.sum(0) / len(values)  # of equal float32 values exactly that value
         delta, total = mean - self.mean, self.count + len(values)
         self._squares = (
-            self._squares + (values - mean).square().sum(0) + delta.square() * (self.count * len(values) / total)
+            self._squares
+            + (values - mean).square().sum(0)
+            + delta.square() * (self.count * len(values) / total)
         )
         self.mean = self.mean + delta * (len(values) / total)
         self.count = total
@@ -51,9 +63,9 @@ class Spread:
 
 @dataclass
 class Look:
-    """What was seen of a layer. known: whether its law tells its parts; by_instance: whether gamma or beta are
-    functions of the instance. choices: by name, with the values of all instances (N, K), or (K,) where they are the
-    same for all.
+    """What was seen of a layer. known: whether its law tells its parts; by_instance: whether gamma or beta
+    are functions of the instance. choices: by name, with the values of all instances (N, K), or (K,) where
+    they are the same for all.
     """
 
     name: str
@@ -74,7 +86,9 @@ class Look:
 
     @property
     def gamma_spread(self) -> float:
-        """Mean over channels of the standard deviation of gamma over instances, in units of gamma's mean size."""
+        """Mean over channels of the standard deviation of gamma over instances, in units of gamma's mean
+        size.
+        """
         return _relative(self.gamma.std.mean(), self.gamma.mean)
 
     @property
@@ -141,8 +155,9 @@ BINS = 60
 
 @dataclass
 class Responses:
-    """Histograms of a unit's output, one an image: ``density`` (images, BINS) sums to one over the bins between
-    ``low`` and ``high``; what lies outside is counted in the bins at the ends. unit: counted from 1 in its stage.
+    """Histograms of a unit's output, one an image: ``density`` (images, BINS) sums to one over the bins
+    between ``low`` and ``high``; what lies outside is counted in the bins at the ends. unit: counted from 1
+    in its stage.
     """
 
     name: str
@@ -158,26 +173,31 @@ class Responses:
         distance = torch.cdist(self.density, self.density, p=1) / 2
         same = self.labels[:, None] == self.labels
         pairs = ~torch.eye(len(self.labels), dtype=torch.bool)
-        means = (distance[mask].mean() if mask.any() else torch.tensor(float("nan")) for mask in (same & pairs, ~same))
+        means = (
+            distance[mask].mean() if mask.any() else torch.tensor(float("nan"))
+            for mask in (same & pairs, ~same)
+        )
         within, between = (float(mean) for mean in means)
         return within, between
 
 
 @torch.no_grad()
 def responses(model: nn.Module, batches: Iterable, autocast: Autocast, most: int = 3) -> list[Responses]:
-    """Histograms of the output (behind activation and shortcut) of the last norm of each block: at most ``most`` units
-    a stage, at even distances. Bins span the central 99.96 % of the first batch.
+    """Histograms of the output (behind activation and shortcut) of the last norm of each block: at most
+    ``most`` units a stage, at even distances. Bins span the central 99.96 % of the first batch.
     """
     found: dict[str, dict] = {}
 
     def note(name: str, y: Tensor) -> None:
-        flat = y.detach().float().flatten(1)
+        flat = y.detach().float().flatten(1).cpu()  # a GPU's histogram is not deterministic
         if name not in found:
             few = flat.flatten()[:: max(1, flat.numel() // 500_000)]
-            low, high = torch.quantile(few, torch.tensor([2e-4, 1 - 2e-4], device=few.device)).tolist()
+            low, high = torch.quantile(few, torch.tensor([2e-4, 1 - 2e-4])).tolist()
             found[name] = {"low": low, "high": high if high > low else low + 1.0, "rows": []}
         one = found[name]
-        one["rows"] += [torch.histc(row.clamp(one["low"], one["high"]), BINS, one["low"], one["high"]) for row in flat]
+        one["rows"] += [
+            torch.histc(row.clamp(one["low"], one["high"]), BINS, one["low"], one["high"]) for row in flat
+        ]
 
     norms = layers(model)
     last = [name for name, norm in norms.items() if norm.site is not None and norm.site.last] or list(norms)
@@ -196,81 +216,21 @@ def responses(model: nn.Module, batches: Iterable, autocast: Autocast, most: int
         stages.setdefault(site.stage + 1 if site else 1, []).append(name)
     kept = []
     for stage, names in sorted(stages.items()):
-        for unit in sorted({round(i * (len(names) - 1) / max(1, most - 1)) for i in range(min(most, len(names)))}):
+        for unit in sorted(
+            {round(i * (len(names) - 1) / max(1, most - 1)) for i in range(min(most, len(names)))}
+        ):
             one = found[names[unit]]
-            counts = torch.stack(one["rows"]).cpu()
+            counts = torch.stack(one["rows"])
             density = counts / counts.sum(1, keepdim=True)
-            kept.append(Responses(names[unit], stage, unit + 1, one["low"], one["high"], density, torch.cat(labels)))
+            kept.append(
+                Responses(names[unit], stage, unit + 1, one["low"], one["high"], density, torch.cat(labels))
+            )
     return kept
 
 
-class Averaged(Norm):
-    """A law whose gamma and beta are replaced by constants (C); it standardizes as before."""
-
-    def __init__(self, norm: Norm, gamma: Tensor, beta: Tensor) -> None:
-        super().__init__(norm.channels, norm.act)
-        self.norm, self.site = norm, norm.site
-        self.register_buffer("gamma", gamma)
-        self.register_buffer("beta", beta)
-
-    def needs(self) -> str:
-        return self.norm.needs()
-
-    def law(self, moments: Moments | None) -> Affine:
-        return then(self.norm.parts(moments).standardized, self.gamma, self.beta)
-
-
-@dataclass(frozen=True)
-class Lost:
-    """top1: points of accuracy lost (negative: gained); loss: increase of the loss an image; changed: share of images
-    whose first class became right or wrong.
-    """
-
-    name: str
-    top1: float
-    loss: float
-    changed: float
-
-
-def surgery(
-    model: nn.Module, seen: dict[str, Look], evaluate: Callable[[], Result]
-) -> tuple[Result, list[Lost], Lost | None]:
-    """(accuracy as it is, what each layer's averaging costs, what that of all costs).
-
-    seen: of the images that gamma and beta are averaged over. Only layers whose gamma or beta depend on the instance
-    are operated on, one at a time; the network is left as it was.
-    """
-    norms = layers(model)
-    whole = evaluate()
-
-    def lost(name: str, names: list[str]) -> Lost:
-        try:
-            for each in names:
-                model.set_submodule(each, _averaged(norms[each], seen[each]).to(_device(model)))
-            now = evaluate()
-        finally:
-            for each in names:
-                model.set_submodule(each, norms[each])
-        changed = float((now.first != whole.first).double().mean())
-        return Lost(name, whole.top1 - now.top1, now.loss - whole.loss, changed)
-
-    names = [name for name, one in seen.items() if one.by_instance]
-    each = [lost(name, [name]) for name in names]
-    return whole, each, lost("all of them", names) if names else None
-
-
-def _averaged(norm: Norm, seen: Look) -> Averaged:
-    dtype = next((p.dtype for p in norm.parameters()), torch.float32)
-    return Averaged(norm, seen.gamma.mean.to(dtype), seen.beta.mean.to(dtype))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def rank_divergence(state: dict, model: nn.Module) -> dict[str, dict[str, float]]:
-    """Layer -> statistic -> root mean square distance of the ranks' values from their mean, in units of that mean's
-    root mean square, from the buffers that a checkpoint holds of every process. Empty for one process.
+    """Layer -> statistic -> root mean square distance of the ranks' values from their mean, in units of that
+    mean's root mean square, from the buffers that a checkpoint holds of every process. Empty for one process.
     """
     kept = state["processes"]["buffers"]
     if len(kept) < 2:

@@ -13,7 +13,7 @@ from pathlib import Path
 from formats import HEADER, columns, comparison, missing
 from tally import Comparison, Entry, Tally
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 48, 8, 12, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 58, 8, 12, 40
 COLOURS = 8
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 Point = tuple[float, float]

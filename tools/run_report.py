@@ -1,4 +1,5 @@
-"""One run as one HTML file: its numbers under their stamp, curves, layers, and the pictures of ``look_inside``.
+"""One run as one HTML file: its numbers under their stamp, curves, layers, and the pictures of
+``look_inside``.
 
 The page's frame is ``report.html``, as for a table; it opens from disk and asks nothing of a network.
 """
@@ -22,12 +23,14 @@ MOST = 200
 
 
 def html(run: Run, sections: Sequence[Section] = (), layers: dict[str, Look] | None = None) -> str:
-    """The page. layers: what the table shows a row each of, with the sections' columns; without, the evaluations."""
+    """The page. layers: what the table shows a row each of, with the sections' columns; without, the
+    evaluations.
+    """
     rows = _layers(sections, layers) if layers else _evaluations(run)
     groups = list(dict.fromkeys(row["stage"] for row in rows if "stage" in row))
-    choices = run.choices
+    what = "{arch} with {norm} on {data}".format(**run.choices)
     return report.page({
-        "title": escape(f"{choices['arch']} with {choices['norm']} on {choices['data']}: {run.folder.resolve().name}"),
+        "title": escape(f"{what}: {run.folder.resolve().name}"),
         "head": "".join(f'<p class="soft">{escape(line)}</p>' for line in standing(run)),
         "groups": "".join(f"<option>{escape(group)}</option>" for group in groups),
         "heading": "Layers" if layers else "Evaluations",
@@ -56,7 +59,12 @@ def standing(run: Run) -> list[str]:
 def _layers(sections: Sequence[Section], layers: dict[str, Look]) -> list[dict[str, str]]:
     columns = {name: values for section in sections for name, values in section.columns.items()}
     return [
-        {"layer": name, "law": one.law, "stage": f"stage {one.stage}" if one.stage else "-", "channels": str(one.channels)}
+        {
+            "layer": name,
+            "law": one.law,
+            "stage": f"stage {one.stage}" if one.stage else "-",
+            "channels": str(one.channels),
+        }
         | {column: values.get(name, "-") for column, values in columns.items()}
         for name, one in layers.items()
     ]
@@ -64,7 +72,12 @@ def _layers(sections: Sequence[Section], layers: dict[str, Look]) -> list[dict[s
 
 def _evaluations(run: Run) -> list[dict[str, str]]:
     return [
-        {"epoch": str(e["epoch"]), "top-1": f"{e['top1']:.2f}", "top-5": f"{e['top5']:.2f}", "loss": f"{float(e['loss']):.4f}"}
+        {
+            "epoch": str(e["epoch"]),
+            "top-1": f"{e['top1']:.2f}",
+            "top-5": f"{e['top5']:.2f}",
+            "loss": f"{float(e['loss']):.4f}",
+        }
         for e in run.evaluations()
     ]
 
@@ -75,7 +88,9 @@ WORDS = ("layer", "law", "stage")
 def _table(rows: list[dict[str, str]]) -> str:
     names = list(rows[0]) if rows else ["epoch", "top-1", "top-5", "loss"]
     words = {name: ' class="words"' if name in WORDS else "" for name in names}
-    heads = "".join(f'<th scope="col"{words[n]}><button type="button">{escape(n)}</button></th>' for n in names)
+    heads = "".join(
+        f'<th scope="col"{words[n]}><button type="button">{escape(n)}</button></th>' for n in names
+    )
     lines = []
     for row in rows:
         cells = "".join(f"<td{words[name]}>{escape(row[name])}</td>" for name in names)
@@ -90,33 +105,39 @@ def _curves(run: Run) -> str:
     if not trained:
         return ""
     # an evaluation tells step and epoch; before the first, a report's epoch is the one it belongs to
-    steps = evaluations[-1]["step"] / evaluations[-1]["epoch"] if evaluations else trained[-1]["step"] / trained[-1]["epoch"]
+    steps = (
+        evaluations[-1]["step"] / evaluations[-1]["epoch"]
+        if evaluations
+        else trained[-1]["step"] / trained[-1]["epoch"]
+    )
+    error, loss, rate = "top-1 error on the evaluation images, percent", "loss", "learning rate"
     series = {
-        "training": {"loss": _points(trained, "loss", steps), "learning rate": _points(trained, "lr", steps)},
-        "evaluation": {
-            "top-1 error on the evaluation images, percent": [(x, 100 - y) for x, y in _points(evaluations, "top1", steps)],
-            "loss": _points(evaluations, "loss", steps),
-        },
-        "average of weights": {
-            "top-1 error on the evaluation images, percent": [(x, 100 - y) for x, y in _points(evaluations, "ema_top1", steps)]
-        },
-    }  # fmt: skip
+        "training": {loss: _points(trained, "loss", steps), rate: _points(trained, "lr", steps)},
+        "evaluation": {error: _errors(evaluations, "top1", steps), loss: _points(evaluations, "loss", steps)},
+        "average of weights": {error: _errors(evaluations, "ema_top1", steps)},
+    }
     names = [name for name, parts in series.items() if any(parts.values())]
-    titles = ("top-1 error on the evaluation images, percent", "loss", "learning rate")
-    charts = {title: [[series[name].get(title, [])] for name in names] for title in titles}
+    charts = {title: [[series[name].get(title, [])] for name in names] for title in (error, loss, rate)}
     return report.curves(names, charts)
+
+
+def _errors(events: list[dict], key: str, steps_per_epoch: float) -> list[Point]:
+    return [(epoch, 100 - accuracy) for epoch, accuracy in _points(events, key, steps_per_epoch)]
 
 
 def _points(events: list[dict], key: str, steps_per_epoch: float) -> list[Point]:
     """(epoch, value) of the events that have a finite one, at most MOST, the last among them."""
-    found = [(e["step"] / steps_per_epoch, float(e[key])) for e in events if isinstance(e.get(key), (int, float))]
+    found = [
+        (e["step"] / steps_per_epoch, float(e[key])) for e in events if isinstance(e.get(key), (int, float))
+    ]
     return found[:: -max(1, -(-len(found) // MOST))][::-1]
 
 
 def _section(section: Section) -> str:
     said = "".join(f"<li>{escape(line)}</li>" for line in section.said)
     drawn = "".join(
-        f'<figure><img alt="{escape(p.caption)}" src="data:image/png;base64,{base64.b64encode(p.png).decode()}">'
+        f'<figure><img alt="{escape(p.caption)}" '
+        f'src="data:image/png;base64,{base64.b64encode(p.png).decode()}">'
         f"<figcaption>{escape(p.caption)}</figcaption></figure>"
         for p in section.pictures
     )

@@ -3,80 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import pictures
-from landscape import LENGTHS, Point, afresh, at_checkpoints
+from drawing import Picture
+from landscape import Point, afresh, at_checkpoints
 from mixtures import explained_by_class, mixture
-from pictures import Picture
-from probes import Look, look, rank_divergence
+from probes import Look, rank_divergence
 from probes import responses as measure_responses
-from probes import surgery as operate
-from subject import Subject, chosen_classes, of_classes, spread_out
+from subject import spread_out
+from surgery import operate
+from view import View
 
 from anorm.engine import checkpoint
 
-__all__ = ["SECTIONS", "Section", "View"]
+__all__ = ["SECTIONS", "Section"]
 
 
 @dataclass
 class Section:
-    """title; said: lines of words; numbers: for inside.json; columns: for the table of layers, layer -> text."""
+    """title; said: lines of words; numbers: for inside.json; columns: for the table of layers, layer ->
+    text.
+    """
 
     title: str
     said: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
-
-
-@dataclass
-class View:
-    """A run, perhaps another to compare it with, and what is asked. What is seen of layers is measured once."""
-
-    run: Subject
-    other: Subject | None = None
-    classes: str | None = None
-    images: int = 1000
-    each: int = 16
-    steps: int = 0
-    lengths: Sequence[float] = LENGTHS
-
-    @property
-    def subjects(self) -> list[Subject]:
-        return [self.run, *([self.other] if self.other else [])]
-
-    def named(self, values: Iterable) -> dict[str, Any]:
-        """Run name -> value, where both folders may have one name."""
-        names = [subject.name for subject in self.subjects]
-        names = names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
-        return dict(zip(names, values, strict=True))
-
-    def evaluation(self, subject: Subject):
-        return subject.batches(subject.source.val, spread_out(len(subject.source.val), self.images))
-
-    def chosen(self, subject: Subject) -> list[int]:
-        return chosen_classes(subject.source, self.classes)
-
-    def of_chosen(self, subject: Subject):
-        labels = subject.source.val.labels
-        return subject.batches(subject.source.val, of_classes(labels, self.chosen(subject), self.each))
-
-    def seen_in(self, subject: Subject, batches) -> dict[str, Look]:
-        with subject.as_evaluated():
-            return look(subject.model, batches, subject.evaluator.autocast)
-
-    @cached_property
-    def seen(self) -> list[dict[str, Look]]:
-        """Of each subject, over its evaluation images."""
-        return [self.seen_in(subject, self.evaluation(subject)) for subject in self.subjects]
-
-    @cached_property
-    def seen_by_class(self) -> dict[str, Look]:
-        return self.seen_in(self.run, self.of_chosen(self.run))
 
 
 def responses(view: View) -> Section:
@@ -93,8 +49,9 @@ def responses(view: View) -> Section:
             found.numbers.setdefault(run, {})[unit.name] = {"within": within, "between": between}
         last = units[-1].similarity()
         found.said.append(
-            f"{run}: {len(units)} units; at the last, stage-{units[-1].stage}-unit-{units[-1].unit}, two images' "
-            f"histograms differ by {last[0]:.3f} within a class and {last[1]:.3f} between (total variation)"
+            f"{run}: {len(units)} units; at the last, stage-{units[-1].stage}-unit-{units[-1].unit}, "
+            f"two images' histograms differ by {last[0]:.3f} within a class and {last[1]:.3f} between (total "
+            "variation)"
         )
     return found
 
@@ -107,7 +64,10 @@ def mixtures(view: View) -> Section:
         found.said.append("no layer of this run mixes affine maps")
     for key in keys:
         stats = {name: mixture(*_of(one, key)) for name, one in seen.items() if key in one.choices}
-        apart = {n: explained_by_class(*_of(view.seen_by_class[n], key)[:1], view.seen_by_class[n].labels) for n in stats}
+        apart = {
+            n: explained_by_class(*_of(view.seen_by_class[n], key)[:1], view.seen_by_class[n].labels)
+            for n in stats
+        }
         found.numbers[key] = {n: dataclasses.asdict(s) | {"by_class": apart[n]} for n, s in stats.items()}
         found.columns |= {
             "K": {n: str(s.k) for n, s in stats.items()},
@@ -118,11 +78,11 @@ def mixtures(view: View) -> Section:
         }
         low, high = (pick(stats, key=lambda n: stats[n].effective / stats[n].k) for pick in (min, max))
         found.said.append(
-            f"{key}: {len(stats)} layers; effective K from {stats[low].effective:.1f} of {stats[low].k} ({low}) to "
-            f"{stats[high].effective:.1f} of {stats[high].k} ({high}); dead components "
-            f"{sum(len(s.dead) for s in stats.values())}, saturated {sum(len(s.saturated) for s in stats.values())} "
-            f"of {sum(s.k for s in stats.values())}; classes explain {min(apart.values()):.0%} to "
-            f"{max(apart.values()):.0%} of the weights' variance"
+            f"{key}: {len(stats)} layers; effective K from {stats[low].effective:.1f} of {stats[low].k} "
+            f"({low}) to {stats[high].effective:.1f} of {stats[high].k} ({high}); dead components "
+            f"{sum(len(s.dead) for s in stats.values())}, saturated "
+            f"{sum(len(s.saturated) for s in stats.values())} of {sum(s.k for s in stats.values())}; "
+            f"classes explain {min(apart.values()):.0%} to {max(apart.values()):.0%} of the weights' variance"
         )
         classes = [str(name) for name in view.run.source.classes]
         found.pictures += [
@@ -133,7 +93,9 @@ def mixtures(view: View) -> Section:
 
 
 def _keys(seen: dict[str, Look], kind: str) -> list[str]:
-    return list(dict.fromkeys(key for one in seen.values() for key, c in one.choices.items() if c.kind == kind))
+    return list(
+        dict.fromkeys(key for one in seen.values() for key, c in one.choices.items() if c.kind == kind)
+    )
 
 
 def _of(one: Look, key: str) -> tuple:
@@ -157,8 +119,9 @@ def gammas(view: View) -> Section:
         varying = [name for name, one in known.items() if one.by_instance]
         top = max(known, key=lambda name: known[name].gamma_spread)
         found.said.append(
-            f"{run}: gamma is a function of the instance in {len(varying)} of {len(seen)} layers; its spread over "
-            f"instances is at most {known[top].gamma_spread:.3f} of its size" + (f" ({top})" if varying else "")
+            f"{run}: gamma is a function of the instance in {len(varying)} of {len(seen)} layers; its "
+            f"spread over instances is at most {known[top].gamma_spread:.3f} of its size"
+            + (f" ({top})" if varying else "")
         )
     first = next(iter(found.numbers.values()))
     found.columns = {
@@ -184,8 +147,12 @@ def shares(view: View) -> Section:
             if key in one.choices
         }
         found.numbers[key] = values
-        mean = {name: sum(v[name] for v in values.values()) / len(values) for name in next(iter(values.values()))}
-        found.said.append(f"{key}: on average {', '.join(f'{name} {part:.2f}' for name, part in mean.items())}")
+        mean = {
+            name: sum(v[name] for v in values.values()) / len(values) for name in next(iter(values.values()))
+        }
+        found.said.append(
+            f"{key}: on average {', '.join(f'{name} {part:.2f}' for name, part in mean.items())}"
+        )
     found.pictures = [pictures.shares(seen)]
     return found
 
@@ -199,7 +166,8 @@ def gates(view: View) -> Section:
     for key in keys:
         values = {name: _of(one, key)[0] for name, one in seen.items() if key in one.choices}
         found.numbers[key] = {
-            name: {"mean": float(v.mean()), "least": float(v.min()), "most": float(v.max())} for name, v in values.items()
+            name: {"mean": float(v.mean()), "least": float(v.min()), "most": float(v.max())}
+            for name, v in values.items()
         }
         means = [one["mean"] for one in found.numbers[key].values()]
         found.said.append(f"{key}: {len(values)} layers, means from {min(means):.3f} to {max(means):.3f}")
@@ -211,19 +179,23 @@ def ranks(view: View) -> Section:
     """How far the processes' running statistics lie apart, in the newest checkpoint that holds them apart."""
     found = Section("Running statistics of the ranks")
     files = sorted(view.run.folder.glob("last*.ckpt"), key=lambda path: (path.name != "last.ckpt", path.name))
+    several = False
     for path in files:
         state = checkpoint.load(path)
+        several |= state["processes"]["size"] > 1
         distances = rank_divergence(state, view.run.model)
         if any(value for one in distances.values() for value in one.values()):
             worst = max((value, name, key) for name, one in distances.items() for key, value in one.items())
             found.said.append(
-                f"{path.name}, step {state['step']}, {state['processes']['size']} ranks: at most {worst[0]:.4f} of "
-                f"the statistic's size ({worst[1]}, {worst[2]})"
+                f"{path.name}, step {state['step']}, {state['processes']['size']} ranks: at most "
+                f"{worst[0]:.4f} of the statistic's size ({worst[1]}, {worst[2]})"
             )
             found.numbers, found.pictures = distances, [pictures.ranks(distances)]
             found.columns = {"ranks": {name: f"{max(one.values()):.4f}" for name, one in distances.items()}}
             return found
-    if any(checkpoint.load(path)["processes"]["size"] > 1 for path in files):
+    if not files:
+        found.said.append("this run has kept no checkpoint")
+    elif several:
         found.said.append("equal on all ranks in every checkpoint kept: they are joined at each evaluation")
     else:
         found.said.append("this run's checkpoints hold those of one process")
@@ -235,16 +207,20 @@ def landscape(view: View) -> Section:
     found = Section("Loss and gradient along the step")
     kept = view.named(at_checkpoints(subject, view.lengths) for subject in view.subjects)
     for run, points in kept.items():
+        steps = ", ".join(str(p.step) for p in points)
         found.said.append(
-            f"{run}: {len(points)} checkpoint{'s' if len(points) != 1 else ''}, step "
-            f"{', '.join(str(p.step) for p in points)}: a run keeps no earlier ones"
+            f"{run}: {len(points)} checkpoint{'s' if len(points) != 1 else ''}"
+            + (f", step {steps}: a run keeps no earlier ones" if points else " kept")
             + ("" if view.steps else " (--steps N trains its first N steps again and measures on the way)")
         )
     parts = [("landscape-checkpoints", kept, "at the checkpoints kept")]
     if view.steps:
         fresh = view.named(list(afresh(s, view.steps, lengths=view.lengths)) for s in view.subjects)
         parts.append(("landscape-start", fresh, f"in the first {view.steps} steps, trained again"))
-    for name, runs, where in parts:
+    for name, measured, where in parts:
+        runs = {run: points for run, points in measured.items() if points}
+        if not runs:
+            continue
         found.numbers[name] = {run: [_point(p) for p in points] for run, points in runs.items()}
         found.said += [
             f"{run}, {where}: effective beta {min(p.smoothness for p in points):.3g} to "

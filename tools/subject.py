@@ -25,10 +25,10 @@ __all__ = ["Part", "Subject", "chosen_classes", "of_classes", "open_subject", "s
 class Subject:
     """A run's network in evaluation mode, with its last weights, on this machine's device.
 
-    config: complete and resolved for one process here.
+    norm: as it was chosen; config: complete and resolved for one process here.
     """
 
-    name: str
+    norm: str
     folder: Path
     config: dict
     source: Source
@@ -44,7 +44,10 @@ class Subject:
 
     def batches(self, dataset: Dataset, indices: Sequence[int]) -> EvalLoader:
         """These images of one of ``source``'s data sets, cropped as in evaluation."""
-        hardware, size = self.config["hardware"], self.config["eval"]["batch_size"] or self.config["batch_size"]
+        hardware, size = (
+            self.config["hardware"],
+            self.config["eval"]["batch_size"] or self.config["batch_size"],
+        )
         return EvalLoader(
             Part(dataset, indices), size, device=self.device, channels_last=hardware["channels_last"]
         )
@@ -68,16 +71,18 @@ class Subject:
 
 def open_subject(folder: Path, overrides: Sequence[str] = (), weights: Path | None = None) -> Subject:
     """The run in a folder; ``overrides`` are train.py's arguments. Raises ValueError where there is none."""
-    config, _ = thaw(folder)
+    config, choices = thaw(folder)
     config["hardware"]["processes"] = 1
     config = resolve(complete(change(config, list(overrides), accepted)))
     source, found = create_source(config), evaluator(config, weights or last_weights(folder))
     found.model.eval().requires_grad_(True)
-    return Subject(folder.resolve().name, folder, config, source, found)
+    return Subject(choices["norm"], folder.resolve(), config, source, found)
 
 
 class Part(Dataset):
-    """Some images of a data set, in the order of ``indices``; read by torch whatever the data set's loader."""
+    """Some images of a data set, in the order of ``indices``; read by torch whatever the data set's
+    loader.
+    """
 
     def __init__(self, whole: Dataset, indices: Sequence[int]):
         self.whole, self.indices = whole, torch.as_tensor(indices, dtype=torch.int64)
@@ -101,8 +106,8 @@ def of_classes(labels: Tensor, classes: Sequence[int], each: int) -> list[int]:
 
 
 def chosen_classes(source: Source, asked: str | None, default: int = 4) -> list[int]:
-    """Numbers of the classes that a comma-separated list names, by name or number; without one, ``default`` classes
-    at even distances. Raises ValueError for one that there is not, or that has no image.
+    """Numbers of the classes that a comma-separated list names, by name or number; without one, ``default``
+    classes at even distances. Raises ValueError for one that there is not, or that has no image.
     """
     names = [str(name) for name in source.classes]
     present = set(source.val.labels.tolist())

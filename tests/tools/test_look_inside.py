@@ -13,6 +13,7 @@ import torch
 import yaml
 from commands import script, train
 from test_report import Parsed, in_chromium
+from view import View
 
 import anorm
 from anorm.build import create_source
@@ -92,7 +93,12 @@ def test_on_every_law(norm, runs, tmp_path, capsys):
     # 8 sections, each with a title and at least one line in words
     blocks = re.split(r"^(?=\S)", out, flags=re.M)[1:]
     assert len(blocks) == 9 and all(len(block.splitlines()) > 1 for block in blocks[:-1])
-    apart = {"mixtures": "mixes affine maps", "shares": "weighs statistics", "gates": "has gates", "surgery": "nothing to average"}
+    apart = {
+        "mixtures": "mixes affine maps",
+        "shares": "weighs statistics",
+        "gates": "has gates",
+        "surgery": "nothing to average",
+    }
     for section, words in apart.items():
         assert (words in out) == (section not in SHOWS[norm]), section
     assert "those of one process" in out and ("do not tell their parts" in out) == (norm == "module")
@@ -107,10 +113,28 @@ def test_on_every_law(norm, runs, tmp_path, capsys):
 
 def test_two_runs_side_by_side(runs, tmp_path, capsys):
     an, bn = runs("an"), runs("bn")
-    assert look(an, bn, "--out", tmp_path, "--only", "gammas,landscape", "--images", 12, "--steps", 3, "--lengths", "0.1,0.2") == 0
+    assert (
+        look(
+            an,
+            bn,
+            "--out",
+            tmp_path,
+            "--only",
+            "gammas,landscape",
+            "--images",
+            12,
+            "--steps",
+            3,
+            "--lengths",
+            "0.1,0.2",
+        )
+        == 0
+    )
     numbers = json.loads((tmp_path / "inside.json").read_text())
     gammas = numbers["gammas"]
-    assert {v["instances"] for v in gammas["bn"].values()} == {0.0} and all(v["instances"] > 0 for v in gammas["an"].values())
+    assert {v["instances"] for v in gammas["bn"].values()} == {0.0} and all(
+        v["instances"] > 0 for v in gammas["an"].values()
+    )
     kept, fresh = numbers["landscape"]["landscape-checkpoints"], numbers["landscape"]["landscape-start"]
     assert set(kept) == set(fresh) == {"an", "bn"}
     for run in (an, bn):
@@ -121,10 +145,24 @@ def test_two_runs_side_by_side(runs, tmp_path, capsys):
     assert "a run keeps no earlier ones" in capsys.readouterr().out
 
 
+def test_what_runs_are_called(runs, tmp_path):
+    long = tmp_path / f"{'x' * 40}-of-a-long-name"
+    shutil.copytree(runs("bn"), long)
+    bn, other, an = (subject.open_subject(folder) for folder in (runs("bn"), long, runs("an")))
+    assert list(View(bn, an).named([1, 2])) == ["bn", "an"]
+    assert list(View(bn, other).named([1, 2])) == ["bn", "xxxxxxxxx-of-a-long-name"]
+    assert list(View(other, other).named([1, 2])) == ["run 1", "run 2"]
+
+
 def test_trained_again_it_is_the_run(runs):
-    """The first loss of the run's log is that of the fresh start: same weights, same batch (nothing is mixed)."""
+    """The losses of the run's log are those of the fresh start: same weights, same batches, none mixed."""
     found = subject.open_subject(runs("bn"))
+    found.model.fc2.bias.data += 1  # unlike every checkpoint
+    before = {name: value.clone() for name, value in found.model.state_dict().items()}
+    landscape.at_checkpoints(found, (0.1,))
     points = list(landscape.afresh(found, 4, lengths=(0.1,)))
+    for name, value in found.model.state_dict().items():
+        assert torch.equal(value, before[name]), name  # the subject itself stays as it was
     found.close()
     log = [json.loads(line) for line in (runs("bn") / "metrics.jsonl").read_text().splitlines()]
     logged = [e["loss"] for e in log if e["event"] == "train"][:4]
@@ -140,7 +178,10 @@ def test_the_ranks_of_a_cut_run(runs, tmp_path, capsys):
     state = torch.load(folder / "last.ckpt", weights_only=True)
     (buffers,) = state["processes"]["buffers"]
     for factor, words in ((1.0, "equal on all ranks"), (3.0, "at most 0.5000 of the statistic's size")):
-        state["processes"] |= {"size": 2, "buffers": [buffers, [b * factor if b.is_floating_point() else b for b in buffers]]}
+        state["processes"] |= {
+            "size": 2,
+            "buffers": [buffers, [b * factor if b.is_floating_point() else b for b in buffers]],
+        }
         for path in folder.glob("last*.ckpt"):
             torch.save(state, path)
         assert look(folder, "--only", "ranks") == 0
@@ -157,8 +198,15 @@ def test_the_page_alone_needs_no_data(runs, tmp_path, capsys):
     assert look(folder, "--only", "curves") == 0
     page = (folder / "inside" / "report.html").read_text()
     final = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert f"Top-1 {final['top1']:.2f} %" in page and "24 images of imagefolder" in page and config["signature"] in page
-    assert Parsed(page).cells[:2] == ["1", f"{[e for e in events(folder) if e['event'] == 'eval'][0]['top1']:.2f}"]
+    assert (
+        f"Top-1 {final['top1']:.2f} %" in page
+        and "24 images of imagefolder" in page
+        and config["signature"] in page
+    )
+    assert Parsed(page).cells[:2] == [
+        "1",
+        f"{[e for e in events(folder) if e['event'] == 'eval'][0]['top1']:.2f}",
+    ]
     assert "data:image" not in page and page.count("<figure>") == 3
     assert look(folder, "--only", "gammas") == 2
     assert "nowhere" in capsys.readouterr().err
@@ -166,6 +214,18 @@ def test_the_page_alone_needs_no_data(runs, tmp_path, capsys):
 
 def events(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_without_checkpoints(runs, tmp_path, capsys):
+    """The weights for release suffice."""
+    folder = tmp_path / "released"
+    shutil.copytree(runs("bn"), folder)
+    for path in folder.glob("*.ckpt"):
+        path.unlink()
+    assert look(folder, "--only", "ranks,landscape,gammas", "--images", 4) == 0
+    out = capsys.readouterr().out
+    assert "has kept no checkpoint" in out and "bn: 0 checkpoints kept" in out
+    assert [path.name for path in (folder / "inside").glob("*.png")] == ["gammas.png"]
 
 
 def test_a_run_that_is_not_finished(runs, tmp_path):
@@ -199,11 +259,17 @@ def test_mistakes(arguments, words, runs, capsys, monkeypatch, tmp_path):
 
 
 def test_classes_and_images():
-    source = create_source({"data": {"name": "synthetic", "image_size": 8, "num_classes": 5, "val_images": 20}})
+    source = create_source(
+        {"data": {"name": "synthetic", "image_size": 8, "num_classes": 5, "val_images": 20}}
+    )
     assert subject.chosen_classes(source, "class 4, 2,2") == [4, 2]
     assert subject.chosen_classes(source, None) == [0, 1, 2, 3]
     assert subject.of_classes(source.val.labels, [4, 2], 2) == [4, 9, 2, 7]
-    assert subject.spread_out(10, 4) == [0, 2, 5, 7] and subject.spread_out(3, 0) == [0, 1, 2] == subject.spread_out(3, 9)
+    assert subject.spread_out(10, 4) == [0, 2, 5, 7] and subject.spread_out(3, 0) == [
+        0,
+        1,
+        2,
+    ] == subject.spread_out(3, 9)
     part = subject.Part(source.val, [7, 2])
     found = part.fetch([1, 0], None)
     assert part.labels.tolist() == [2, 2] and found.indices.tolist() == [2, 7]
@@ -223,12 +289,21 @@ def test_in_chromium(page_file, tmp_path):
     page.open(page_file)
     assert page.run("document.title").startswith("convnet with an on synthetic: an")
     pictures = len(list(page_file.parent.glob("*.png")))
-    drawn = "[...document.images].map(i => i.complete && i.naturalWidth > 300 && i.alt.length > 10 && i.clientWidth > 200)"
+    whole = "i.complete && i.naturalWidth > 300 && i.alt.length > 10 && i.clientWidth > 200"
+    drawn = f"[...document.images].map(i => {whole})"
     assert page.run(drawn) == [True] * pictures
-    assert page.run("[...document.querySelectorAll('#cells tbody tr')].map(r => r.cells[0].textContent)") == ["bn1", "bn2"]
-    page.run("(f => { f.value = 'bn2'; f.dispatchEvent(new Event('input')); })(document.getElementById('filter'))")
+    assert page.run("[...document.querySelectorAll('#cells tbody tr')].map(r => r.cells[0].textContent)") == [
+        "bn1",
+        "bn2",
+    ]
+    page.run(
+        "(f => { f.value = 'bn2'; f.dispatchEvent(new Event('input')); })(document.getElementById('filter'))"
+    )
     assert page.run("document.getElementById('count').textContent") == "1 of 2 rows"
-    page.run("(g => { g.value = 'stage 1'; g.dispatchEvent(new Event('change')); })(document.getElementById('group'))")
+    page.run(
+        "(g => { g.value = 'stage 1'; g.dispatchEvent(new Event('change')); })"
+        "(document.getElementById('group'))"
+    )
     assert page.run("document.getElementById('count').textContent") == "0 of 2 rows"
     assert page.run("document.querySelectorAll('svg .curve').length") >= 4
     assert page.complaints == []
@@ -242,7 +317,9 @@ def test_on_a_phone_in_light_and_dark(page_file, tmp_path, dark):
     page = chromium.Page(tmp_path / "profile", 390, 844, dark, mobile=True)
     page.open(page_file)
     assert page.run("innerWidth") == 390 and page.run("document.documentElement.scrollWidth") == 390
-    assert page.run("Math.min(...[...document.images].map(i => i.clientWidth))") > 300  # as wide as the page: 8 pt is readable
+    assert (
+        page.run("Math.min(...[...document.images].map(i => i.clientWidth))") > 300
+    )  # as wide as the page: 8 pt is readable
     assert page.run("Math.max(...[...document.images].map(i => i.getBoundingClientRect().right))") <= 390
     assert (page.run("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)") == dark
     picture = base64.b64decode(page.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])

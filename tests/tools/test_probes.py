@@ -6,6 +6,7 @@ import landscape
 import mixtures
 import probes
 import pytest
+import surgery
 import torch
 from torch import nn
 
@@ -38,10 +39,15 @@ def result(model):
 
 
 def test_entropy_by_hand():
-    weights = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.5, 0.0, 0.0, 0.0], [0.2, 0.2, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    weights = torch.tensor(
+        [[1.0, 1.0, 1.0, 1.0], [0.5, 0.0, 0.0, 0.0], [0.2, 0.2, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    )
     found = mixtures.entropy(weights)
-    # uniform: log 4; one-hot: 0; (1/4, 1/4, 1/2): 2 * 1/4 * log 4 + 1/2 * log 2 = 1.5 log 2; nothing: not defined
-    assert found[:3].tolist() == pytest.approx([math.log(4), 0.0, 1.5 * math.log(2)], abs=1e-7) and found[3].isnan()
+    # uniform: log 4; one-hot: 0; (1/4, 1/4, 1/2): 2/4 log 4 + 1/2 log 2 = 1.5 log 2; nothing: not defined
+    assert (
+        found[:3].tolist() == pytest.approx([math.log(4), 0.0, 1.5 * math.log(2)], abs=1e-7)
+        and found[3].isnan()
+    )
     whole = mixtures.mixture(weights)
     assert whole.k == 4 and whole.entropy == pytest.approx((2 + 0 + 1.5) * math.log(2) / 3)
     assert whole.effective == pytest.approx((4 + 1 + 2**1.5) / 3)
@@ -56,7 +62,9 @@ def test_dead_and_saturated_components():
     assert found.dead == (1, 4) and found.saturated == (3,)
     assert mixtures.mixture(weights, limit=None).saturated == ()
     weights[:3, 4] = 0.5
-    assert mixtures.mixture(weights).dead == (1,)
+    weights[:, 0], weights[:, 2] = 0.99, 0.01  # nearly open and nearly closed are neither
+    found = mixtures.mixture(weights)
+    assert found.dead == (1,) and found.saturated == (3,)
     assert mixtures.mixture(torch.full((10, 4), 0.5)).varying == 0.0
 
 
@@ -65,7 +73,9 @@ def test_what_classes_explain():
     assert mixtures.explained_by_class(torch.tensor([[0.0], [0.0], [1.0], [1.0]]), labels) == 1.0
     assert mixtures.explained_by_class(torch.tensor([[0.0], [1.0], [0.0], [1.0]]), labels) == 0.0
     # means 1/4 and 3/4 about 1/2: 4 / 16 of 12 / 16 + ... = between 0.25, within 2 * 2 * 1/16 = 0.25
-    assert mixtures.explained_by_class(torch.tensor([[0.0], [0.5], [0.5], [1.0]]), labels) == pytest.approx(0.5)
+    assert mixtures.explained_by_class(torch.tensor([[0.0], [0.5], [0.5], [1.0]]), labels) == pytest.approx(
+        0.5
+    )
     assert mixtures.explained_by_class(torch.full((4, 3), 0.1), labels) == 0.0
     means = mixtures.by_class(torch.tensor([[0.0, 1.0], [0.5, 1.0], [0.5, 0.0], [1.0, 0.5]]), labels, [1, 0])
     assert means.tolist() == [[0.75, 0.25], [0.25, 1.0]]
@@ -104,7 +114,9 @@ def test_gammas_of_batch_norm_do_not_vary_and_those_of_attentive_norm_do():
     weights = found["bn1"].choices["mixture weights"]
     assert weights.values.shape == (24, 10) and len(found["bn1"].labels) == 24
     # the mean gamma is the mean weights' mixture
-    torch.testing.assert_close(found["bn1"].gamma.mean.float(), weights.values.mean(0) @ an.bn1.weight.detach())
+    torch.testing.assert_close(
+        found["bn1"].gamma.mean.float(), weights.values.mean(0) @ an.bn1.weight.detach()
+    )
 
 
 def test_a_layer_that_tells_nothing_is_seen_without_its_parts():
@@ -140,7 +152,7 @@ def test_surgery_where_nothing_varies_loses_nothing(still):
             layer.attention.fc.weight.data.zero_()
     logits = torch.cat([model(batch.images) for batch in images()])
     found = seen(model)
-    whole, each, together = probes.surgery(model, found, lambda: result(model))
+    _, each, together = surgery.operate(model, found, lambda: result(model))
     assert [one.name for one in each] == ["bn1", "bn2"]
     for one in (*each, together):
         assert (one.top1, one.loss, one.changed) == (0.0, 0.0, 0.0)
@@ -151,7 +163,7 @@ def test_surgery_gives_every_image_the_mean_affine():
     model = network("an")
     found = seen(model)
     kept = model.bn1
-    averaged = probes.Averaged(kept, found["bn1"].gamma.mean.float(), found["bn1"].beta.mean.float()).eval()
+    averaged = surgery.Averaged(kept, found["bn1"].gamma.mean.float(), found["bn1"].beta.mean.float()).eval()
     x = torch.randn(3, 16, 8, 8)
     bn = kept.base
     x_hat = (x - bn.running_mean[:, None, None]) / (bn.running_var[:, None, None] + bn.eps).sqrt()
@@ -159,14 +171,14 @@ def test_surgery_gives_every_image_the_mean_affine():
     gamma, beta = weights @ kept.weight, weights @ kept.bias
     expected = (gamma[:, None, None] * x_hat + beta[:, None, None]).relu()
     torch.testing.assert_close(averaged(x), expected)
-    whole, each, together = probes.surgery(model, found, lambda: result(model))
+    whole, each, together = surgery.operate(model, found, lambda: result(model))
     assert model.bn1 is kept and together.name == "all of them"
     assert whole.top1 == result(model).top1 and any(one.loss != 0 for one in each)
 
 
 def test_surgery_operates_on_laws_of_the_instance_alone():
     model = network("bn")
-    _, each, together = probes.surgery(model, seen(model), lambda: result(model))
+    _, each, together = surgery.operate(model, seen(model), lambda: result(model))
     assert each == [] and together is None
 
 
@@ -177,11 +189,13 @@ def test_ranks_by_hand():
     model = network("bn")
 
     def buffers(mean):
-        return [torch.full_like(b, mean) if "mean" in name else b.clone() for name, b in model.named_buffers()]
+        return [
+            torch.full_like(b, mean) if "mean" in name else b.clone() for name, b in model.named_buffers()
+        ]
 
-    state = {"processes": {"size": 2, "buffers": [buffers(0.0), buffers(2.0)]}}
+    state = {"processes": {"size": 2, "buffers": [buffers(0.0), buffers(4.0)]}}
     found = probes.rank_divergence(state, model)
-    assert found["bn1"] == {"running_mean": 1.0, "running_var": 0.0}  # 0 and 2 lie 1 from their mean, 1
+    assert found["bn1"] == {"running_mean": 1.0, "running_var": 0.0}  # 0 and 4 lie 2 from their mean, 2
     assert probes.rank_divergence({"processes": {"size": 1, "buffers": [buffers(0.0)]}}, model) == {}
 
 
@@ -191,10 +205,10 @@ def test_ranks_by_hand():
 def test_along_the_gradient_of_a_parabola():
     w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))  # loss = a/2 |w|^2: gradient a w
     a = 2.0
-    found = landscape.along_gradient([w], lambda: a / 2 * w.square().sum(), (0.1, 0.5, 1.0), step=7)
+    found = landscape.along_gradient([w], lambda: a / 2 * w.square().sum(), (0.1, 0.5, 2.0), step=7)
     assert (found.step, found.loss, found.gradient_norm) == (7, pytest.approx(25.0), pytest.approx(10.0))
-    assert found.losses == pytest.approx([25 * (1 - 2 * t) ** 2 for t in (0.1, 0.5, 1.0)], abs=1e-12)
-    assert found.changes == pytest.approx([20 * t for t in (0.1, 0.5, 1.0)])  # a t |g|
+    assert found.losses == pytest.approx([25 * (1 - 2 * t) ** 2 for t in (0.1, 0.5, 2.0)], abs=1e-12)
+    assert found.changes == pytest.approx([20 * t for t in (0.1, 0.5, 2.0)])  # a t |g|
     assert found.smoothness == pytest.approx(2.0)  # a
     assert w.tolist() == [3.0, 4.0]
 
