@@ -1,4 +1,4 @@
-"""Runs of equal seeds are pairs: whatever the norm, they see the same mixed pictures and start from the same convolutions."""
+"""Runs of equal seeds are pairs: whatever the norm, they see the same mixed pictures and start alike."""
 
 import sys
 from pathlib import Path
@@ -24,15 +24,37 @@ def data(tmp_path_factory):
 
 
 def seen(data, folder, norm, seed):
-    """(all that the network was given in training, in order, labels' share included; its initial parameters that are no
-    norm's). Training runs through the program's own loop."""
-    asked = ["arch=resnet18", f"norm={norm}", f"seed={seed}", "data=imagefolder", f"data.root={data}", "data.image_size=32"]
-    asked += ["data.cache=false", "batch_size=5", "optim.global_batch=10", "epochs=2", "schedule.warmup_epochs=0"]
-    asked += ["mix.mixup=0.4", "hardware=cpu", "hardware.workers=0", "hardware.threads=1", "log.tensorboard=false"]
+    """(what the network was given in training, in order; the mixed targets; its initial parameters that are no
+    norm's), of a run through the program's own loop.
+    """
+    asked = [
+        "arch=resnet18",
+        f"norm={norm}",
+        f"seed={seed}",
+        "data=imagefolder",
+        f"data.root={data}",
+        "data.image_size=32",
+    ]
+    asked += [
+        "data.cache=false",
+        "batch_size=5",
+        "optim.global_batch=10",
+        "epochs=2",
+        "schedule.warmup_epochs=0",
+    ]
+    asked += [
+        "mix.mixup=0.4",
+        "hardware=cpu",
+        "hardware.workers=0",
+        "hardware.threads=1",
+        "log.tensorboard=false",
+    ]
     config = resolve(complete(compose(ROOT / "configs", asked, accepted).config))
     folder.mkdir()
     run = build(config, folder, "signature", World().on("cpu"), None)
-    of_norms = {id(p) for module in run.model.modules() if isinstance(module, Norm) for p in module.parameters()}
+    of_norms = {
+        id(p) for module in run.model.modules() if isinstance(module, Norm) for p in module.parameters()
+    }
     start = {name: p.detach().clone() for name, p in run.model.named_parameters() if id(p) not in of_norms}
     inputs, targets, mix = [], [], run.mixing.mix
 
