@@ -11,8 +11,8 @@ A yaml of ``configs/grid`` (or any file):
     seeds: 3
 
 An axis can also be a list of {when: ..., values: [...]}, of which the first that holds counts: other learning
-rates for each norm, as many of them. With an axis optim.lr the best rate of each norm is selected, and those are
-compared.
+rates for each norm, as many of them. With an axis optim.lr the best rate of each norm is selected, and those
+are compared.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Line:
     """A row to be filled. overrides: train.py's arguments but for the seed; printed: the paper's row, where there is one;
     versus: the label of the line that it is compared with.
 
-    Of a grid with an axis of learning rates: rate, this line's; tuned, tuned_versus: label, versus without it.
+    Of a grid with an axis of learning rates: rate; tuned and tuned_versus, label and versus without it.
     """
 
     label: str
@@ -147,8 +147,8 @@ def _own(path: Path, extra: tuple[str, ...]) -> Grid:
         raise ValueError(f"{path}: a grid has {', '.join(sorted(known))}, of which title and axes are needed")
     axes = {key: _cases(path, key, axis) for key, axis in data["axes"].items()}
     if twice := [a for a in (*data.get("overrides", ()), *extra) if a.split("=")[0].lstrip("+") in axes]:
-        raise ValueError(f"{twice[0]}: {twice[0].split('=')[0]} is an axis of {path.name} already: leave it out, "
-                         "or change the axis")
+        raise ValueError(f"{twice[0]}: {twice[0].split('=')[0]} is an axis of {path.name} already: leave it "
+                         "out, or change the axis")
     first, lines = next(iter(axes)), []
     baseline = axes[first][0]["values"][0]
     for choice in combinations(axes):
@@ -173,8 +173,8 @@ def _cases(path: Path, key: str, axis: Any) -> list[dict]:
     for case in cases:
         values = case.get("values")
         if not set(case) <= {"values", "when"} or not isinstance(values, list) or not values:
-            raise ValueError(f"{path}: axis {key} is a list of values, or {{when: norm=an, values: [...]}}, or a list "
-                             "of these")
+            raise ValueError(f"{path}: axis {key} is a list of values, or {{when: norm=an, values: [...]}}, "
+                             "or a list of these")
     return cases
 
 
@@ -185,14 +185,15 @@ def _check_budget(path: Path, lines: list[Line]) -> None:
         tried.setdefault(line.tuned, set()).add(line.rate)
     most, fewest = (pick(tried, key=lambda name: len(tried[name])) for pick in (max, min))
     if len(tried[most]) > len(tried[fewest]):
-        raise ValueError(f"{path}: {most} is given {len(tried[most])} learning rates and {fewest} {len(tried[fewest])}: "
-                         f"the best of more is better by luck alone. Give each as many, by {RATE} without when, or by a "
-                         f"list for each norm: {RATE}: [{{when: norm=bn, values: [...]}}, ...]")
+        raise ValueError(f"{path}: {most} is given {len(tried[most])} learning rates and {fewest} "
+                         f"{len(tried[fewest])}: the best of more is better by luck alone. Give all as many, "
+                         f"by {RATE} without when, or by a list for each norm: "
+                         f"{RATE}: [{{when: norm=bn, values: [...]}}, ...]")
 
 
 def combinations(axes: dict[str, list[dict]]) -> Iterator[dict[str, Any]]:
-    """Every choice of values. Of each axis counts the first case whose ``when`` ("norm=an", "norm=an optim.lr=0.1")
-    holds; an axis without such a case is left out."""
+    """Every choice of values. Of each axis counts the first case whose ``when`` ("norm=an", or
+    "norm=an optim.lr=0.1") holds; an axis without such a case is left out."""
     found: list[dict[str, Any]] = [{}]
     for key, cases in axes.items():
         grown = []

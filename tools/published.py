@@ -103,8 +103,8 @@ def match(grid: Grid, folder: Path) -> list[Match]:
         earlier = next((m for m in found if line and m.line is line), None)
         if earlier:
             raise ValueError(
-                f"{earlier.file} and {file} both are the network of {line.label} ({line.group}): leave one of "
-                f"them in {folder}"
+                f"{earlier.file} and {file} both are the network of {line.label} ({line.group}): leave one "
+                f"of them in {folder}"
             )
         found.append(Match(file, line))
     return found
@@ -119,7 +119,7 @@ def _names_and_shapes(arch_config: str, norm_config: str) -> dict[str, torch.Ten
 
 
 def _of_its_setup(file: Path, folder: Path, fitting: list[Line]) -> Line | None:
-    """Of the rows that a file fits the one whose setup its path names; one or none leave nothing to choose."""
+    """Of the rows that a file fits the one whose setup its path names; there may be but one, or none."""
     if len(fitting) < 2:
         return fitting[0] if fitting else None
     setups = {line.composed[1]["setup"]: line for line in fitting}
@@ -129,8 +129,8 @@ def _of_its_setup(file: Path, folder: Path, fitting: list[Line]) -> Line | None:
         return setups[named[0]]
     rows = ", ".join(f"{line.label} ({line.group})" for line in fitting)
     raise ValueError(
-        f"{file} could be of any of these rows, which have one network: {rows}. Put {' or '.join(setups)} into "
-        "its name, as a word of its own, or into its folder's; or choose rows with --only"
+        f"{file} could be of any of these rows, which have one network: {rows}. Put {' or '.join(setups)} "
+        "into its name, as a word of its own, or into its folder's; or choose rows with --only"
     )
 
 

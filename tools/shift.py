@@ -1,4 +1,4 @@
-"""Accuracy under shift: ImageNet-V2, -A, -R, -Sketch, -C from folders as published, ReaL labels; timm's class maps.
+"""Accuracy under shift: ImageNet-V2, -A, -R, -Sketch and -C from folders, ReaL labels; timm's class maps.
 
 A network of ImageNet's 1,000 classes is evaluated as it is on its own images, with these differences:
 
@@ -7,8 +7,8 @@ A network of ImageNet's 1,000 classes is evaluated as it is on its own images, w
     imagenet_sketch   1,000 WordNet ids
     imagenet_c        ROOT[/GROUP]/CORRUPTION/SEVERITY/CLASS/IMAGE; images have their size already and are not
                       resized to eval_resize, only to image_size where they differ
-    real              the own validation images (data.root) under the labels of Beyer et al. (2020), a list for
-                      each image; those without a label do not count
+    real              the own validation images (data.root) under the labels of Beyer et al. (2020), a list
+                      for each image; those without a label do not count
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FOLDERS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagen
 SHIFTS = (*FOLDERS, "real")
 SUBSETS = {"imagenet_a": "imagenet_a_synsets.txt", "imagenet_r": "imagenet_r_synsets.txt"}  # timm's names
 SEVERITIES = (1, 2, 3, 4, 5)
-# AlexNet's, in percent, mean over severities: Hendrycks and Dietterich, 2019 (github.com/hendrycks/robustness)
+# AlexNet's, in percent, mean over severities: Hendrycks and Dietterich, 2019, hendrycks/robustness
 ALEXNET_ERRORS = {
     "gaussian_noise": 88.6428,
     "shot_noise": 89.4468,
@@ -73,13 +73,13 @@ def asked(words: list[str]) -> list[tuple[str, Path | None]]:
 
 
 def synsets(name: str = "") -> list[str]:
-    """The WordNet ids of a shift's classes in the order of timm's maps; without a name of all of ImageNet's."""
+    """The WordNet ids of a shift's classes in timm's order; without a name of all of ImageNet's."""
     file = SUBSETS.get(name, "imagenet_synsets.txt")
     return pkgutil.get_data("timm.data", f"_info/{file}").decode().split()
 
 
 def check_classes(classes: list[str]) -> None:
-    """Raises ValueError where a run's classes are not ImageNet's in order (readable names cannot be checked)."""
+    """Raises ValueError where a run's classes are not ImageNet's (readable names cannot be checked)."""
     if len(classes) != len(synsets()):
         raise ValueError(
             f"--shift needs a network of ImageNet's {len(synsets()):,} classes, and this one has "
@@ -150,7 +150,7 @@ def images_of(name: str, folder: Path, config: dict, resize: int | None = None) 
 
 
 def _labels(name: str, folder: Path, folders: list[str]) -> Tensor:
-    """For each class folder its place among ImageNet's classes. Sorted as words, the number 10 would follow 1."""
+    """For each class folder its place in ImageNet's classes. Sorted as words, the number 10 follows 1."""
     every, expected = synsets(), synsets(name)
     if sorted(folders) == sorted(map(str, range(len(expected)))) and len(expected) == len(every):
         return torch.tensor([int(number) for number in folders])
@@ -159,8 +159,8 @@ def _labels(name: str, folder: Path, folders: list[str]) -> Tensor:
         parts = [f"{len(missing)} missing ({_some(missing)})"] if missing else []
         parts += [f"{len(unknown)} unknown ({_some(unknown)})"] if unknown else []
         raise ValueError(
-            f"{folder} does not hold the {len(expected):,} class folders of {name}: {', '.join(parts)}; give the "
-            f"folder that holds folders such as {expected[0]}"
+            f"{folder} does not hold the {len(expected):,} class folders of {name}: {', '.join(parts)}; "
+            f"give the folder that holds folders such as {expected[0]}"
         )
     places = {synset: place for place, synset in enumerate(every)}
     return torch.tensor([places[synset] for synset in folders])
@@ -226,8 +226,9 @@ class Corrupted:
         )
         return "\n".join(
             [
-                f"imagenet_c ({self.folder}): top-1 {top1:.4f} % top-5 {top5:.4f} %, mean of {len(self.counted)} "
-                f"corruptions at 5 severities ({self.images} images; {protocol(config, resized=False)})",
+                f"imagenet_c ({self.folder}): top-1 {top1:.4f} % top-5 {top5:.4f} %, mean of "
+                f"{len(self.counted)} corruptions at 5 severities ({self.images} images; "
+                f"{protocol(config, resized=False)})",
                 f"  {'top-1 by severity':{width}}" + "".join(f"{s:8}" for s in SEVERITIES) + "    mean",
                 *(
                     f"  {name:{width}}" + "".join(f"{v:8.2f}" for v in (*values, fmean(values))) + mark[name]
@@ -284,8 +285,8 @@ class Real:
 
     def words(self, config: dict) -> str:
         return (
-            f"real: top-1 {self.top1:.4f} % top-5 {self.top5:.4f} % of the {self.images} images with ReaL labels; "
-            f"original labels: top-1 {self.original.top1:.4f} % top-5 {self.original.top5:.4f} % of "
+            f"real: top-1 {self.top1:.4f} % top-5 {self.top5:.4f} % of the {self.images} images with ReaL "
+            f"labels; original labels: top-1 {self.original.top1:.4f} % top-5 {self.original.top5:.4f} % of "
             f"{self.original.images} images ({protocol(config)})"
         )
 

@@ -21,8 +21,8 @@ V100_MACS = 800 * 4.089e9  # per second: 800 images/s of ResNet-50 with FP16 on 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line as it stands. runs: finished ones of the shown stamp, by seed, or published weights in their place (0).
-    top1, top5: accuracy in percent over seeds."""
+    """A line as it stands. runs: finished ones of the shown stamp, by seed, or published weights in place of
+    seed 0. top1, top5: accuracy in percent over seeds."""
 
     line: Line
     size: Size
@@ -65,7 +65,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Selection:
-    """The learning rates of one norm. best: the entry with the highest mean accuracy; None while one is missing."""
+    """The learning rates of one norm. best: of the highest mean accuracy; None while one is missing."""
 
     name: str
     tried: tuple[Entry, ...]
@@ -78,8 +78,8 @@ class Selection:
             return f"learning rate of {self.name}: not selected, {done} of {n} are finished"
         values = ", ".join(f"{e.line.rate}: {e.top1.mean:.2f}" for e in self.tried)
         end = n > 1 and self.best.line.rate in (f([e.line.rate for e in self.tried]) for f in (min, max))
-        return (f"learning rate of {self.name}: {self.best.line.rate} is the best of {n} tried, by the mean accuracy over "
-                f"seeds ({values})" + (", at the end of their range" if end else ""))
+        return (f"learning rate of {self.name}: {self.best.line.rate} is the best of {n} tried, by the mean "
+                f"accuracy over seeds ({values})" + (", at the end of their range" if end else ""))
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,17 @@ class Tally:
                  for stamp, n in self.stamps.items() if stamp != self.stamp]
         if self.selections:
             said += [str(selection) for selection in self.selections]
-            said += ["each learning rate was selected on the images that the accuracy is of, which flatters all alike"]
+            said += ["each learning rate was selected on the images that accuracies are of: it flatters all"]
         return said + list(self.grid.notes)
 
 
 def tally(grid: Grid, runs: list[Run | Published], seeds: int, faithful: str = "paper", epoch: str = "last",
           stamp: int | None = None, average: bool = False) -> Tally:
-    """Fill ``grid``. stamp: which protocol to show, counted from 1 in the order of ``Tally.stamps`` (most runs first;
-    default: the first of published weights where ``runs`` holds such, else the first). average: accuracy of the averages
-    of weights.
+    """Fill ``grid``. stamp: which protocol to show, counted from 1 in the order of ``Tally.stamps`` (most
+    runs first; default: the first of published weights where ``runs`` holds such, else the first). average:
+    accuracy of the averages of weights.
 
-    Raises ValueError for a number that no protocol has, and where norms have unlike numbers of learning rates.
+    Raises ValueError for a number that no protocol has, and for unlike numbers of learning rates.
     """
     matching = {line: [run for run in runs if run.likeness == line.likeness] for line in grid.lines}
     finished = {line: [run for run in found if run.final and (run.averages or not average)]
@@ -155,8 +155,8 @@ def same_weights(gap: float) -> str:
 
 
 def select_rates(entries: list[Entry]) -> tuple[Selection, ...]:
-    """For each norm of a grid with learning rates the best one, selected in one way: the highest mean accuracy, once
-    all are finished. Raises ValueError where some norms have more to choose from (a grid cut by --only)."""
+    """For each norm of a grid with learning rates the best one, selected in one way: the highest mean
+    accuracy, once all are finished. Raises ValueError where some have more to choose from (by --only)."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.line.tuned is not None:
@@ -164,8 +164,8 @@ def select_rates(entries: list[Entry]) -> tuple[Selection, ...]:
     counts = {name: len(tried) for name, tried in groups.items()}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} {n}" for name, n in counts.items())
-        raise ValueError(f"these rows have unlike numbers of learning rates ({said}): choose them by norm (--only), "
-                         "not by rate")
+        raise ValueError(f"these rows have unlike numbers of learning rates ({said}): choose them by norm "
+                         "(--only), not by rate")
     best = {name: max(tried, key=lambda e: e.top1.mean) if not any(e.missing for e in tried) else None
             for name, tried in groups.items()}
     return tuple(Selection(name, tuple(tried), best[name]) for name, tried in groups.items())
@@ -225,7 +225,8 @@ def hours(entry: Entry, known: list[Entry]) -> tuple[float | None, str]:
         theirs = other.line.config
         if other.trained and theirs["data"] == config["data"]:
             scale = entry.size.macs / other.size.macs * config["epochs"] / theirs["epochs"]
-            return scale * float(np.mean([run.device_hours for run in other.trained])), f"from {other.line.label}"
+            theirs = float(np.mean([run.device_hours for run in other.trained]))
+            return scale * theirs, f"from {other.line.label}"
     if not config["data"]["name"].startswith("imagenet"):
         return None, "unknown"
     return 1_281_167 * config["epochs"] * entry.size.macs * pixels / V100_MACS / 3600, "rough, V100 with FP16"

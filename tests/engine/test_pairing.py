@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from anorm.build import accepted, build, complete, resolve
 from anorm.engine.compose import compose
 from anorm.engine.distributed import World
@@ -24,8 +25,8 @@ def data(tmp_path_factory):
 
 
 def seen(data, folder, norm, seed):
-    """(what the network was given in training, in order; the mixed targets; its initial parameters that are no
-    norm's), of a run through the program's own loop.
+    """(what the network was given in training, in order; the mixed targets; its initial parameters that are
+    no norm's), of a run through the program's own loop.
     """
     asked = [
         "arch=resnet18",

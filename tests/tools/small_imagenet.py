@@ -34,8 +34,8 @@ def write_classes(folder, labels=range(1000), name=lambda label: SYNSETS[label],
 
 
 class Rule(nn.Module):
-    """A network that reads the class k from the picture. Even classes it names rightly, for odd ones it says k + 1
-    and then k; but where 3 divides an odd k, k comes last.
+    """A network that reads the class k from the picture. Even classes it names rightly, for odd ones it says
+    k + 1 and then k; but where 3 divides an odd k, k comes last.
     """
 
     def __init__(self, mean, std):

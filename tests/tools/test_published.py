@@ -1,4 +1,4 @@
-"""table.py --weights: files in the authors' naming fill the rows that they are of, under their own protocol."""
+"""table.py --weights: files in the authors' naming fill the rows of their networks, with a protocol."""
 
 import csv
 import dataclasses
@@ -108,8 +108,8 @@ def test_two_files_of_one_row_and_none(table2, files, tmp_path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """MobileNetV2 with BN and AN in the published naming; the classifiers say the same of every image: class 7
-    first, and class 11.
+    """MobileNetV2 with BN and AN in the published naming; the classifiers say the same of every image: class
+    7 first, and class 11.
     """
     folder = tmp_path_factory.mktemp("weights")
     for name, favourite in (("mobilenetv2_bn", 7), ("mobilenetv2_an", 11)):

@@ -8,15 +8,16 @@ import numpy
 import pytest
 import shift
 import torch
+from commands import script
+from PIL import Image
+from small_imagenet import SIDE, SYNSETS, Rule, indices, picture, right_among_five, right_first, write_classes
+
 from anorm.data.loaders import EvalLoader
 from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD
 from anorm.engine.distributed import World
 from anorm.engine.evaluate import Evaluator
 from anorm.engine.settings import Eval
 from anorm.registry import create_model
-from commands import script
-from PIL import Image
-from small_imagenet import SIDE, SYNSETS, Rule, indices, picture, right_among_five, right_first, write_classes
 
 CONFIG = {
     "data": {"image_size": SIDE, "eval_resize": SIDE, "cache": False},
@@ -53,7 +54,7 @@ def test_logits_of_other_classes_are_left_out(name, tmp_path):
 
 def test_all_classes_by_wordnet_id(every):
     found = shift.shifted("imagenet_sketch", every, CONFIG, on).found
-    # even classes, and none of the odd; among five the odd ones that 3 does not divide (it divides 167 of 500)
+    # even classes, and none of the odd; among five the odd ones without the factor 3 (167 of 500 have it)
     assert (found.top1, found.top5, found.images) == (50.0, pytest.approx(83.3), 1000)
     assert "left out" not in shift.Shifted("imagenet_sketch", every, 1000, found).words(CONFIG)
 
@@ -78,8 +79,8 @@ def test_folders_with_other_classes_are_refused(tmp_path, every):
 
 @pytest.fixture(scope="module")
 def corruptions(tmp_path_factory, every):
-    """noise/gaussian_noise as published in groups, and saturate, which does not count. Severity 5 of the former
-    shows the picture of the next class.
+    """noise/gaussian_noise as published in groups, and saturate, which does not count. Severity 5 of the
+    former shows the picture of the next class.
     """
     root = tmp_path_factory.mktemp("c")
     bad = root / "severe"
@@ -170,7 +171,7 @@ def real_config(root):
 
 
 def test_real_labels(validation, tmp_path):
-    """Images 1 to 600 have no label; of the others the odd ones have a second: the next class, as the rule says."""
+    """Images 1 to 600 have no label; the odd ones of the others have a second: the next class."""
     labels = [[] if k < 600 else [k] if k % 2 == 0 else [k, (k + 1) % 1000] for k in range(1000)]
     (tmp_path / "real.json").write_text(json.dumps(labels))
     found = shift.real(tmp_path / "real.json", real_config(validation), on)
