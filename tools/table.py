@@ -15,8 +15,8 @@ commands may run at once on one folder of runs: no cell is run twice. A run that
 its last error, and is run again with --retry.
 
 --weights: each file under DIR fills the row whose network takes all of its tensors, whatever the file is
-called; rows that differ in the setup alone (AOGNet) are told apart by the word vanilla or sota in the file's or
-its folder's name. Their numbers have a protocol of their own, "published weights", and never share a column with
+called; rows that differ in the setup alone (AOGNet) are told apart by the word vanilla or sota in its name or
+its folder's. Their numbers have a protocol of their own, "published weights", and share no column with
 those of runs.
 """
 
