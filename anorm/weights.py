@@ -91,8 +91,9 @@ def load_weights(
 def compare(
     target: dict[str, Tensor], state: dict[str, Tensor], path: str | Path = "the file"
 ) -> tuple[LoadReport, dict[str, Tensor], dict[str, str]]:
-    """What of a file's ``state`` has a place in a network's state_dict ``target``; copies nothing, so both may be on
-    the meta device. Returns the report, {name in the network: tensor in its shape}, {name in the file: in the network}.
+    """What of a file's ``state`` has a place in a network's state_dict ``target``; copies nothing, so both
+    may be on the meta device. Returns the report, {name in the network: tensor in its shape}, {name in the
+    file: name in the network}.
     """
     style, names = translate({name: tuple(value.shape) for name, value in state.items()}, target)
     report = LoadReport(str(path), style)

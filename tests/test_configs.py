@@ -52,8 +52,8 @@ def test_every_norm_builds(norm):
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2", "densenet121"])
 @pytest.mark.parametrize("norm", [name for name in choices(CONFIGS, "norm") if name != "module"])
 def test_the_network_that_is_trained_is_the_librarys(norm, arch):
-    """What a complete configuration spells out must not be what a default that depends on the site would not be: AN's
-    published K is 10, 10, 20, 20 for four stages."""
+    """A complete configuration must not spell out a layer's default where the site decides: AN's published K
+    is 10, 10, 20, 20 for four stages."""
     with torch.device("meta"):
         trained = create_network(composed(f"arch={arch}", f"norm={norm}")[0], 1000).state_dict()
         wanted = create_model(arch, norm, 1000).state_dict()
@@ -67,7 +67,7 @@ def test_trained_networks_have_their_papers_size():
 
     assert size("arch=resnet50", "norm=an") == 25_755_420  # K 10, 10, 20, 20; 10 everywhere has 92,340 fewer
     assert size("arch=resnet50", "norm=an", "norm.k=10") == 25_663_080
-    # SE behind the 3x3 has a reduction of 4 (C = 64, 128, 256, 512 in 3, 4, 6, 3 blocks), as a block's last norm 16
+    # SE behind the 3x3 has a reduction of 4 (C = 64, 128, 256, 512 in 3, 4, 6, 3 blocks), behind a block 16
     gates = sum(n * 2 * c * c // 4 for n, c in ((3, 64), (4, 128), (6, 256), (3, 512)))
     assert size("arch=resnet50", "norm=se", "norm.place=2") == size("arch=resnet50", "norm=bn") + gates
 

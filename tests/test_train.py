@@ -114,6 +114,8 @@ def test_what_a_run_folder_holds(finished):
     saved = numpy.load(finished / "predictions.npz")
     assert list(saved["index"]) == list(range(359))
     assert 100 * saved["top1"].mean() == pytest.approx(read_metrics(finished)[-1]["top1"], abs=1e-9)
+    assert numpy.array_equal(saved["top1"], saved["label"] == saved["predicted"])
+    assert str(saved["data"]) == json.loads((finished / "data.json").read_text())["images"]
 
 
 def test_the_same_command_says_that_it_is_finished(finished, capsys):

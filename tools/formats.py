@@ -121,7 +121,8 @@ def as_csv(tally: Tally) -> str:
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
     write(["table", "group", "method", "faithful", "params", "macs", "printed_top1", "printed_top5", "top1", "top1_low", "top1_high",
-           "top5", "seeds", "gap", "verdict", "images_per_second", "gpu_hours", "protocol", "missing", "selected"])
+           "top5", "seeds", "gap", "verdict", "images_per_second", "gpu_hours", "protocol", "missing",
+           "selected"])
     chosen = {selection.name: selection.best for selection in tally.selections}
     for e in tally.entries:
         interval = e.top1 and e.top1.n > 1
@@ -131,7 +132,8 @@ def as_csv(tally: Tally) -> str:
                f"{100 - e.top1.low:.4f}" if interval else "", f"{100 - e.top5.mean:.4f}" if e.top5 else "",
                " ".join(map(str, e.runs)), "" if e.gap is None else f"{-e.gap:.4f}", e.verdict,
                "" if e.images_per_second is None else f"{e.images_per_second:.2f}",
-               "" if e.gpu_hours is None else f"{e.gpu_hours:.3f}", str(tally.stamp or ""), "; ".join(commands(e)),
+               "" if e.gpu_hours is None else f"{e.gpu_hours:.3f}",
+               str(tally.stamp or ""), "; ".join(commands(e)),
                "" if chosen.get(e.line.tuned) is None else "yes" if chosen[e.line.tuned] is e else "no"])
     return out.getvalue()
 

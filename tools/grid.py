@@ -7,11 +7,12 @@ A yaml of ``configs/grid`` (or any file):
     axes:                                              rows are all combinations, the last axis fastest
       norm: [bn, an]                                   the first value of the first axis is the baseline of comparisons
       norm.k: {when: norm=an, values: [5, 10, 20]}     an axis can hold for some choices only
-      optim.lr: [0.05, 0.1, 0.2]                       every norm must be given the same number of learning rates
+      optim.lr: [0.05, 0.1, 0.2]                       every norm must be given as many learning rates
     seeds: 3
 
-An axis can also be a list of {when: ..., values: [...]}, of which the first that holds counts: other learning rates for
-each norm, as many of them. With an axis optim.lr the best rate of each norm is selected, and those are compared.
+An axis can also be a list of {when: ..., values: [...]}, of which the first that holds counts: other learning
+rates for each norm, as many of them. With an axis optim.lr the best rate of each norm is selected, and those
+are compared.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Line:
     """A row to be filled. overrides: train.py's arguments but for the seed; printed: the paper's row, where there is one;
     versus: the label of the line that it is compared with.
 
-    Of a grid with an axis of learning rates: rate, this line's; tuned and tuned_versus, label and versus without it.
+    Of a grid with an axis of learning rates: rate; tuned and tuned_versus, label and versus without it.
     """
 
     label: str
@@ -146,7 +147,8 @@ def _own(path: Path, extra: tuple[str, ...]) -> Grid:
         raise ValueError(f"{path}: a grid has {', '.join(sorted(known))}, of which title and axes are needed")
     axes = {key: _cases(path, key, axis) for key, axis in data["axes"].items()}
     if twice := [a for a in (*data.get("overrides", ()), *extra) if a.split("=")[0].lstrip("+") in axes]:
-        raise ValueError(f"{twice[0]}: {twice[0].split('=')[0]} is an axis of {path.name} already: leave it out, or change the axis")
+        raise ValueError(f"{twice[0]}: {twice[0].split('=')[0]} is an axis of {path.name} already: leave it "
+                         "out, or change the axis")
     first, lines = next(iter(axes)), []
     baseline = axes[first][0]["values"][0]
     for choice in combinations(axes):
@@ -155,7 +157,8 @@ def _own(path: Path, extra: tuple[str, ...]) -> Grid:
         overrides = (*data.get("overrides", ()), *(f"{key}={literal(value)}" for key, value in choice.items()), *extra)
         line = Line(_words(choice), data["title"], overrides, versus=compared and _words(compared))
         if RATE in axes:
-            line = replace(line, rate=choice.get(RATE), tuned=_words(choice, RATE), tuned_versus=compared and _words(compared, RATE))
+            versus = compared and _words(compared, RATE)
+            line = replace(line, rate=choice.get(RATE), tuned=_words(choice, RATE), tuned_versus=versus)
         lines.append(line)
     _check_budget(path, lines)
     labels = {line.label for line in lines}
@@ -165,11 +168,13 @@ def _own(path: Path, extra: tuple[str, ...]) -> Grid:
 
 def _cases(path: Path, key: str, axis: Any) -> list[dict]:
     """An axis as a list of {when, values}."""
-    cases = axis if isinstance(axis, list) and any(isinstance(a, dict) and "values" in a for a in axis) else [axis]
-    cases = [case if isinstance(case, dict) else {"values": case} for case in cases]
+    several = isinstance(axis, list) and any(isinstance(case, dict) and "values" in case for case in axis)
+    cases = [case if isinstance(case, dict) else {"values": case} for case in (axis if several else [axis])]
     for case in cases:
-        if not {"values"} <= set(case) <= {"values", "when"} or not isinstance(case["values"], list) or not case["values"]:
-            raise ValueError(f"{path}: axis {key} is a list of values, or {{when: norm=an, values: [...]}}, or a list of these")
+        values = case.get("values")
+        if not set(case) <= {"values", "when"} or not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: axis {key} is a list of values, or {{when: norm=an, values: [...]}}, "
+                             "or a list of these")
     return cases
 
 
@@ -180,14 +185,15 @@ def _check_budget(path: Path, lines: list[Line]) -> None:
         tried.setdefault(line.tuned, set()).add(line.rate)
     most, fewest = (pick(tried, key=lambda name: len(tried[name])) for pick in (max, min))
     if len(tried[most]) > len(tried[fewest]):
-        raise ValueError(f"{path}: {most} is given {len(tried[most])} learning rates and {fewest} {len(tried[fewest])}: the best of more "
-                         f"is better by luck alone. Give each as many, by {RATE} without when, or by a list for each norm: "
+        raise ValueError(f"{path}: {most} is given {len(tried[most])} learning rates and {fewest} "
+                         f"{len(tried[fewest])}: the best of more is better by luck alone. Give all as many, "
+                         f"by {RATE} without when, or by a list for each norm: "
                          f"{RATE}: [{{when: norm=bn, values: [...]}}, ...]")
 
 
 def combinations(axes: dict[str, list[dict]]) -> Iterator[dict[str, Any]]:
-    """Every choice of values. Of each axis counts the first case whose ``when`` ("norm=an", "norm=an optim.lr=0.1") holds;
-    an axis without such a case is left out."""
+    """Every choice of values. Of each axis counts the first case whose ``when`` ("norm=an", or
+    "norm=an optim.lr=0.1") holds; an axis without such a case is left out."""
     found: list[dict[str, Any]] = [{}]
     for key, cases in axes.items():
         grown = []

@@ -1,9 +1,11 @@
-"""Published checkpoints in the place of own runs: the row that each file of a folder belongs to, and its accuracy.
+"""Published checkpoints in the place of own runs: the row that each file of a folder is of, and its accuracy.
 
-A file belongs to the row whose network takes every one of its tensors and needs no other, in whatever naming they come
-(``anorm.load_weights``); its name does not matter. Where rows of several setups have one network, as AOGNet has in Table 2,
-a word of the path below the folder names the setup: ``sota/aognet12m_an.pth``, ``aognet12m-an-vanilla.pth``.
-An evaluation is kept beside the runs, in ``.published``, and is not repeated for the same file on the same images.
+A file belongs to the row whose network takes every one of its tensors and needs no other, in whatever naming
+they come (``anorm.load_weights``); its name does not matter. Where rows of several setups have one network,
+as AOGNet has in Table 2, a word of the path below the folder names the setup: ``sota/aognet12m_an.pth``,
+``aognet12m-an-vanilla.pth``.
+An evaluation is kept beside the runs, in ``.published``, and is not repeated for the same file on the same
+images.
 """
 
 from __future__ import annotations
@@ -73,13 +75,15 @@ class Match:
     line: Line | None
 
     def __str__(self) -> str:
-        return f"{self.file}: {f'{self.line.label} ({self.line.group})' if self.line else 'fits no row of this table'}"
+        row = f"{self.line.label} ({self.line.group})" if self.line else "fits no row of this table"
+        return f"{self.file}: {row}"
 
 
 def match(grid: Grid, folder: Path) -> list[Match]:
     """The row of each file of weights under ``folder``. Nothing is evaluated.
 
-    Raises ValueError for a folder without any, a file that several rows could be of, and a row of which there are several.
+    Raises ValueError for a folder without any, a file that several rows could be of, and a row of which there
+    are several.
     """
     if not folder.is_dir():
         raise ValueError(f"--weights {folder} is not a folder: give the one that holds the published files")
@@ -99,7 +103,8 @@ def match(grid: Grid, folder: Path) -> list[Match]:
         earlier = next((m for m in found if line and m.line is line), None)
         if earlier:
             raise ValueError(
-                f"{earlier.file} and {file} both are the network of {line.label} ({line.group}): leave one of them in {folder}"
+                f"{earlier.file} and {file} both are the network of {line.label} ({line.group}): leave one "
+                f"of them in {folder}"
             )
         found.append(Match(file, line))
     return found
@@ -114,7 +119,7 @@ def _names_and_shapes(arch_config: str, norm_config: str) -> dict[str, torch.Ten
 
 
 def _of_its_setup(file: Path, folder: Path, fitting: list[Line]) -> Line | None:
-    """Of the rows that a file fits the one whose setup its path names; there is nothing to choose from one or none."""
+    """Of the rows that a file fits the one whose setup its path names; there may be but one, or none."""
     if len(fitting) < 2:
         return fitting[0] if fitting else None
     setups = {line.composed[1]["setup"]: line for line in fitting}
@@ -124,8 +129,8 @@ def _of_its_setup(file: Path, folder: Path, fitting: list[Line]) -> Line | None:
         return setups[named[0]]
     rows = ", ".join(f"{line.label} ({line.group})" for line in fitting)
     raise ValueError(
-        f"{file} could be of any of these rows, which have one network: {rows}. Put {' or '.join(setups)} into its name, as a "
-        "word of its own, or into its folder's; or choose rows with --only"
+        f"{file} could be of any of these rows, which have one network: {rows}. Put {' or '.join(setups)} "
+        "into its name, as a word of its own, or into its folder's; or choose rows with --only"
     )
 
 
@@ -160,7 +165,8 @@ def _evaluate(file: Path, line: Line, runs_dir: Path, which: str) -> Published:
         write_atomic(folder / RESULT, json.dumps(result, indent=1).encode())  # last: what is there is whole
     result = json.loads((folder / RESULT).read_text())
     print(
-        f"{which}: {Match(file, line)}, top-1 {result['top1']:.2f} % of {result['images']} images ({result['seconds']:.0f} s)",
+        f"{which}: {Match(file, line)}, top-1 {result['top1']:.2f} % of {result['images']} images "
+        f"({result['seconds']:.0f} s)",
         file=sys.stderr,
         flush=True,
     )

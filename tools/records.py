@@ -44,8 +44,10 @@ class Stamp:
 
 
 def stamp_of(config: dict, card: dict, images: int, epoch: str, weights: str, processes: int = 1) -> Stamp:
-    """The protocol of an evaluation of ``images`` images under a complete and resolved configuration. card: what
-    ``anorm.build.data_card`` says of the data."""
+    """The protocol of an evaluation of ``images`` images under a complete and resolved configuration.
+
+    card: what ``anorm.build.data_card`` says of the data.
+    """
     asked = config["eval"]
     statistics = f"{asked['stats']} statistics"
     if asked["stats"] == "batch":
@@ -84,8 +86,10 @@ def one_stamp(stamps: Iterable[Stamp]) -> Stamp:
 
 @dataclass(frozen=True)
 class Images:
-    """An evaluation image by image, each array (N,) in the order of index: label and predicted are classes, right says
-    whether they are one, confidence is the probability of the predicted class. data: the identity of the images."""
+    """An evaluation image by image, each array (N,) in the order of index: label and predicted are classes,
+    right says whether they are one, confidence is the probability of the predicted class. data: the identity
+    of the images.
+    """
 
     data: str
     index: np.ndarray
@@ -104,13 +108,14 @@ class Images:
 
 
 def open_images(folder: Path) -> Images:
-    """What a folder holds of its final evaluation. Raises ValueError where it holds none, or none that this version wrote."""
+    """What a folder holds of its final evaluation. Raises ValueError where that is nothing, or not of now."""
     path = folder / PREDICTIONS
     if not path.is_file():
         raise ValueError(f"{folder} has no {PREDICTIONS}: only finished runs can be compared image by image")
     with np.load(path) as kept:
         if "data" not in kept or "label" not in kept:
-            raise ValueError(f"{path} does not say which images it is of: an older version wrote it, train again (resume=never)")
+            raise ValueError(f"{path} does not say which images it is of: an older version wrote it, train "
+                             "again (resume=never)")
         order = np.argsort(kept["index"], kind="stable")
         columns = (kept[name][order] for name in ("index", "label", "predicted", "top1", "confidence"))
         return Images(str(kept["data"]), *columns)
@@ -151,8 +156,8 @@ class Run:
         return self.config["ema"]["decay"] > 0
 
     def result(self, epoch: str = "last", average: bool = False) -> dict:
-        """The eval event of the last or the best epoch (of the plain weights): top1, top5 in percent, of the plain weights or
-        of their average. Only of a finished run."""
+        """The eval event of the last or the best epoch (of the plain weights): top1, top5 in percent, of the
+        plain weights or of their average. Only of a finished run."""
         assert self.final is not None
         wanted = self.final["best_epoch"] if epoch == "best" else self.config["epochs"]
         found = next(e for e in reversed(self.evaluations()) if e["epoch"] == wanted)
@@ -223,6 +228,6 @@ def images_of(runs: list[Run]) -> np.ndarray:
     first = runs[0].images
     for run in runs[1:]:
         if differs := first.difference(run.images):
-            raise ValueError(f"{runs[0].folder} and {run.folder} were not evaluated on the same images ({differs}), so they "
-                             "cannot be compared image by image: evaluate both on one data set")
+            raise ValueError(f"{runs[0].folder} and {run.folder} were not evaluated on the same images "
+                             f"({differs}), so they cannot be compared image by image: use one data set")
     return np.stack([run.images.right for run in runs])

@@ -1,14 +1,14 @@
-"""Accuracy under shift: ImageNet-V2, -A, -R, -Sketch and -C from folders as published, and ReaL labels; timm's class maps.
+"""Accuracy under shift: ImageNet-V2, -A, -R, -Sketch and -C from folders, ReaL labels; timm's class maps.
 
 A network of ImageNet's 1,000 classes is evaluated as it is on its own images, with these differences:
 
     imagenet_v2       ROOT/CLASS/IMAGE, the class folders being numbers 0 to 999 (as published) or WordNet ids
     imagenet_a, _r    200 of the classes: the logits of the other 800 are left out
     imagenet_sketch   1,000 WordNet ids
-    imagenet_c        ROOT[/GROUP]/CORRUPTION/SEVERITY/CLASS/IMAGE; images have their size already and are not resized
-                      to eval_resize, only to image_size where they differ
-    real              the own validation images (data.root) under the labels of Beyer et al. (2020), a list for each image;
-                      those without a label do not count
+    imagenet_c        ROOT[/GROUP]/CORRUPTION/SEVERITY/CLASS/IMAGE; images have their size already and are not
+                      resized to eval_resize, only to image_size where they differ
+    real              the own validation images (data.root) under the labels of Beyer et al. (2020), a list
+                      for each image; those without a label do not count
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ FOLDERS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagen
 SHIFTS = (*FOLDERS, "real")
 SUBSETS = {"imagenet_a": "imagenet_a_synsets.txt", "imagenet_r": "imagenet_r_synsets.txt"}  # timm's names
 SEVERITIES = (1, 2, 3, 4, 5)
-ALEXNET_ERRORS = {  # in percent, mean over severities: Hendrycks and Dietterich, 2019 (github.com/hendrycks/robustness)
+# AlexNet's, in percent, mean over severities: Hendrycks and Dietterich, 2019, hendrycks/robustness
+ALEXNET_ERRORS = {
     "gaussian_noise": 88.6428,
     "shot_noise": 89.4468,
     "impulse_noise": 92.2640,
@@ -72,16 +73,17 @@ def asked(words: list[str]) -> list[tuple[str, Path | None]]:
 
 
 def synsets(name: str = "") -> list[str]:
-    """The WordNet ids of a shift's classes in the order of timm's maps; of all of ImageNet's without a name."""
+    """The WordNet ids of a shift's classes in timm's order; without a name of all of ImageNet's."""
     file = SUBSETS.get(name, "imagenet_synsets.txt")
     return pkgutil.get_data("timm.data", f"_info/{file}").decode().split()
 
 
 def check_classes(classes: list[str]) -> None:
-    """Raises ValueError where a run's classes are not ImageNet's in their order (readable names cannot be checked)."""
+    """Raises ValueError where a run's classes are not ImageNet's (readable names cannot be checked)."""
     if len(classes) != len(synsets()):
         raise ValueError(
-            f"--shift needs a network of ImageNet's {len(synsets()):,} classes, and this one has {len(classes)}"
+            f"--shift needs a network of ImageNet's {len(synsets()):,} classes, and this one has "
+            f"{len(classes)}"
         )
     if all(re.fullmatch(r"n\d{8}", name) for name in classes) and classes != synsets():
         raise ValueError(
@@ -112,7 +114,8 @@ class Shifted:
         subset = f", the logits of the other {left_out} left out" if left_out else ""
         return (
             f"{self.name} ({self.folder}): top-1 {self.found.top1:.4f} % top-5 {self.found.top5:.4f} % loss "
-            f"{self.found.loss:.6f} ({self.found.images} images of {self.classes:,} classes{subset}; {protocol(config)})"
+            f"{self.found.loss:.6f} ({self.found.images} images of {self.classes:,} classes{subset}; "
+            f"{protocol(config)})"
         )
 
 
@@ -125,7 +128,7 @@ def shifted(name: str, folder: Path, config: dict, on: On) -> Shifted:
 
 
 def images_of(name: str, folder: Path, config: dict, resize: int | None = None) -> EncodedImages:
-    """The images of a folder of class folders, labelled as ImageNet's 1,000 classes are, read as the configuration says.
+    """The images of a folder of class folders, labelled as ImageNet's 1,000 classes are, read as configured.
 
     resize: short side before the crop, in place of the configuration's.
     """
@@ -147,7 +150,7 @@ def images_of(name: str, folder: Path, config: dict, resize: int | None = None) 
 
 
 def _labels(name: str, folder: Path, folders: list[str]) -> Tensor:
-    """For each class folder its place among ImageNet's classes. Numbers count as such: sorted as words, 10 follows 1."""
+    """For each class folder its place in ImageNet's classes. Sorted as words, the number 10 follows 1."""
     every, expected = synsets(), synsets(name)
     if sorted(folders) == sorted(map(str, range(len(expected)))) and len(expected) == len(every):
         return torch.tensor([int(number) for number in folders])
@@ -156,8 +159,8 @@ def _labels(name: str, folder: Path, folders: list[str]) -> Tensor:
         parts = [f"{len(missing)} missing ({_some(missing)})"] if missing else []
         parts += [f"{len(unknown)} unknown ({_some(unknown)})"] if unknown else []
         raise ValueError(
-            f"{folder} does not hold the {len(expected):,} class folders of {name}: {', '.join(parts)}; give the folder that "
-            "holds folders such as " + expected[0]
+            f"{folder} does not hold the {len(expected):,} class folders of {name}: {', '.join(parts)}; "
+            f"give the folder that holds folders such as {expected[0]}"
         )
     places = {synset: place for place, synset in enumerate(every)}
     return torch.tensor([places[synset] for synset in folders])
@@ -223,8 +226,9 @@ class Corrupted:
         )
         return "\n".join(
             [
-                f"imagenet_c ({self.folder}): top-1 {top1:.4f} % top-5 {top5:.4f} %, mean of {len(self.counted)} corruptions at "
-                f"5 severities ({self.images} images; {protocol(config, resized=False)})",
+                f"imagenet_c ({self.folder}): top-1 {top1:.4f} % top-5 {top5:.4f} %, mean of "
+                f"{len(self.counted)} corruptions at 5 severities ({self.images} images; "
+                f"{protocol(config, resized=False)})",
                 f"  {'top-1 by severity':{width}}" + "".join(f"{s:8}" for s in SEVERITIES) + "    mean",
                 *(
                     f"  {name:{width}}" + "".join(f"{v:8.2f}" for v in (*values, fmean(values))) + mark[name]
@@ -259,7 +263,8 @@ def _corruptions(folder: Path) -> dict[str, Path]:
             found[name] = places[0]
     if not any(name in ALEXNET_ERRORS for name in found):
         raise ValueError(
-            f"{folder} holds no corruption of ImageNet-C: expected folders such as gaussian_noise or noise/gaussian_noise"
+            f"{folder} holds no corruption of ImageNet-C: expected folders such as gaussian_noise or "
+            "noise/gaussian_noise"
         )
     for name, place in found.items():
         if missing := [s for s in SEVERITIES if not (place / str(s)).is_dir()]:
@@ -280,15 +285,16 @@ class Real:
 
     def words(self, config: dict) -> str:
         return (
-            f"real: top-1 {self.top1:.4f} % top-5 {self.top5:.4f} % of the {self.images} images with ReaL labels; original "
-            f"labels: top-1 {self.original.top1:.4f} % top-5 {self.original.top5:.4f} % of {self.original.images} images "
-            f"({protocol(config)})"
+            f"real: top-1 {self.top1:.4f} % top-5 {self.top5:.4f} % of the {self.images} images with ReaL "
+            f"labels; original labels: top-1 {self.original.top1:.4f} % top-5 {self.original.top5:.4f} % of "
+            f"{self.original.images} images ({protocol(config)})"
         )
 
 
 def real(labels: Path | None, config: dict, on: On) -> Real:
-    """Evaluate on the own validation images under ReaL labels: a JSON file with a list of classes for each image in the
-    order of the official numbers, or, for None, the one that timm ships."""
+    """Evaluate on the own validation images under ReaL labels: a JSON file with a list of classes for each
+    image in the order of the official numbers, or, for None, the one that timm ships.
+    """
     source = create_source(config)
     check_classes(source.classes)
     val = source.val

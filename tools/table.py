@@ -7,7 +7,7 @@
     python tools/table.py table3 --only resnet50-an --seeds 5
     python tools/table.py table2 --scale proxy --run          a smaller protocol (configs/scale)
     python tools/table.py digits --run                        a grid of configs/grid, or a yaml file with axes
-    python tools/table.py table2 --weights DIR data.root=/imagenet    the published checkpoints in DIR in the place of runs
+    python tools/table.py table2 --weights DIR data.root=/imagenet   published checkpoints in place of runs
     python tools/table.py table2 --format markdown            or latex, csv
     python tools/table.py table2 --html table2.html           a page: table with sort and filter, curves, comparisons
 
@@ -15,9 +15,10 @@ Tables: table1, table2, table3, v1_table1 (configs/table). Further arguments are
 commands may run at once on one folder of runs: no cell is run twice. A run that failed stays in the table's end with
 its last error, and is run again with --retry.
 
---weights: each file under DIR fills the row whose network takes all of its tensors, whatever the file is called; rows that
-differ in the setup alone (AOGNet) are told apart by the word vanilla or sota in the file's or its folder's name. Their
-numbers have a protocol of their own, "published weights", and never share a column with those of runs.
+--weights: each file under DIR fills the row whose network takes all of its tensors, whatever the file is
+called; rows that differ in the setup alone (AOGNet) are told apart by the word vanilla or sota in its name or
+its folder's. Their numbers have a protocol of their own, "published weights", and share no column with
+those of runs.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     add("--only", metavar="WORDS", help="rows whose label, group or arguments hold one of the comma-separated words")
     add("--faithful", default="paper", choices=FAITHFUL, help="networks and recipe where paper and code differ")
     add("--scale", metavar="NAME", help="a smaller protocol of configs/scale, such as proxy")
-    add("--weights", type=Path, metavar="DIR", help="evaluate the published checkpoints in DIR and show their accuracy")
-    add("--average", action="store_true", help="accuracy of the averages of weights (ema.decay), of runs that have one")
+    add("--weights", type=Path, metavar="DIR", help="show the accuracy of the published files in DIR")
+    add("--average", action="store_true", help="accuracy of the averages of weights (runs with ema.decay)")
     add("--epoch", default="last", choices=EPOCHS, help="whose accuracy is shown")
     add("--stamp", type=int, metavar="K", help="show the K-th evaluation protocol (default: the one with most runs)")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where the runs are (default: runs)")
@@ -101,7 +102,8 @@ def main(argv: list[str]) -> int:
             print(f"cells: {done.finished} finished, {done.failed} failed, {done.elsewhere} with other workers"
                   + (f", {done.submitted} submitted" if asked.submit else "") + "\n", flush=True)
             status = done.status
-        found = tally(grid, [*find_runs(asked.runs), *published], seeds, asked.faithful, asked.epoch, asked.stamp, asked.average)
+        runs = [*find_runs(asked.runs), *published]
+        found = tally(grid, runs, seeds, asked.faithful, asked.epoch, asked.stamp, asked.average)
         found = with_failures(found, asked.runs)
         print(plan(found) if asked.dry else FORMATS[asked.format](found), end="")
         if asked.html:
@@ -127,7 +129,8 @@ def plan(found: Tally) -> str:
 def with_misfits(grid: Grid, matches: list[Match], faithful: str) -> Grid:
     """``grid`` with a note for each file that fills no row."""
     other = "code" if faithful == "paper" else "paper"
-    said = [f"{found} after the {faithful}; --faithful {other} has other networks" for found in matches if found.line is None]
+    said = [f"{found} after the {faithful}; --faithful {other} has other networks"
+            for found in matches if found.line is None]
     return dataclasses.replace(grid, notes=(*said, *grid.notes))
 
 

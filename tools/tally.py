@@ -21,8 +21,8 @@ V100_MACS = 800 * 4.089e9  # per second: 800 images/s of ResNet-50 with FP16 on 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line as it stands. runs: finished ones of the shown stamp, by seed, or the published weights in their place (seed 0).
-    top1, top5: accuracy in percent over seeds."""
+    """A line as it stands. runs: finished ones of the shown stamp, by seed, or published weights in place of
+    seed 0. top1, top5: accuracy in percent over seeds."""
 
     line: Line
     size: Size
@@ -65,7 +65,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Selection:
-    """The learning rates of one norm. best: the entry with the highest mean accuracy; None while one of them is missing."""
+    """The learning rates of one norm. best: of the highest mean accuracy; None while one is missing."""
 
     name: str
     tried: tuple[Entry, ...]
@@ -74,11 +74,12 @@ class Selection:
     def __str__(self) -> str:
         n = len(self.tried)
         if self.best is None:
-            return f"learning rate of {self.name}: not selected, {sum(not e.missing for e in self.tried)} of {n} are finished"
+            done = sum(not e.missing for e in self.tried)
+            return f"learning rate of {self.name}: not selected, {done} of {n} are finished"
         values = ", ".join(f"{e.line.rate}: {e.top1.mean:.2f}" for e in self.tried)
         end = n > 1 and self.best.line.rate in (f([e.line.rate for e in self.tried]) for f in (min, max))
-        return (f"learning rate of {self.name}: {self.best.line.rate} is the best of {n} tried, by the mean accuracy over seeds "
-                f"({values})" + (", at the end of their range" if end else ""))
+        return (f"learning rate of {self.name}: {self.best.line.rate} is the best of {n} tried, by the mean "
+                f"accuracy over seeds ({values})" + (", at the end of their range" if end else ""))
 
 
 @dataclass(frozen=True)
@@ -97,25 +98,28 @@ class Tally:
     def notes(self) -> list[str]:
         """What a reader of the numbers must know."""
         published = bool(self.stamp and self.stamp.weights == PUBLISHED)
-        said = ["accuracy of published weights (--weights)" if published else f"accuracy of the {self.epoch} epoch (--epoch)"]
+        of_runs = f"accuracy of the {self.epoch} epoch (--epoch)"
+        said = ["accuracy of published weights (--weights)" if published else of_runs]
         said += [f"protocol of ours: {self.stamp}"] if self.stamp else ["nothing has been run yet"]
         said += [f"not shown, another protocol: {n} run{'s' if n > 1 else ''} of {stamp} (--stamp)"
                  for stamp, n in self.stamps.items() if stamp != self.stamp]
         if self.selections:
             said += [str(selection) for selection in self.selections]
-            said += ["each learning rate was selected on the images that the accuracy is of, which flatters every norm alike"]
+            said += ["each learning rate was selected on the images that accuracies are of: it flatters all"]
         return said + list(self.grid.notes)
 
 
 def tally(grid: Grid, runs: list[Run | Published], seeds: int, faithful: str = "paper", epoch: str = "last",
           stamp: int | None = None, average: bool = False) -> Tally:
-    """Fill ``grid``. stamp: which protocol to show, counted from 1 in the order of ``Tally.stamps`` (most runs first; default:
-    the first of published weights where ``runs`` holds such, else the first). average: accuracy of the averages of weights.
+    """Fill ``grid``. stamp: which protocol to show, counted from 1 in the order of ``Tally.stamps`` (most
+    runs first; default: the first of published weights where ``runs`` holds such, else the first). average:
+    accuracy of the averages of weights.
 
-    Raises ValueError for a number that no protocol has, and for a grid whose norms have unlike numbers of learning rates.
+    Raises ValueError for a number that no protocol has, and for unlike numbers of learning rates.
     """
     matching = {line: [run for run in runs if run.likeness == line.likeness] for line in grid.lines}
-    finished = {line: [run for run in found if run.final and (run.averages or not average)] for line, found in matching.items()}
+    finished = {line: [run for run in found if run.final and (run.averages or not average)]
+                for line, found in matching.items()}
     distinct = {run.folder: run for found in finished.values() for run in found}
     stamps = dict(Counter(run.stamp(epoch, average) for run in distinct.values()).most_common())
     if stamp is not None and not 1 <= stamp <= len(stamps):
@@ -123,7 +127,8 @@ def tally(grid: Grid, runs: list[Run | Published], seeds: int, faithful: str = "
     published = next((k for k, found in enumerate(stamps, 1) if found.weights == PUBLISHED), 1)
     shown = list(stamps)[(stamp or published) - 1] if stamps else None
 
-    chosen = {line: {run.seed: run for run in found if run.stamp(epoch, average) == shown} for line, found in finished.items()}
+    chosen = {line: {run.seed: run for run in found if run.stamp(epoch, average) == shown}
+              for line, found in finished.items()}
     samples = [[run.result(epoch, average)["top1"] for run in found.values()] for found in chosen.values()]
     entries = []
     for line in grid.lines:
@@ -132,23 +137,26 @@ def tally(grid: Grid, runs: list[Run | Published], seeds: int, faithful: str = "
         top1, top5 = (mean_interval([v[key] for v in values]) if values else None for key in ("top1", "top5"))
         gap = top1.mean - (100 - line.printed.top1) if top1 and line.printed and grid.comparable else None
         others = len(finished[line]) - len(found)
-        judged = same_weights(gap) if shown and shown.weights == PUBLISHED and gap is not None else verdict(top1, gap, samples, others)
+        judged = verdict(top1, gap, samples, others)
+        if gap is not None and shown.weights == PUBLISHED:
+            judged = same_weights(gap)
         entries.append(Entry(
             line, size_of(line.overrides), found, tuple(s for s in range(seeds) if s not in found), top1, top5, gap,
             judged, tuple(run for run in matching[line] if not run.final), others))
     selections = select_rates(entries)
     pairs = _pairs(entries, selections)
-    return Tally(grid, tuple(entries), shown, stamps, _compared(pairs, epoch, average), faithful, epoch, seeds, selections)
+    compared = _compared(pairs, epoch, average)
+    return Tally(grid, tuple(entries), shown, stamps, compared, faithful, epoch, seeds, selections)
 
 
 def same_weights(gap: float) -> str:
-    """as printed | off: published weights should give the printed number, but for the decoder and the resize."""
+    """as printed | off: published weights should give the printed number, but for decoder and resize."""
     return "as printed" if abs(gap) <= AS_PRINTED else f"off ({'better' if gap > 0 else 'worse'})"
 
 
 def select_rates(entries: list[Entry]) -> tuple[Selection, ...]:
-    """For each norm of a grid with learning rates the best one, selected in one way: the highest mean accuracy, once all are
-    finished. Raises ValueError where some norms have more to choose from (a grid cut by --only)."""
+    """For each norm of a grid with learning rates the best one, selected in one way: the highest mean
+    accuracy, once all are finished. Raises ValueError where some have more to choose from (by --only)."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.line.tuned is not None:
@@ -156,7 +164,8 @@ def select_rates(entries: list[Entry]) -> tuple[Selection, ...]:
     counts = {name: len(tried) for name, tried in groups.items()}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} {n}" for name, n in counts.items())
-        raise ValueError(f"these rows have unlike numbers of learning rates ({said}): choose them by norm (--only), not by rate")
+        raise ValueError(f"these rows have unlike numbers of learning rates ({said}): choose them by norm "
+                         "(--only), not by rate")
     best = {name: max(tried, key=lambda e: e.top1.mean) if not any(e.missing for e in tried) else None
             for name, tried in groups.items()}
     return tuple(Selection(name, tuple(tried), best[name]) for name, tried in groups.items())
@@ -168,9 +177,10 @@ def _pairs(entries: list[Entry], selections: tuple[Selection, ...]) -> list[tupl
         best = {selection.name: selection.best for selection in selections}
         found = [(best.get(entry.line.tuned_versus), entry) for entry in best.values() if entry is not None]
     else:
-        found = [(next((e for e in entries if (e.line.label, e.line.group) == (entry.line.versus, entry.line.group)), None), entry)
-                 for entry in entries]
-    return [(base, entry) for base, entry in found if base is not None and base is not entry and base.runs and entry.runs]
+        named = {(e.line.label, e.line.group): e for e in reversed(entries)}
+        found = [(named.get((entry.line.versus, entry.line.group)), entry) for entry in entries]
+    return [(base, entry) for base, entry in found
+            if base is not None and base is not entry and base.runs and entry.runs]
 
 
 def verdict(top1: Interval | None, gap: float | None, samples: list[list[float]], elsewhere: int = 0) -> str:
@@ -215,7 +225,8 @@ def hours(entry: Entry, known: list[Entry]) -> tuple[float | None, str]:
         theirs = other.line.config
         if other.trained and theirs["data"] == config["data"]:
             scale = entry.size.macs / other.size.macs * config["epochs"] / theirs["epochs"]
-            return scale * float(np.mean([run.device_hours for run in other.trained])), f"from {other.line.label}"
+            theirs = float(np.mean([run.device_hours for run in other.trained]))
+            return scale * theirs, f"from {other.line.label}"
     if not config["data"]["name"].startswith("imagenet"):
         return None, "unknown"
     return 1_281_167 * config["epochs"] * entry.size.macs * pixels / V100_MACS / 3600, "rough, V100 with FP16"

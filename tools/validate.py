@@ -1,16 +1,16 @@
 """Evaluate a run, or a file of weights, again; or under shift.
 
-    python tools/validate.py RUN                                            the run's last weights, as it evaluated them
-    python tools/validate.py RUN eval.stats=batch hardware.device=cpu       with other settings
-    python tools/validate.py RUN/best.ckpt                                  other weights of a run
-    python tools/validate.py WEIGHTS arch=resnet50 norm=bn data.root=...    any weights: arguments as of train.py
+    python tools/validate.py RUN                                           as the run evaluated itself
+    python tools/validate.py RUN eval.stats=batch hardware.device=cpu      with other settings
+    python tools/validate.py RUN/best.ckpt                                 other weights of a run
+    python tools/validate.py WEIGHTS arch=resnet50 norm=bn data.root=...   any weights: arguments of train.py
     python tools/validate.py RUN --shift imagenet_r=/data/imagenet-r --shift imagenet_c=/data/imagenet-c
-    python tools/validate.py RUN --shift real                               ReaL labels that timm ships; or real=FILE
+    python tools/validate.py RUN --shift real                              ReaL labels of timm's; or real=FILE
 
-Shifts: imagenet_v2, imagenet_a, imagenet_r, imagenet_sketch and imagenet_c, from folders as they are published; their
-classes are timm's. Of -A and -R only the logits of their 200 classes count. ImageNet-C gives the mean over corruptions and
-severities, a line for each corruption, and, where all 15 are there, mCE (relative to AlexNet's errors). The run's own data
-are needed for ReaL labels only.
+Shifts: imagenet_v2, imagenet_a, imagenet_r, imagenet_sketch and imagenet_c, from folders as they are
+published; their classes are timm's. Of -A and -R only the logits of their 200 classes count. ImageNet-C gives
+the mean over corruptions and severities, a line for each corruption, and, where all 15 are there, mCE
+(relative to AlexNet's errors). The run's own data are needed for ReaL labels only.
 """
 
 from __future__ import annotations

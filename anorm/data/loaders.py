@@ -81,8 +81,9 @@ class TrainLoader:
 class EvalLoader:
     """Every image of `dataset` once over all ranks: rank r of `world` takes an unpadded slice, r n/world .. (r+1) n/world.
 
-    identity: of the dataset. Yields `Batch`es; the last may be smaller, and a rank may have none. `skipped` lists images left out because
-    data.on_error=skip; with data.on_error=error (the default) the sum over ranks is exactly len(dataset).
+    identity: of the dataset. Yields `Batch`es; the last may be smaller, and a rank may have none. `skipped`
+    lists images left out because data.on_error=skip; with data.on_error=error (the default) the sum over
+    ranks is exactly len(dataset).
     """
 
     def __init__(self, dataset: Dataset, batch: int, rank: int = 0, world: int = 1, workers: int = 0,

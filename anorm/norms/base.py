@@ -107,8 +107,10 @@ class Norm(nn.Module):
 
     @classmethod
     def at(cls, site: Site, **options) -> Norm:
-        """The layer for a site of a network: where options given per stage are looked up. An option whose default depends
-        on the site is an argument here, None for that default: a configuration holds it as None, not as a layer's default.
+        """The layer for a site of a network: where options given per stage are looked up.
+
+        An option whose default depends on the site is an argument here, None for that default: a
+        configuration then holds None and not what a layer by itself would take.
         """
         return cls(site.channels, act=site.act, **options)
 

@@ -118,6 +118,23 @@ def test_a_folder_is_read_in_the_order_of_its_names(folder):
     assert image.shape == (3, 24, 24) and image.dtype == torch.uint8 and label == 1
 
 
+def test_each_split_has_an_identity_of_its_own(folder):
+    """Evaluations are comparable when their images are the same, whatever was trained on."""
+    def splits():
+        source = create("imagefolder", root=str(folder), cache=False)
+        return source.train.identity, source.val.identity
+
+    train, val = splits()
+    assert train != val
+    Image.fromarray(picture(5)).save(folder / "train" / "ant" / "new.png")
+    assert splits()[0] != train and splits()[1] == val
+    Image.fromarray(picture(6)).save(folder / "val" / "ant" / "new.png")
+    assert splits()[1] != val
+    for name, options in (("digits", {"val_share": 0.3}), ("synthetic", {"val_images": 7})):
+        assert create(name).val.identity == create(name).val.identity != create(name, **options).val.identity
+        assert create(name).val.identity != create(name).train.identity
+
+
 def test_identity_follows_names_classes_and_sizes_but_not_the_place(folder, tmp_path):
     def identity(root=folder):
         return create("imagefolder", root=str(root)).identity

@@ -198,7 +198,26 @@ def test_evaluation_counts_every_image_once_and_its_columns_agree():
     assert torch.equal(result.index, torch.arange(23)) and torch.equal(
         result.first, logits.argmax(1) == labels
     )
+    assert torch.equal(result.label, labels) and torch.equal(result.predicted, logits.argmax(1))
     torch.testing.assert_close(result.confidence, logits.softmax(1).amax(1))
+
+
+def test_a_process_without_images_has_columns_of_the_same_types():
+    """Columns of all processes are put together: one of another type would change that of the whole."""
+    from contextlib import nullcontext
+
+    class Two(World):
+        """Another process has four images, of which one is right."""
+
+        def sum(self, values):
+            values += torch.tensor([1, 4, 2.0, 4], dtype=values.dtype)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
+    batch = (torch.randn(4, 3, 2, 2), torch.randint(7, (4,)), torch.arange(4))
+    some, none = evaluate(model, [batch], World(), nullcontext), evaluate(model, [], Two(), nullcontext)
+    assert (none.images, none.top1, none.top5, none.loss) == (4, 25.0, 100.0, 0.5)
+    for name in ("index", "label", "predicted", "first", "among_five", "confidence"):
+        assert len(getattr(none, name)) == 0 and getattr(none, name).dtype == getattr(some, name).dtype, name
 
 
 def test_recalibrated_statistics_are_those_of_the_batches_and_are_put_back():

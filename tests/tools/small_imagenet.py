@@ -1,4 +1,4 @@
-"""Folders with ImageNet's class names and a tiny picture of one colour in each, from which the class can be read."""
+"""Folders with ImageNet's class names and a tiny picture in each, from whose colour the class can be read."""
 
 import pkgutil
 
@@ -34,8 +34,9 @@ def write_classes(folder, labels=range(1000), name=lambda label: SYNSETS[label],
 
 
 class Rule(nn.Module):
-    """A network that reads the class k from the picture. Even classes it names rightly, for odd ones it says k + 1 and
-    then k; but where 3 divides an odd k, k comes last."""
+    """A network that reads the class k from the picture. Even classes it names rightly, for odd ones it says
+    k + 1 and then k; but where 3 divides an odd k, k comes last.
+    """
 
     def __init__(self, mean, std):
         super().__init__()

@@ -12,8 +12,11 @@ import judgement
 import numpy as np
 import pytest
 import records
+import yaml
 from commands import ROOT, environment
 from scipy import stats
+
+from anorm.build import create_source
 
 
 def flags(right, images):
@@ -210,11 +213,102 @@ def test_unlike_protocols_are_refused(trained, tmp_path):
     assert records.open_run(trained / "bn-0").stamp().image_size == card["image_size"] == 32
 
 
-def test_stamps_of_last_and_best_epoch_differ(trained):
+def changed(trained, folder, card=None, config=None, images=None):
+    """A copy of a run, without its weights, that was evaluated otherwise."""
+    folder.mkdir()
+    for name in ("config.yaml", "data.json", "metrics.jsonl", "predictions.npz"):
+        shutil.copy(trained / "bn-0" / name, folder)
+    if card:
+        held = json.loads((folder / "data.json").read_text())
+        (folder / "data.json").write_text(json.dumps(held | card))
+    if config:
+        held = yaml.safe_load((folder / "config.yaml").read_text())
+        for section, values in config.items():
+            held[section] |= values
+        (folder / "config.yaml").write_text(yaml.safe_dump(held))
+    if images:
+        text = (folder / "metrics.jsonl").read_text()
+        (folder / "metrics.jsonl").write_text(text.replace('"images": 21,', f'"images": {images},'))
+    return records.open_run(folder)
+
+
+UNLIKE = {  # what of a stamp differs, and by what
+    "data": {"card": {"images": "of another data set"}},
+    "classes": {"card": {"classes": ["a", "b", "c"]}},
+    "images": {"images": 20},
+    "image_size": {"card": {"image_size": 48}},
+    "resize": {"card": {"eval_resize": 40}},
+    "interpolation": {"card": {"interpolation": "bicubic"}},
+    "decoder": {"config": {"data": {"loader": "dali"}}},
+    "statistics": {"config": {"eval": {"stats": "recalibrated"}}},
+    "dtype": {"config": {"hardware": {"dtype": "fp16"}}},
+}
+
+
+@pytest.mark.parametrize("part", UNLIKE)
+def test_every_part_of_a_protocol_keeps_numbers_apart(trained, tmp_path, part):
+    run, other = records.open_run(trained / "bn-0"), changed(trained, tmp_path / "other", **UNLIKE[part])
+    with pytest.raises(ValueError, match=rf"unlike protocols \({part}: [^;]+ and [^;]+\) and cannot be put"):
+        judge.report([run], [other])
+
+
+def test_stamps_of_last_and_best_epoch_and_of_averages_differ(trained, tmp_path):
     run = records.open_run(trained / "bn-0")
     with pytest.raises(ValueError, match="epoch: last and best"):
         records.one_stamp([run.stamp("last"), run.stamp("best")])
     assert run.result("best")["top1"] == run.final["best_top1"]
+    average = changed(trained, tmp_path / "other", config={"ema": {"decay": 0.9}}).stamp(average=True)
+    with pytest.raises(ValueError, match=r"weights: plain weights and average of weights \(decay 0.9\)"):
+        records.one_stamp([run.stamp(), average])
+    assert {*UNLIKE, "epoch", "weights"} == {part.name for part in dataclasses.fields(records.Stamp)}
+
+
+def test_what_belongs_to_a_policy_of_statistics(trained, tmp_path):
+    """Statistics of each batch depend on its size, those of several processes on how they are joined."""
+    batches = [{"eval": {"stats": "batch", "batch_size": n}} for n in (4, 8)]
+    joined = [{"hardware": {"processes": 2}, "dist": {"stats": how}} for how in ("mean", "rank0")]
+    for configs, said in ((batches, r"batch statistics \(batches of 4\) and .*\(batches of 8\)"),
+                          (joined, r"running statistics \(mean over processes\) and .*\(rank0 over")):
+        runs = [changed(trained, tmp_path / f"{said[:3]}-{i}", config=c) for i, c in enumerate(configs)]
+        with pytest.raises(ValueError, match=f"statistics: {said}"):
+            records.one_stamp(run.stamp() for run in runs)
+    with pytest.raises(ValueError, match="there are no results"):
+        records.one_stamp([])
+
+
+def test_what_is_kept_of_each_image(trained):
+    run = records.open_run(trained / "gn-1")
+    val = create_source(run.config).val
+    assert run.images.data == val.identity and run.images.index.tolist() == list(range(21))
+    assert run.images.label.tolist() == val.labels.tolist()
+    assert run.images.right.dtype == bool
+    assert np.array_equal(run.images.right, run.images.predicted == run.images.label)
+    assert 100 * run.images.right.mean() == pytest.approx(run.final["top1"])
+    assert ((0.25 <= run.images.confidence) & (run.images.confidence <= 1)).all()  # of the first of four
+
+
+@pytest.mark.parametrize(("what", "said"), [
+    ({"data": np.array("another")}, "the data sets differ, noise-32-4 and another"),
+    ({"index": np.arange(1, 22)}, "21 and 21 images, not the same ones"),
+    ({"label": np.zeros(21, dtype=np.int64)}, "their labels differ"),
+])
+def test_runs_on_other_images_are_not_compared(trained, tmp_path, what, said):
+    run, other = records.open_run(trained / "bn-0"), changed(trained, tmp_path / "other")
+    with np.load(other.folder / "predictions.npz") as kept:
+        held = dict(kept)
+    np.savez(other.folder / "predictions.npz", **held | what)
+    with pytest.raises(ValueError, match=rf"not evaluated on the same images \({said}\)"):
+        judge.report([run], [other])
+
+
+def test_results_that_do_not_say_of_which_images_they_are(trained, tmp_path):
+    other = changed(trained, tmp_path / "other")
+    np.savez(other.folder / "predictions.npz", index=np.arange(21), top1=np.ones(21, bool))
+    with pytest.raises(ValueError, match="does not say which images it is of"):
+        records.images_of([other])
+    (other.folder / "predictions.npz").unlink()
+    with pytest.raises(ValueError, match="has no predictions.npz"):
+        records.images_of([records.open_run(other.folder)])
 
 
 def test_as_a_program(trained, tmp_path):

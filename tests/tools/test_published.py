@@ -1,4 +1,4 @@
-"""table.py --weights: files in the authors' naming fill the rows that they are of, under a protocol of their own."""
+"""table.py --weights: files in the authors' naming fill the rows of their networks, with a protocol."""
 
 import csv
 import dataclasses
@@ -73,7 +73,10 @@ def test_the_deep_stem_is_the_state_of_the_art_setup(table2, files):
 
 
 def test_one_network_in_two_setups_is_told_apart_by_a_word_of_the_path(table2, files):
-    with pytest.raises(ValueError, match=r"a.pth could be of any of .*AOGNet12M-AN \(The Vanilla Setup\), AOGNet12M-AN \(The State"):
+    with pytest.raises(
+        ValueError,
+        match=r"a.pth could be of any of .*AOGNet12M-AN \(The Vanilla Setup\), AOGNet12M-AN \(The State",
+    ):
         published.match(table2, files(a="aognet12m_an"))
     only = grid.select(table2, "the vanilla setup")
     assert published.match(only, files(a="aognet12m_an"))[0].line.group == "The Vanilla Setup"
@@ -105,11 +108,15 @@ def test_two_files_of_one_row_and_none(table2, files, tmp_path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """MobileNetV2 with BN and AN in the published naming; the classifiers say the same of every image: class 7 first, and
-    class 11."""
+    """MobileNetV2 with BN and AN in the published naming; the classifiers say the same of every image: class
+    7 first, and class 11.
+    """
     folder = tmp_path_factory.mktemp("weights")
     for name, favourite in (("mobilenetv2_bn", 7), ("mobilenetv2_an", 11)):
-        found = {key: value.float() for key, value in state([*NAMES[name]["params"], *NAMES[name]["buffers"]]).items()}
+        found = {
+            key: value.float()
+            for key, value in state([*NAMES[name]["params"], *NAMES[name]["buffers"]]).items()
+        }
         (classifier,) = {key.rpartition(".")[0] for key, value in found.items() if value.shape[:1] == (1000,)}
         found[f"{classifier}.weight"].zero_()
         found[f"{classifier}.bias"] = -(torch.arange(1000.0) - favourite).abs()
@@ -129,10 +136,27 @@ def imagenet(tmp_path_factory):
 
 
 def arguments(imagenet, weights, runs, *more):
-    data = ["data=imagefolder", f"data.root={imagenet}", "data.train=val", "data.val=val", "data.image_size=32"]
+    data = [
+        "data=imagefolder",
+        f"data.root={imagenet}",
+        "data.train=val",
+        "data.val=val",
+        "data.image_size=32",
+    ]
     where = ["data.cache=false", "hardware=cpu", "hardware.workers=0", "hardware.threads=1", "batch_size=64"]
     where += ["optim.global_batch=64"]
-    return ["table2", "--only", "mobilenet", "--weights", str(weights), "--runs", str(runs), *more, *data, *where]
+    return [
+        "table2",
+        "--only",
+        "mobilenet",
+        "--weights",
+        str(weights),
+        "--runs",
+        str(runs),
+        *more,
+        *data,
+        *where,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +177,10 @@ def test_published_weights_fill_the_table(imagenet, weights, runs, capsys):
         assert "1,002 images of imagefolder-" in row["protocol"] and "published weights" in row["protocol"]
         assert (row["missing"], row["images_per_second"], row["gpu_hours"]) == ("", "", "")
         assert row["verdict"] == "run"  # of these images nothing is printed
-    assert "1 of 2: " in err and "mobilenetv2_bn.pth: MobileNetV2-BN (The Vanilla Setup), top-1 0.30 % of 1002 images" in err
+    assert (
+        "1 of 2: " in err
+        and "mobilenetv2_bn.pth: MobileNetV2-BN (The Vanilla Setup), top-1 0.30 % of 1002 images" in err
+    )
 
     results = sorted((runs / ".published").glob("*/result.json"))
     before = [path.stat().st_mtime_ns for path in results]
@@ -167,13 +194,17 @@ def test_published_weights_fill_the_table(imagenet, weights, runs, capsys):
 
 
 def test_images_of_published_weights_can_be_compared(runs):
-    images = [records.open_images(path.parent) for path in sorted((runs / ".published").glob("*/result.json"))]
+    images = [
+        records.open_images(path.parent) for path in sorted((runs / ".published").glob("*/result.json"))
+    ]
     assert not images[0].difference(images[1])
-    assert sorted(int(found.predicted[0]) for found in images) == [7, 11] and sorted(found.right.sum() for found in images) == [1, 3]
+    assert sorted(int(found.predicted[0]) for found in images) == [7, 11] and sorted(
+        found.right.sum() for found in images
+    ) == [1, 3]
 
 
 def test_they_never_share_a_column_with_runs(trained):
-    """A table of one's own runs in which one row would also have published weights of the same network and recipe."""
+    """Of one row there are own runs and published weights, of the same network and recipe."""
     run = records.open_run(trained / "bn-0")
     protocol = dataclasses.replace(run.stamp(), weights=published.PUBLISHED, epoch="published")
     found = {"top1": 50.0, "top5": 100.0, "images": 21}
@@ -183,9 +214,13 @@ def test_they_never_share_a_column_with_runs(trained):
     both = tally.tally(grid.Grid("t", "t", (line,)), [run, records.open_run(trained / "bn-1"), other], 2)
     assert both.stamp == protocol and both.entries[0].top1.mean == 50.0 and len(both.entries[0].runs) == 1
     assert any("not shown, another protocol: 2 runs" in note for note in both.notes)
-    ours = tally.tally(grid.Grid("t", "t", (line,)), [run, records.open_run(trained / "bn-1"), other], 2, stamp=1)
+    ours = tally.tally(
+        grid.Grid("t", "t", (line,)), [run, records.open_run(trained / "bn-1"), other], 2, stamp=1
+    )
     assert ours.stamp == run.stamp() and set(ours.entries[0].runs) == {0, 1}
-    with pytest.raises(ValueError, match="weights: published weights and plain weights|weights: plain weights and published"):
+    with pytest.raises(
+        ValueError, match="weights: published weights and plain weights|weights: plain weights and published"
+    ):
         records.one_stamp([protocol, run.stamp()])
 
 

@@ -1,4 +1,4 @@
-"""tools/shift.py and validate.py --shift: small folders, networks with known answers, accuracies computed by hand."""
+"""tools/shift.py and validate.py --shift: small folders, networks with known answers, accuracies by hand."""
 
 import json
 import re
@@ -8,15 +8,16 @@ import numpy
 import pytest
 import shift
 import torch
+from commands import script
+from PIL import Image
+from small_imagenet import SIDE, SYNSETS, Rule, indices, picture, right_among_five, right_first, write_classes
+
 from anorm.data.loaders import EvalLoader
 from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD
 from anorm.engine.distributed import World
 from anorm.engine.evaluate import Evaluator
 from anorm.engine.settings import Eval
 from anorm.registry import create_model
-from commands import script
-from PIL import Image
-from small_imagenet import SIDE, SYNSETS, Rule, indices, picture, right_among_five, right_first, write_classes
 
 CONFIG = {
     "data": {"image_size": SIDE, "eval_resize": SIDE, "cache": False},
@@ -53,7 +54,7 @@ def test_logits_of_other_classes_are_left_out(name, tmp_path):
 
 def test_all_classes_by_wordnet_id(every):
     found = shift.shifted("imagenet_sketch", every, CONFIG, on).found
-    # even classes, and none of the odd; among five the odd ones that 3 does not divide (167 of 500 it divides)
+    # even classes, and none of the odd; among five the odd ones without the factor 3 (167 of 500 have it)
     assert (found.top1, found.top5, found.images) == (50.0, pytest.approx(83.3), 1000)
     assert "left out" not in shift.Shifted("imagenet_sketch", every, 1000, found).words(CONFIG)
 
@@ -78,8 +79,9 @@ def test_folders_with_other_classes_are_refused(tmp_path, every):
 
 @pytest.fixture(scope="module")
 def corruptions(tmp_path_factory, every):
-    """noise/gaussian_noise as published in groups, and saturate, which does not count. Severity 5 of the former shows the
-    picture of the next class."""
+    """noise/gaussian_noise as published in groups, and saturate, which does not count. Severity 5 of the
+    former shows the picture of the next class.
+    """
     root = tmp_path_factory.mktemp("c")
     bad = root / "severe"
     for label, synset in enumerate(SYNSETS):
@@ -96,7 +98,7 @@ def corruptions(tmp_path_factory, every):
 
 def test_corruptions(corruptions):
     found = shift.corrupted(corruptions, CONFIG, on)
-    # severity 5: the rule names k + 1 where that is even, so it is never right, as k is then odd; else it says k + 2
+    # severity 5: the rule says k + 1 where that is even, so it is never right, as k is then odd; else k + 2
     assert found.top1 == {"gaussian_noise": [50.0, 50.0, 50.0, 50.0, 0.0], "saturate": [50.0] * 5}
     assert found.images == 10_000 and found.counted == ["gaussian_noise"] and found.mce is None
     said = found.words(CONFIG)
@@ -157,7 +159,7 @@ def official(label):
 
 @pytest.fixture(scope="module")
 def validation(tmp_path_factory):
-    """A data set of the 1,000 classes whose validation images have their official names, number k + 1 being of class k."""
+    """The 1,000 classes, whose validation images have their official names: number k + 1 is of class k."""
     root = tmp_path_factory.mktemp("own")
     write_classes(root / "val", file=official)
     return root
@@ -169,7 +171,7 @@ def real_config(root):
 
 
 def test_real_labels(validation, tmp_path):
-    """Images 1 to 600 have no label; of the others the odd classes have a second one: the next class, which the rule says."""
+    """Images 1 to 600 have no label; the odd ones of the others have a second: the next class."""
     labels = [[] if k < 600 else [k] if k % 2 == 0 else [k, (k + 1) % 1000] for k in range(1000)]
     (tmp_path / "real.json").write_text(json.dumps(labels))
     found = shift.real(tmp_path / "real.json", real_config(validation), on)
@@ -232,7 +234,7 @@ def validate(*arguments):
 
 
 def test_as_a_user(constant, tmp_path, capsys):
-    """No data of one's own are needed. The likeliest class of -R is its last one: 1 of 200 images is right, 5 among five."""
+    """Without own data. The likeliest class of -R is its last one: 1 of 200 images is right, 5 among five."""
     assert SYNSETS[indices("r")[-1]] != SYNSETS[999]  # without the mask nothing would be right
     folder = write_classes(tmp_path / "r", indices("r"))
     assert validate(constant, *ARGUMENTS, "--shift", f"imagenet_r={folder}", "batch_size=64") == 0

@@ -93,16 +93,54 @@ def test_formats_parse_back(filled):
     assert "Missing (2 cells" in shown and str(filled.stamp) in shown
 
 
-def test_latex(tmp_path):
-    found = tally.tally(grid.select(grid.open_grid("table2"), "†resnet50-gn"), [], 1)
-    written = formats.latex(found)
-    assert r"$\dagger$ResNet50-GN" in written and r"\#Params" in written and "23.52" in written
-    body = [line for line in written.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
-    assert {len(re.split(r"(?<!\\)&", line)) for line in body} == {len(formats.COLUMNS)}
+@pytest.fixture(scope="module")
+def in_latex(filled):
+    """A table with results and one of a paper."""
+    oddly = dataclasses.replace(filled.grid, title=r"50% & a_b \ {x} #1 ~ ^ <±>")
+    odd = dataclasses.replace(filled, grid=oddly)
+    printed = tally.tally(grid.select(grid.open_grid("table2"), "†resnet50-gn,mobilenet"), [], 1)
+    return {"own": formats.latex(odd), "printed": formats.latex(printed)}
+
+
+@pytest.mark.parametrize("which", ["own", "printed"])
+def test_latex_is_well_formed(in_latex, which):
+    written = re.sub(r"(?m)^%.*$", "", in_latex[which])
+    opened = re.findall(r"\\(begin|end)\{(\w+)\}", written)
+    assert opened == [("begin", "table"), ("begin", "tabular"), ("end", "tabular"), ("end", "table")]
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", written.replace(r"\\", "")):
+        depth += 1 if brace == "{" else -1
+        assert depth >= 0
+    assert depth == 0
+    columns = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", written)[1])
+    inside = written[written.index(r"\begin{tabular}"):written.index(r"\end{tabular}")]
+    body = [line for line in inside.splitlines()[1:] if line and line != r"\hline"]
+    assert len(body) > 3 and all(line.endswith(r" \\") for line in body)
+    for line in body:
+        spans = re.findall(r"\\multicolumn\{(\d+)\}", line)
+        assert len(re.split(r"(?<!\\)&", line)) + sum(int(n) - 1 for n in spans) == columns, line
+    caption = re.search(r"\\caption.*", written)[0]
+    assert not re.search(r"(?<!\\)[%#_~^]", inside + caption)  # all of these do something
+
+
+def test_what_latex_says(in_latex):
+    assert all(words in in_latex["printed"] for words in (r"$\dagger$ResNet50-GN", r"\#Params", "23.52"))
     assert formats.tex(r"50% & a_b \ {x}") == r"50\% \& a\_b \textbackslash{} \{x\}"
-    if latex := shutil.which("pdflatex"):
-        (tmp_path / "t.tex").write_text(rf"\documentclass{{article}}\begin{{document}}{written}\end{{document}}")
-        subprocess.run([latex, "-halt-on-error", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
+
+
+LATEX = next(filter(None, map(shutil.which, ("pdflatex", "lualatex", "xelatex", "tectonic"))), None)
+
+
+@pytest.mark.skipif(LATEX is None, reason="no LaTeX here (apt-get install texlive-latex-base)")
+@pytest.mark.parametrize("which", ["own", "printed"])
+def test_latex_compiles(in_latex, which, tmp_path):
+    whole = rf"\documentclass{{article}}\begin{{document}}{in_latex[which]}\end{{document}}"
+    (tmp_path / "t.tex").write_text(whole)
+    options = [] if LATEX.endswith("tectonic") else ["-halt-on-error", "-interaction=nonstopmode"]
+    command = [LATEX, *options, "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "t.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_the_papers_table_on_a_fresh_clone(tmp_path, capsys):
@@ -183,7 +221,8 @@ def test_unlike_protocols_never_share_a_column(two_norms, trained, tmp_path):
 
 def test_an_axis_that_holds_for_some_choices_only():
     k = {"when": "norm=an", "values": [5, [5, 5, 10, 10]]}
-    found = list(grid.combinations({"norm": [{"values": ["bn", "an"]}], "norm.k": [k], "optim.lr": [{"values": [0.1, 0.2]}]}))
+    axes = {"norm": [{"values": ["bn", "an"]}], "norm.k": [k], "optim.lr": [{"values": [0.1, 0.2]}]}
+    found = list(grid.combinations(axes))
     assert len(found) == 6 and found[0] == {"norm": "bn", "optim.lr": 0.1}
     assert {"norm": "an", "norm.k": [5, 5, 10, 10], "optim.lr": 0.2} in found
     assert sum("norm.k" in choice for choice in found) == 4
@@ -203,6 +242,116 @@ def test_labels_and_baselines_of_own_grids(tmp_path):
         grid.open_grid("tabel2")
     with pytest.raises(ValueError, match="no row of tiny"):
         grid.select(dataclasses.replace(grid.Grid("tiny", "t", lines)), "resnet99")
+
+
+def rates(*values, when=None):
+    return {"values": list(values)} | ({"when": when} if when else {})
+
+
+@pytest.mark.parametrize("axis", [
+    rates(0.1, 0.2, when="norm=gn"),
+    [rates(0.1, 0.2, when="norm=gn"), rates(0.1, when="norm=bn")],
+    [rates(0.1, 0.2, when="norm=gn"), rates(0.1, 0.1, when="norm=bn")],
+])
+def test_unlike_numbers_of_learning_rates_are_refused(tmp_path, capsys, axis):
+    path = written(tmp_path, {"norm": ["bn", "gn"], "optim.lr": axis})
+    with pytest.raises(ValueError, match="gn is given 2 learning rates and bn 1: the best of more is better"):
+        grid.open_grid(str(path))
+    assert table.main([str(path), "--dry"]) == 2 and "learning rates" in capsys.readouterr().err
+
+
+def test_each_norm_may_have_its_own_learning_rates_as_many_of_them(tmp_path):
+    axis = [rates(0.05, 0.1, when="norm=bn"), rates(0.2, 0.4)]
+    axes = {"norm": ["bn", "gn", "an"], "norm.k": rates(5, 10, when="norm=an"), "optim.lr": axis}
+    path = written(tmp_path, axes)
+    lines = grid.open_grid(str(path)).lines
+    assert [line.rate for line in lines] == [0.05, 0.1, *[0.2, 0.4] * 3]
+    assert {(line.tuned, line.tuned_versus) for line in lines} == {
+        ("bn", None), ("gn", "bn"), ("an, norm.k=5", "bn"), ("an, norm.k=10", "bn")}
+    with pytest.raises(ValueError, match="optim.lr=0.3: optim.lr is an axis of tiny.yaml already"):
+        grid.open_grid(str(path), extra=("optim.lr=0.3",))
+
+
+def made(folder, source, accuracies, average=None, **settings):
+    """A finished run with these accuracies in its epochs, without weights. settings: of its configuration."""
+    folder.mkdir(parents=True)
+    config = yaml.safe_load((source / "config.yaml").read_text())
+    for key, value in settings.items():
+        section, _, name = key.partition("__")
+        if name:
+            config[section][name] = value
+        else:
+            config[section] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for name in ("data.json", "predictions.npz"):
+        shutil.copy(source / name, folder)
+    left, lines = list(accuracies), []
+    for event in map(json.loads, (source / "metrics.jsonl").read_text().splitlines()):
+        if event["event"] == "eval":
+            event["top1"] = left.pop(0)
+            event |= {"ema_top1": average, "ema_top5": 100.0} if average is not None else {}
+        if event["event"] == "final":
+            best = max(accuracies)
+            event |= {"top1": accuracies[-1], "best_top1": best, "best_epoch": 1 + accuracies.index(best)}
+        lines.append(json.dumps(event))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return records.open_run(folder)
+
+
+@pytest.fixture
+def tuned(tmp_path, trained):
+    """Two norms at two learning rates and two seeds."""
+    accuracy = {("bn", 0.1): (50.0, 60.0), ("bn", 0.2): (44.0, 46.0)}
+    accuracy |= {("gn", 0.1): (34.0, 38.0), ("gn", 0.2): (70.0, 72.0)}
+    runs = []
+    for (norm, rate), values in accuracy.items():
+        for seed, value in enumerate(values):
+            folder = tmp_path / "runs" / f"{norm}-{rate}-{seed}"
+            runs.append(made(folder, trained / f"{norm}-{seed}", [10.0, value], optim__lr=rate))
+    return grid.open_grid(str(written(tmp_path, {"norm": ["bn", "gn"], "optim.lr": [0.1, 0.2]}))), runs
+
+
+def test_the_best_learning_rate_of_each_norm_is_selected_in_one_way(tuned):
+    opened, runs = tuned
+    found = tally.tally(opened, runs, 2)
+    selected = [(s.name, s.best.line.rate, len(s.tried)) for s in found.selections]
+    assert selected == [("bn", 0.1, 2), ("gn", 0.2, 2)]
+    (compared,) = found.comparisons  # of the selected, not of equal rates: 71 - 55
+    assert (compared.base.line.label, compared.entry.line.label) == ("bn, optim.lr=0.1", "gn, optim.lr=0.2")
+    assert compared.found.difference.mean == pytest.approx(16)
+    for text in (formats.text(found), formats.markdown(found), formats.latex(found)):
+        assert "learning rate of bn: 0.1 is the best of 2 tried, by the mean accuracy over seeds" in text
+        assert "(0.1: 55.00, 0.2: 45.00)" in text
+        assert "learning rate of gn: 0.2 is the best of 2 tried" in text
+        assert "at the end of their range" in text
+        assert "selected on the images that accuracies are of" in text
+    parsed = list(csv.DictReader(io.StringIO(formats.as_csv(found))))
+    assert [(p["method"], p["selected"]) for p in parsed] == [
+        ("bn, optim.lr=0.1", "yes"), ("bn, optim.lr=0.2", "no"),
+        ("gn, optim.lr=0.1", "no"), ("gn, optim.lr=0.2", "yes")]
+
+
+def test_nothing_is_selected_before_all_rates_are_finished(tuned):
+    opened, runs = tuned
+    found = tally.tally(opened, [run for run in runs if run.folder.name != "gn-0.1-1"], 2)
+    assert [s.best and s.best.line.rate for s in found.selections] == [0.1, None] and found.comparisons == ()
+    assert any(note == "learning rate of gn: not selected, 1 of 2 are finished" for note in found.notes)
+    with pytest.raises(ValueError, match=r"unlike numbers of learning rates \(bn 2, gn 1\)"):
+        tally.tally(dataclasses.replace(opened, lines=opened.lines[:3]), runs, 2)
+
+
+def test_averages_of_weights_have_their_own_protocol(tmp_path, trained):
+    opened = grid.open_grid(str(written(tmp_path, {"norm": ["bn"]}, ["ema.decay=0.9"])))
+    runs = [made(tmp_path / "runs" / "a", trained / "bn-0", [40.0, 50.0], average=61.0, ema__decay=0.9)]
+    plain, averaged = (tally.tally(opened, runs, 1, average=average) for average in (False, True))
+    assert plain.entries[0].top1.mean == 50 and averaged.entries[0].top1.mean == 61
+    assert averaged.stamp.weights == "average of weights (decay 0.9)"
+    with pytest.raises(ValueError, match="weights: plain weights and average of weights"):
+        records.one_stamp([plain.stamp, averaged.stamp])
+    without = grid.open_grid(str(written(tmp_path, {"norm": ["bn"]})))
+    runs = [made(tmp_path / "runs" / "b", trained / "bn-0", [40.0, 50.0])]
+    none = tally.tally(without, runs, 1, average=True)  # runs without an average are not shown as such
+    assert none.entries[0].top1 is None and none.entries[0].verdict == "not run"
 
 
 def test_likeness_is_stable_over_order_and_machine(two_norms):

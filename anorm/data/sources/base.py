@@ -33,7 +33,7 @@ class Fetched(NamedTuple):
 class Dataset(ABC):
     """Labelled images of one split. `labels` is int64 (N,); mean and std (in units of 0..1) have one value a channel.
 
-    identity: a digest that changes with these images (their names and sizes, or version) and with their classes.
+    identity: a digest that changes with these images (names and sizes, or version) and with their classes.
     in_memory: fetching costs so little that workers would only slow it down.
     """
 

@@ -32,7 +32,8 @@ class TimmStore:
 
     def digest(self) -> str:
         """Of the title and the labels: the names of the images are not known without reading them."""
-        return hashlib.blake2b(self.title.encode() + self.labels.numpy().tobytes(), digest_size=16).hexdigest()
+        content = self.title.encode() + self.labels.numpy().tobytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def classes(self) -> list[str]:
         """The reader's names in the order of their labels, else the labels' numbers."""
