@@ -269,3 +269,23 @@ def test_shapes_flow_on_the_meta_device(name):
         layer = anorm.create_norm(name, C, act="relu", **OPTIONS.get(name, {}))
         for training in (True, False):
             assert layer.train(training)(torch.empty(4, C, 5, 3)).shape == (4, C, 5, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_of_small_maps_is_one_function_by_either_way(dtype):
+    """Small contiguous maps take torch's own kernel: the same dtype, and the values of the two passes to rounding."""
+    torch.manual_seed(0)
+    layer = anorm.create_norm("gn", C, act="relu", groups=6)
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 1.5), layer.bias.normal_()
+    x, dy = torch.randn(2, 3, C, 7, 7).to(dtype)
+    found = {}
+    for layout in (torch.contiguous_format, torch.channels_last):  # channels_last always takes the two passes
+        leaf = x.to(memory_format=layout, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layer(leaf)
+        assert y.dtype == dtype
+        found[layout] = y, *torch.autograd.grad(y, [leaf, layer.weight, layer.bias], dy)
+    digits = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # a bfloat16 has 8 bits: rounding of y and of dx
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=digits, atol=digits * 4)
