@@ -120,21 +120,15 @@ class _Bar:
     """rich's progress display."""
 
     def __init__(self, step: int, total: int):
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
+        # 80 columns hold the words and the time; the bar takes what is left
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             TimeRemainingColumn(),
+            expand=True,
         )
         self._task = self._progress.add_task("", total=total, completed=step)
         self._progress.start()
