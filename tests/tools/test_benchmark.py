@@ -1,10 +1,12 @@
 """tools/benchmark.py: equal twins, contenders that take turns, no figures where results are wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from commands import script
 from torch import nn
 
 import anorm
@@ -227,3 +229,14 @@ def test_a_gpus_figures_stand_beside_them(tools):
     }
     text = tools["report"]._gpu_table(gpu)
     assert "| passes: moments | 0.85 | 0.900 | yes |" in text and "copy" not in text
+
+
+def test_the_loop_is_measured_beside_a_bare_one(monkeypatch, capsys):
+    loop = script("tools/benchmark_loop.py")
+    monkeypatch.setattr(loop, "ROUNDS", 2)
+    small = ["arch=convnet", "data.image_size=32", "data.num_classes=10", "hardware=cpu", "hardware.threads=1"]
+    assert loop.main(small) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    ratio, low, high = map(float, re.search(r"bare loop: (\S+) \[(\S+), (\S+)\]$", line).groups())
+    assert 0 < low <= ratio <= high
+    assert loop.main(["arch=resnet5"]) == 2
