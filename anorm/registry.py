@@ -23,7 +23,9 @@ __all__ = ["arch_builders", "create_model", "create_norm", "list_archs", "list_n
 def arch_builders() -> dict[str, Callable[..., nn.Module]]:
     """Name -> builder(norm, num_classes, in_channels, **options), from the ARCHS table of every file in archs/."""
     found: dict[str, Callable[..., nn.Module]] = {}
-    for info in sorted(pkgutil.iter_modules(importlib.import_module("anorm.archs").__path__), key=lambda i: i.name):
+    for info in sorted(
+        pkgutil.iter_modules(importlib.import_module("anorm.archs").__path__), key=lambda i: i.name
+    ):
         found.update(getattr(importlib.import_module(f"anorm.archs.{info.name}"), "ARCHS", {}))
     return found
 
@@ -53,7 +55,11 @@ def create_norm(name: str, channels: int, act: str | None = None, **options) -> 
 
 
 def create_model(
-    arch: str, norm: str | dict | MakeNorm = "bn", num_classes: int = 1000, in_channels: int = 3, **arch_options
+    arch: str,
+    norm: str | dict | MakeNorm = "bn",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    **arch_options,
 ) -> nn.Module:
     """A network by name: images (N, in_channels, H, W) -> logits (N, num_classes).
 
@@ -77,7 +83,11 @@ def create_model(
     if arch not in builders:
         near = difflib.get_close_matches(str(arch), builders, n=3) or list(builders)
         raise ValueError(f"unknown architecture {arch!r}; try {', '.join(near)}")
-    known = [p for p in inspect.signature(builders[arch]).parameters if p not in ("norm", "num_classes", "in_channels")]
+    known = [
+        p
+        for p in inspect.signature(builders[arch]).parameters
+        if p not in ("norm", "num_classes", "in_channels")
+    ]
     for option in arch_options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=3) or known

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 __all__ = ["LoadReport", "compare", "load_weights", "read_state", "translate"]
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "network")
-WRAPPERS = ("module.", "network.", "_orig_mod.", "model.")  # DataParallel, FP16Model, torch.compile, Lightning
+WRAPPERS = (
+    "module.",
+    "network.",
+    "_orig_mod.",
+    "model.",
+)  # DataParallel, FP16Model, torch.compile, Lightning
 
 
 @dataclass
@@ -71,7 +76,9 @@ def load_weights(
     if head not in ("match", "replace"):
         raise ValueError(f"head={head!r} is neither 'match' nor 'replace'")
     state = read_state(path, entry)
-    for prefix in _wrapper_prefixes(model.state_dict()):  # as the file's: DDP, torch.compile, another library's network
+    for prefix in _wrapper_prefixes(
+        model.state_dict()
+    ):  # as the file's: DDP, torch.compile, another library's network
         model = model.get_submodule(prefix.removesuffix("."))
     target = model.state_dict(keep_vars=True)
     report, fits, names = compare(target, state, path)
@@ -107,7 +114,9 @@ def compare(
         else:
             fits[place] = shaped
     given = fits.keys() | set(report.mismatched)
-    report.missing = [name for name in target if name not in given and not name.endswith("num_batches_tracked")]
+    report.missing = [
+        name for name in target if name not in given and not name.endswith("num_batches_tracked")
+    ]
     return report, fits, names
 
 
@@ -143,7 +152,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> object:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their arguments in one
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # training scripts save their arguments in one
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         objects = re.search(r".*(GLOBAL|allowlisted).*", str(error))
@@ -168,8 +179,14 @@ def _find_state(content: object, entry: str | None, path: Path) -> dict[str, Ten
             return dict(content)
         entry = next((name for name in CONTAINERS if isinstance(content.get(name), dict)), None)
     state = content.get(entry) if isinstance(content, dict) and entry else None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        held = f"a dict of {_some(map(str, content))}" if isinstance(content, dict) else type(content).__name__
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
+        held = (
+            f"a dict of {_some(map(str, content))}" if isinstance(content, dict) else type(content).__name__
+        )
         wanted = f"no weights under {entry!r}" if entry else f"none of {', '.join(CONTAINERS)}"
         raise ValueError(f"{path} holds {held} and {wanted}: name the entry with the weights (entry=...)")
     return dict(state)
@@ -197,7 +214,9 @@ def translate(shapes: dict[str, tuple[int, ...]], target: Iterable[str]) -> tupl
         if any(re.search(mark, name) for name in shapes):
             mixtures = {name.removesuffix("weight_") for name in shapes if name.endswith("weight_")}
             renamed = {name: _attention(rename(name, shapes), name, mixtures) for name in shapes}
-            return style, {name: _within_wrapper(_squeeze(new, target), target) for name, new in renamed.items()}
+            return style, {
+                name: _within_wrapper(_squeeze(new, target), target) for name, new in renamed.items()
+            }
     return "own names", places
 
 
@@ -265,17 +284,26 @@ def _aognet(name: str, shapes: dict) -> str:
 
 def _timm_mobilenetv2(name: str, shapes: dict) -> str:
     """blocks.2.1.conv_dw.weight -> features.5.conv.1.0.weight; timm counts blocks within a row, torchvision through."""
-    blocks = sorted({tuple(map(int, m.groups())) for n in shapes if (m := re.match(r"blocks\.(\d+)\.(\d+)\.", n))})
+    blocks = sorted(
+        {tuple(map(int, m.groups())) for n in shapes if (m := re.match(r"blocks\.(\d+)\.(\d+)\.", n))}
+    )
     ends = {"conv_stem": "features.0.0", "bn1": "features.0.1", "classifier": "classifier.1"}
     ends |= {"conv_head": f"features.{len(blocks) + 1}.0", "bn2": f"features.{len(blocks) + 1}.1"}
     if m := re.match(r"blocks\.(\d+)\.(\d+)\.(\w+)\.", name):
         block = f"blocks.{m[1]}.{m[2]}."
         if f"{block}conv_pwl.weight" in shapes:
-            inner = {"conv_pw": "0.0", "bn1": "0.1", "conv_dw": "1.0", "bn2": "1.1", "conv_pwl": "2", "bn3": "3"}
+            inner = {
+                "conv_pw": "0.0",
+                "bn1": "0.1",
+                "conv_dw": "1.0",
+                "bn2": "1.1",
+                "conv_pwl": "2",
+                "bn3": "3",
+            }
         else:
             inner = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1", "bn2": "2"}
         if m[3] in inner:
-            return f"features.{blocks.index((int(m[1]), int(m[2]))) + 1}.conv.{inner[m[3]]}.{name[m.end():]}"
+            return f"features.{blocks.index((int(m[1]), int(m[2]))) + 1}.conv.{inner[m[3]]}.{name[m.end() :]}"
     first, _, rest = name.partition(".")
     return f"{ends[first]}.{rest}" if first in ends else name
 
@@ -340,7 +368,9 @@ def _misfit(report: LoadReport, state: dict[str, Tensor], target: dict, names: d
         parts.append(f"without a place here ({len(report.unexpected)}): {_some(report.unexpected)}")
     if report.mismatched:
         origin = {place: name for name, place in names.items()}
-        shapes = [f"{n} {tuple(state[origin[n]].shape)} for {tuple(target[n].shape)}" for n in report.mismatched]
+        shapes = [
+            f"{n} {tuple(state[origin[n]].shape)} for {tuple(target[n].shape)}" for n in report.mismatched
+        ]
         parts.append(f"other shapes ({len(shapes)}): {_some(shapes)}")
     return (
         f"{report.path} does not fit this network (read as {report.style}); nothing was loaded; {'; '.join(parts)}\n"

@@ -25,7 +25,10 @@ def main(argv: list[str]) -> int:
     source, target = (Path(word).expanduser() for word in argv)
     labels = source / "val" / "val_annotations.txt"
     if not labels.is_file():
-        print(f"error: there is no {labels}: give the folder tiny-imagenet-200 of the unpacked zip", file=sys.stderr)
+        print(
+            f"error: there is no {labels}: give the folder tiny-imagenet-200 of the unpacked zip",
+            file=sys.stderr,
+        )
         return 2
     classes = sorted(path.name for path in (source / "train").iterdir() if path.is_dir())[::EVERY]
     for name in classes:

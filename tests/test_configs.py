@@ -77,9 +77,7 @@ def test_a_plain_module_is_a_norm():
         "norm=module", "norm.target=torch.nn.GroupNorm", "norm.num_groups=8", "arch=resnet18"
     )
     assert (create_network(config, 10).bn1.module.num_groups, config["norm"]["num_groups"]) == (8, 8)
-    config, _ = composed(
-        "norm=module", "norm.target=torch.nn.GroupNorm", "norm.groups=8", "arch=resnet18"
-    )
+    config, _ = composed("norm=module", "norm.target=torch.nn.GroupNorm", "norm.groups=8", "arch=resnet18")
     with pytest.raises(ValueError, match="norm.target.*groups"):
         create_network(config, 10)
     config, _ = composed(

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "anorm"
-ORDER = ["algebra", "ops", "norms", "archs", "convert", "registry", "weights", "data", "engine", "build", "__main__"]
+ORDER = [
+    "algebra",
+    "ops",
+    "norms",
+    "archs",
+    "convert",
+    "registry",
+    "weights",
+    "data",
+    "engine",
+    "build",
+    "__main__",
+]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -25,7 +37,10 @@ def imported_rooms(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" if node.module == "anorm" else node.module for alias in node.names]
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "anorm" else node.module
+                for alias in node.names
+            ]
         rooms |= {name.split(".")[1] for name in names if name.startswith("anorm.")}
     return rooms
 

@@ -17,7 +17,9 @@ from anorm.weights import load_weights, read_state
 
 def small(norm="bn", **options):
     """A quarter-width MobileNetV2 that answers like a fixed function of its weights."""
-    return anorm.create_model("mobilenetv2", norm, **{"num_classes": 5, "width_mult": 0.25, "dropout": 0.0} | options)
+    return anorm.create_model(
+        "mobilenetv2", norm, **{"num_classes": 5, "width_mult": 0.25, "dropout": 0.0} | options
+    )
 
 
 def shaken(model):
@@ -41,7 +43,9 @@ def snapshot(model):
 
 
 def same(state, other):
-    return all(torch.equal(value, other[name]) for name, value in state.items()) and state.keys() == other.keys()
+    return (
+        all(torch.equal(value, other[name]) for name, value in state.items()) and state.keys() == other.keys()
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +117,9 @@ def test_half_precision_files_are_widened(tmp_path):
 def test_files_without_counters(tmp_path):
     """Before torch 0.4.1 batch norms counted nothing."""
     model, other = shaken(small()), small()
-    state = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    state = {
+        name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")
+    }
     torch.save(state, tmp_path / "a.pth")
     assert load_weights(other, tmp_path / "a.pth").complete
     assert same({name: other.state_dict()[name] for name in state}, state)
@@ -123,20 +129,26 @@ def test_files_without_counters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arch, theirs", [("resnet18", "resnet18"), ("densenet121", "densenet121"), ("mobilenetv2", "mobilenet_v2")]
+    "arch, theirs",
+    [("resnet18", "resnet18"), ("densenet121", "densenet121"), ("mobilenetv2", "mobilenet_v2")],
 )
 def test_torchvision(arch, theirs, tmp_path):
     reference = shaken(torchvision.models.get_model(theirs))
     torch.save(reference.state_dict(), tmp_path / "a.pth")
     model = anorm.create_model(arch)
     assert load_weights(model, tmp_path / "a.pth").complete
-    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-9, atol=1e-9 * logits(reference).abs().max())
+    torch.testing.assert_close(
+        logits(model), logits(reference), rtol=1e-9, atol=1e-9 * logits(reference).abs().max()
+    )
 
 
 def test_first_names_of_torchvisions_densenet(tmp_path):
     """Its downloadable weights still say norm.1 for norm1."""
     model, other = shaken(anorm.create_model("densenet121")), anorm.create_model("densenet121")
-    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): v for name, v in model.state_dict().items()}
+    old = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): v
+        for name, v in model.state_dict().items()
+    }
     assert any(".norm.1." in name for name in old)
     torch.save(old, tmp_path / "a.pth")
     assert "first names" in load_weights(other, tmp_path / "a.pth").style
@@ -158,7 +170,9 @@ def test_timm(arch, theirs, options, tmp_path):
     safetensors.torch.save_file(reference.state_dict(), tmp_path / "model.safetensors")
     model = anorm.create_model(arch, **options)
     assert load_weights(model, tmp_path / "model.safetensors").complete
-    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-9, atol=1e-9 * logits(reference).abs().max())
+    torch.testing.assert_close(
+        logits(model), logits(reference), rtol=1e-9, atol=1e-9 * logits(reference).abs().max()
+    )
 
 
 def test_timms_deep_stem_is_another_function(tmp_path):
@@ -191,7 +205,9 @@ def test_partial_match_is_refused_and_copies_nothing(tmp_path):
 
 def test_plain_weights_do_not_pass_for_attentive_ones(tmp_path):
     torch.save(small("bn").state_dict(), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"other shapes \(34\): features.1.conv.0.1.weight \(8,\) for \(5, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"other shapes \(34\): features.1.conv.0.1.weight \(8,\) for \(5, 8\)"
+    ):
         load_weights(small("an"), tmp_path / "a.pth")
 
 
@@ -217,7 +233,9 @@ def test_another_number_of_classes(tmp_path):
     assert report.new_head and "the classifier is new" in str(report)
     state = few.state_dict()
     assert same({name: state[name] for name in head}, head)
-    assert all(torch.equal(state[name], value) for name, value in many.state_dict().items() if name not in head)
+    assert all(
+        torch.equal(state[name], value) for name, value in many.state_dict().items() if name not in head
+    )
 
 
 def test_replaced_head_is_taken_where_it_fits(tmp_path):
@@ -225,7 +243,9 @@ def test_replaced_head_is_taken_where_it_fits(tmp_path):
     torch.save(model.state_dict(), tmp_path / "a.pth")
     assert not load_weights(other, tmp_path / "a.pth", head="replace").new_head
     assert same(other.state_dict(), model.state_dict())
-    torch.save({n: v for n, v in model.state_dict().items() if "classifier" not in n}, tmp_path / "headless.pth")
+    torch.save(
+        {n: v for n, v in model.state_dict().items() if "classifier" not in n}, tmp_path / "headless.pth"
+    )
     assert load_weights(other, tmp_path / "headless.pth", head="replace").new_head
     with pytest.raises(ValueError, match="'match' nor 'replace'"):
         load_weights(other, tmp_path / "a.pth", head="new")

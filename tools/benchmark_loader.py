@@ -40,10 +40,21 @@ def torchvision_loader(folder: Path, batch: int, workers: int) -> Epoch:
     """Pillow, RandomResizedCrop, flip, ToTensor, Normalize, as in everyone's first ImageNet script."""
     from torchvision import datasets, transforms
 
-    transform = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-                                    transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-    loader = torch.utils.data.DataLoader(datasets.ImageFolder(str(folder), transform), batch, shuffle=True, num_workers=workers,
-                                         persistent_workers=workers > 0)
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    loader = torch.utils.data.DataLoader(
+        datasets.ImageFolder(str(folder), transform),
+        batch,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
     return lambda epoch: (len(images) for images, _ in loader)
 
 
@@ -53,7 +64,9 @@ def our_loader(store, name: str, batch: int, workers: int) -> Epoch:
 
     def run(epoch: int) -> Iterator[int]:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(epoch))
-        return (len(fetched.images) for fetched in feed.run(Request(epoch, part) for part in order.split(batch)))
+        return (
+            len(fetched.images) for fetched in feed.run(Request(epoch, part) for part in order.split(batch))
+        )
 
     return run
 
@@ -65,8 +78,13 @@ def dali_pipeline(files: list[str], batch: int, threads: int) -> Epoch:
     @pipeline_def(batch_size=batch, num_threads=threads, device_id=None)
     def pipeline():
         encoded, _ = fn.readers.file(files=files, random_shuffle=True, name="reader")
-        images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, random_area=[0.08, 1.0],
-                                               random_aspect_ratio=[3 / 4, 4 / 3], num_attempts=10)
+        images = fn.decoders.image_random_crop(
+            encoded,
+            output_type=types.RGB,
+            random_area=[0.08, 1.0],
+            random_aspect_ratio=[3 / 4, 4 / 3],
+            num_attempts=10,
+        )
         images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_LINEAR, antialias=True)
         return fn.flip(images, horizontal=fn.random.coin_flip())
 
@@ -105,7 +123,9 @@ def measure(epoch: Epoch, number: int, passes: int, workers_of: set[int]) -> tup
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shards", type=Path)
     parser.add_argument("--workers", type=int, default=1)
@@ -117,19 +137,31 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         index = index_folder(args.folder, cache=False)
-        stores = {"files": FolderStore(index)} | ({"shards": ShardStore(args.shards, "train")} if args.shards else {})
+        stores = {"files": FolderStore(index)} | (
+            {"shards": ShardStore(args.shards, "train")} if args.shards else {}
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     files = [index.path(i) for i in range(len(index))]
     rows: dict[str, tuple[Callable[[], Epoch], str]] = {
-        "torchvision ImageFolder (Pillow)": (lambda: torchvision_loader(args.folder, args.batch, args.workers), "nothing")}
+        "torchvision ImageFolder (Pillow)": (
+            lambda: torchvision_loader(args.folder, args.batch, args.workers),
+            "nothing",
+        )
+    }
     for kind, store in stores.items():
-        rows[f"anorm torch, {kind}"] = (lambda store=store: our_loader(store, "torch", args.batch, args.workers), TO_DEVICE)
+        rows[f"anorm torch, {kind}"] = (
+            lambda store=store: our_loader(store, "torch", args.batch, args.workers),
+            TO_DEVICE,
+        )
     try:  # DALI's threads come last: processes forked after them would hold copies of their locks
         import nvidia.dali  # noqa: F401
 
-        rows["anorm dali, files"] = (lambda: our_loader(stores["files"], "dali", args.batch, args.workers), TO_DEVICE)
+        rows["anorm dali, files"] = (
+            lambda: our_loader(stores["files"], "dali", args.batch, args.workers),
+            TO_DEVICE,
+        )
         rows["DALI's own pipeline"] = (lambda: dali_pipeline(files, args.batch, args.workers), TO_DEVICE)
     except ImportError:
         print("NVIDIA DALI is not installed; its rows are left out")
@@ -144,7 +176,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, epoch in epochs.items():
             found = measure(epoch, number, args.passes, workers[name])
             best[name] = tuple(map(max, zip(found, best.get(name, (0.0, 0.0)), strict=True)))
-    print(f"{len(files)} images, {SIZE} x {SIZE}, batch {args.batch}, {args.workers} worker(s), best of {args.rounds}")
+    print(
+        f"{len(files)} images, {SIZE} x {SIZE}, batch {args.batch}, {args.workers} worker(s), best of {args.rounds}"
+    )
     print(f"{'':34}{'images/s':>10}{'per core':>10}{'ratio':>8}   left to the device")
     base = best["torchvision ImageFolder (Pillow)"]
     for name, (wall, core) in best.items():

@@ -30,9 +30,18 @@ from anorm.engine.meter import Clock, SaveTimer  # noqa: E402
 from anorm.engine.run import Run  # noqa: E402
 
 STEPS, ROUNDS = 8, 11
-DEFAULTS = ["arch=resnet18", "norm=an", "data=synthetic", "data.image_size=64", f"data.train_images={32 * STEPS}",
-            "batch_size=32", "optim.global_batch=32", f"epochs={ROUNDS + 2}", "schedule.warmup_epochs=1",
-            "checkpoint.every_minutes=0"]
+DEFAULTS = [
+    "arch=resnet18",
+    "norm=an",
+    "data=synthetic",
+    "data.image_size=64",
+    f"data.train_images={32 * STEPS}",
+    "batch_size=32",
+    "optim.global_batch=32",
+    f"epochs={ROUNDS + 2}",
+    "schedule.warmup_epochs=1",
+    "checkpoint.every_minutes=0",
+]
 
 
 def main(argv: list[str]) -> int:

@@ -93,11 +93,20 @@ class Book:
     def log(self, signed: str) -> Path:
         return self.folder / f"{signed}.log"
 
-    def fail(self, cell: Cell, status: int | None = None, seconds: float | None = None, log: Path | None = None) -> None:
+    def fail(
+        self, cell: Cell, status: int | None = None, seconds: float | None = None, log: Path | None = None
+    ) -> None:
         log = log or self.log(cell.signature)
-        known = {"labels": cell.labels, "seed": cell.seed, "status": status, "error": last_words(log),
-                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds and round(seconds), "log": str(log),
-                 "command": cell.line.command(cell.seed)}
+        known = {
+            "labels": cell.labels,
+            "seed": cell.seed,
+            "status": status,
+            "error": last_words(log),
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "seconds": seconds and round(seconds),
+            "log": str(log),
+            "command": cell.line.command(cell.seed),
+        }
         self._write(f"{cell.signature}.failed", json.dumps(known, indent=1))
 
     def forgive(self, signed: str) -> None:
@@ -154,7 +163,9 @@ class Outcome:
         return 128 + self.stopped if self.stopped else int(self.failed > 0)
 
 
-def run_cells(cells: list[Cell], runs_dir: Path, retry: bool = False, submit: Callable[[Cell], str] | None = None) -> Outcome:
+def run_cells(
+    cells: list[Cell], runs_dir: Path, retry: bool = False, submit: Callable[[Cell], str] | None = None
+) -> Outcome:
     """Run what is neither finished, taken nor (without ``retry``) failed; says what it does. submit: instead of running a
     cell, makes a Slurm job of it and gives the job's number.
     """
@@ -177,7 +188,10 @@ def run_cells(cells: list[Cell], runs_dir: Path, retry: bool = False, submit: Ca
                 book.forgive(cell.signature)
             elif known and not retry:
                 outcome.failed += 1
-                print(f"{name}: failed on {known['time']}: {known['error']} (--retry; {known['log']})", flush=True)
+                print(
+                    f"{name}: failed on {known['time']}: {known['error']} (--retry; {known['log']})",
+                    flush=True,
+                )
             else:
                 print(f"{name}: {cell.line.command(cell.seed)}", flush=True)
                 if submit:
@@ -195,8 +209,15 @@ def run_cells(cells: list[Cell], runs_dir: Path, retry: bool = False, submit: Ca
 def _run(cell: Cell, book: Book, lock: int, outcome: Outcome) -> None:
     command, started = [sys.executable, str(ROOT / "train.py"), *cell.arguments()], time.monotonic()
     with open(book.log(cell.signature), "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=(lock,),
-                                   env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            pass_fds=(lock,),
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
 
         def stop(number: int, frame: object) -> None:
             outcome.stopped = number
@@ -218,4 +239,7 @@ def _run(cell: Cell, book: Book, lock: int, outcome: Outcome) -> None:
     else:
         outcome.failed += 1
         book.fail(cell, status, seconds)
-        print(f"  failed ({status}): {last_words(book.log(cell.signature))} ({book.log(cell.signature)})", flush=True)
+        print(
+            f"  failed ({status}): {last_words(book.log(cell.signature))} ({book.log(cell.signature)})",
+            flush=True,
+        )

@@ -40,7 +40,11 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
 def columns(tally: Tally) -> dict[str, Callable[[Entry], str]]:
     """The columns of this table: those of a paper only where there is one."""
     printed = any(e.line.printed for e in tally.entries)
-    return {name: cell for name, cell in COLUMNS.items() if printed or name not in ("printed top-1", "printed top-5", "gap")}
+    return {
+        name: cell
+        for name, cell in COLUMNS.items()
+        if printed or name not in ("printed top-1", "printed top-5", "gap")
+    }
 
 
 HEADER = "error rates in percent, ± the 95 % interval over seeds (t); gap = ours - printed, positive is worse"
@@ -66,17 +70,32 @@ def text(tally: Tally) -> str:
     widths = [max(len(name), *(len(row[i]) for row in rows.values())) for i, name in enumerate(names)]
 
     def aligned(cells: list[str]) -> str:
-        return "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))).rstrip()
+        return "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
 
     lines = [f"{tally.grid.name}: {tally.grid.title}", f"({HEADER})"]
     for group in dict.fromkeys(e.line.group for e in tally.entries):
         lines += ["", group, aligned(list(names))]
         lines += [aligned(rows[e.line]) for e in tally.entries if e.line.group == group]
     if tally.comparisons:
-        lines += ["", "Compared (points of top-1 accuracy):", *(f"  {comparison(c)}" for c in tally.comparisons)]
-    lines += ["", "Notes:", *(f"  {note}" for note in tally.notes), *(f"  {m}: {meaning}" for m, meaning in tally.grid.marks.items())]
+        lines += [
+            "",
+            "Compared (points of top-1 accuracy):",
+            *(f"  {comparison(c)}" for c in tally.comparisons),
+        ]
+    lines += [
+        "",
+        "Notes:",
+        *(f"  {note}" for note in tally.notes),
+        *(f"  {m}: {meaning}" for m, meaning in tally.grid.marks.items()),
+    ]
     if commanded := missing(tally):
-        lines += ["", f"Missing ({len(commanded)} cells; --run runs them):", *(f"  {command}" for command in commanded)]
+        lines += [
+            "",
+            f"Missing ({len(commanded)} cells; --run runs them):",
+            *(f"  {command}" for command in commanded),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -84,19 +103,46 @@ def markdown(tally: Tally) -> str:
     names = columns(tally)
     lines = [f"## {tally.grid.name}: {tally.grid.title}", "", f"{HEADER[0].upper()}{HEADER[1:]}."]
     for group in dict.fromkeys(e.line.group for e in tally.entries):
-        lines += ["", f"### {group}", "", "| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
-        lines += ["| " + " | ".join(cell(e).replace("|", "\\|") for cell in names.values()) + " |"
-                  for e in tally.entries if e.line.group == group]
+        lines += [
+            "",
+            f"### {group}",
+            "",
+            "| " + " | ".join(names) + " |",
+            "| --- |" + " ---: |" * (len(names) - 1),
+        ]
+        lines += [
+            "| " + " | ".join(cell(e).replace("|", "\\|") for cell in names.values()) + " |"
+            for e in tally.entries
+            if e.line.group == group
+        ]
     if tally.comparisons:
-        lines += ["", "Compared, in points of top-1 accuracy:", "", *(f"* {comparison(c)}" for c in tally.comparisons)]
-    lines += ["", *(f"* {note}" for note in tally.notes), *(f"* {m}: {meaning}" for m, meaning in tally.grid.marks.items())]
+        lines += [
+            "",
+            "Compared, in points of top-1 accuracy:",
+            "",
+            *(f"* {comparison(c)}" for c in tally.comparisons),
+        ]
+    lines += [
+        "",
+        *(f"* {note}" for note in tally.notes),
+        *(f"* {m}: {meaning}" for m, meaning in tally.grid.marks.items()),
+    ]
     if commanded := missing(tally):
         lines += ["", f"Missing ({len(commanded)} cells):", "", *(f"    {command}" for command in commanded)]
     return "\n".join(lines) + "\n"
 
 
-ESCAPES = {"\\": r"\textbackslash{}", "†": r"$\dagger$", "±": r"$\pm$", "*": r"$*$", "<": r"$<$", ">": r"$>$", "~": r"\textasciitilde{}",
-           "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"}}
+ESCAPES = {
+    "\\": r"\textbackslash{}",
+    "†": r"$\dagger$",
+    "±": r"$\pm$",
+    "*": r"$*$",
+    "<": r"$<$",
+    ">": r"$>$",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{c: "\\" + c for c in "&%$#_{}"},
+}
 
 
 def tex(words: str) -> str:
@@ -107,11 +153,21 @@ def tex(words: str) -> str:
 def latex(tally: Tally) -> str:
     """A table environment that needs no package."""
     names = columns(tally)
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex(tally.grid.title)}: {tex(HEADER)}.}}",
-             rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}", r"\hline", " & ".join(map(tex, names)) + r" \\"]
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{tex(tally.grid.title)}: {tex(HEADER)}.}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
+        r"\hline",
+        " & ".join(map(tex, names)) + r" \\",
+    ]
     for group in dict.fromkeys(e.line.group for e in tally.entries):
         lines += [r"\hline", rf"\multicolumn{{{len(names)}}}{{c}}{{{tex(group)}}} \\", r"\hline"]
-        lines += [" & ".join(tex(cell(e)) for cell in names.values()) + r" \\" for e in tally.entries if e.line.group == group]
+        lines += [
+            " & ".join(tex(cell(e)) for cell in names.values()) + r" \\"
+            for e in tally.entries
+            if e.line.group == group
+        ]
     lines += [r"\hline", r"\end{tabular}", r"\end{table}", *(f"% {note}" for note in tally.notes)]
     return "\n".join(lines) + "\n"
 
@@ -120,22 +176,63 @@ def as_csv(tally: Tally) -> str:
     """One line a row, plain numbers, accuracies as error rates in percent; empty where there is nothing."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
-    write(["table", "group", "method", "faithful", "params", "macs", "printed_top1", "printed_top5", "top1", "top1_low", "top1_high",
-           "top5", "seeds", "gap", "verdict", "images_per_second", "gpu_hours", "protocol", "missing",
-           "selected"])
+    write(
+        [
+            "table",
+            "group",
+            "method",
+            "faithful",
+            "params",
+            "macs",
+            "printed_top1",
+            "printed_top5",
+            "top1",
+            "top1_low",
+            "top1_high",
+            "top5",
+            "seeds",
+            "gap",
+            "verdict",
+            "images_per_second",
+            "gpu_hours",
+            "protocol",
+            "missing",
+            "selected",
+        ]
+    )
     chosen = {selection.name: selection.best for selection in tally.selections}
     for e in tally.entries:
         interval = e.top1 and e.top1.n > 1
-        write([tally.grid.name, e.line.group, e.line.label, tally.faithful, e.size.all, e.size.macs,
-               e.line.printed.top1 if e.line.printed else "", e.line.printed.top5 if e.line.printed else "",
-               f"{100 - e.top1.mean:.4f}" if e.top1 else "", f"{100 - e.top1.high:.4f}" if interval else "",
-               f"{100 - e.top1.low:.4f}" if interval else "", f"{100 - e.top5.mean:.4f}" if e.top5 else "",
-               " ".join(map(str, e.runs)), "" if e.gap is None else f"{-e.gap:.4f}", e.verdict,
-               "" if e.images_per_second is None else f"{e.images_per_second:.2f}",
-               "" if e.gpu_hours is None else f"{e.gpu_hours:.3f}",
-               str(tally.stamp or ""), "; ".join(commands(e)),
-               "" if chosen.get(e.line.tuned) is None else "yes" if chosen[e.line.tuned] is e else "no"])
+        write(
+            [
+                tally.grid.name,
+                e.line.group,
+                e.line.label,
+                tally.faithful,
+                e.size.all,
+                e.size.macs,
+                e.line.printed.top1 if e.line.printed else "",
+                e.line.printed.top5 if e.line.printed else "",
+                f"{100 - e.top1.mean:.4f}" if e.top1 else "",
+                f"{100 - e.top1.high:.4f}" if interval else "",
+                f"{100 - e.top1.low:.4f}" if interval else "",
+                f"{100 - e.top5.mean:.4f}" if e.top5 else "",
+                " ".join(map(str, e.runs)),
+                "" if e.gap is None else f"{-e.gap:.4f}",
+                e.verdict,
+                "" if e.images_per_second is None else f"{e.images_per_second:.2f}",
+                "" if e.gpu_hours is None else f"{e.gpu_hours:.3f}",
+                str(tally.stamp or ""),
+                "; ".join(commands(e)),
+                "" if chosen.get(e.line.tuned) is None else "yes" if chosen[e.line.tuned] is e else "no",
+            ]
+        )
     return out.getvalue()
 
 
-FORMATS: dict[str, Callable[[Tally], str]] = {"terminal": text, "markdown": markdown, "latex": latex, "csv": as_csv}
+FORMATS: dict[str, Callable[[Tally], str]] = {
+    "terminal": text,
+    "markdown": markdown,
+    "latex": latex,
+    "csv": as_csv,
+}

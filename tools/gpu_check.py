@@ -28,7 +28,17 @@ from anorm import create_model, create_norm, ops
 from anorm.norms.placement import Placement
 from anorm.ops import reference, triton
 
-MAPS = [(64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)]  # ResNet-50
+MAPS = [
+    (64, 112),
+    (64, 56),
+    (256, 56),
+    (128, 28),
+    (512, 28),
+    (256, 14),
+    (1024, 14),
+    (512, 7),
+    (2048, 7),
+]  # ResNet-50
 AN_MAPS = [(64, 56), (128, 28), (256, 14), (512, 7)]  # where ResNet-50 has AN
 BATCH = 256
 LAST = torch.channels_last
@@ -59,7 +69,10 @@ class NaiveAN(nn.Module):
     def __init__(self, channels: int, k: int = 10) -> None:
         super().__init__()
         self.base = nn.BatchNorm2d(channels, affine=False)
-        self.weight, self.bias = nn.Parameter(1 + 0.1 * torch.randn(k, channels)), nn.Parameter(torch.zeros(k, channels))
+        self.weight, self.bias = (
+            nn.Parameter(1 + 0.1 * torch.randn(k, channels)),
+            nn.Parameter(torch.zeros(k, channels)),
+        )
         self.fc, self.norm = nn.Linear(channels, k, bias=False), nn.BatchNorm1d(k)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +147,11 @@ def note(section: str, name: str, value: float, goal: float | None = None, at_le
     """Record and print one figure; with a goal, whether it is reached."""
     verdict = "" if goal is None else ("  ok" if (value >= goal if at_least else value <= goal) else "  MISS")
     target = "" if goal is None else f"  ({'>=' if at_least else '<='} {goal})"
-    RESULTS.setdefault(section, {})[name] = {"value": round(value, 4), "goal": goal, "missed": verdict.endswith("MISS")}
+    RESULTS.setdefault(section, {})[name] = {
+        "value": round(value, 4),
+        "goal": goal,
+        "missed": verdict.endswith("MISS"),
+    }
     print(f"  {name:62s} {value:9.3f}{target}{verdict}", flush=True)
 
 
@@ -167,7 +184,9 @@ def check_passes(shape: tuple[int, ...], layout: torch.memory_format, dtype: tor
     def near(what: str, result: Tensor, exact: Tensor, bound: float) -> None:
         error = difference(result, exact)
         if not error <= bound:
-            raise AssertionError(f"{what} {shape} {layout} {dtype}: relative error {error:.1e} above {bound:.1e}")
+            raise AssertionError(
+                f"{what} {shape} {layout} {dtype}: relative error {error:.1e} above {bound:.1e}"
+            )
 
     mean, var = triton.moments(x)
     for name, result, exact in zip(("mean", "var"), (mean, var), reference.moments(wide[0]), strict=True):
@@ -201,10 +220,14 @@ def check_layer(name: str, dtype: torch.dtype) -> None:
             y = twin(leaf)
             y.backward(dy.to(precision))
         results[label] = [y.detach(), leaf.grad, *(p.grad for p in twin.parameters())]
-    for i, (exact, plain, ours) in enumerate(zip(*(results[k] for k in ("exact", "plain", "triton")), strict=True)):
+    for i, (exact, plain, ours) in enumerate(
+        zip(*(results[k] for k in ("exact", "plain", "triton")), strict=True)
+    ):
         allowed = 2 * difference(plain, exact) + 1e-5
         if not difference(ours, exact) <= allowed:
-            raise AssertionError(f"{name} {dtype}: result {i} has error {difference(ours, exact):.1e}, above {allowed:.1e}")
+            raise AssertionError(
+                f"{name} {dtype}: result {i} has error {difference(ours, exact):.1e}, above {allowed:.1e}"
+            )
 
 
 def copy_unit() -> float:
@@ -222,7 +245,10 @@ def passes() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for channels, size in MAPS:
             elements = BATCH * channels * size * size
-            ring = [randn(BATCH, channels, size, size, dtype=dtype) for _ in range(max(2, 2**29 // (2 * elements)))]
+            ring = [
+                randn(BATCH, channels, size, size, dtype=dtype)
+                for _ in range(max(2, 2**29 // (2 * elements)))
+            ]
             c, s = torch.randn(channels, device="cuda"), torch.randn(BATCH, channels, device="cuda")
             turn = iter(range(10**9))
 
@@ -241,7 +267,12 @@ def passes() -> None:
             for name, (count, _) in jobs.items():
                 share = count * elements * 2 / (times[name] * 1e-3) / unit
                 large = elements * 2 >= 50e6
-                note("passes", f"{name} {channels}x{size}x{size} {str(dtype)[6:]}", share, 0.85 if large else None)
+                note(
+                    "passes",
+                    f"{name} {channels}x{size}x{size} {str(dtype)[6:]}",
+                    share,
+                    0.85 if large else None,
+                )
 
 
 def layers() -> None:
@@ -253,7 +284,9 @@ def layers() -> None:
             dy = randn(BATCH, channels, size, size, dtype=dtype)
             modules = {"eager": Eager(nn.BatchNorm2d(channels), "relu"), "naive AN": Eager(NaiveAN(channels), "relu"),
                        "eager GN": Eager(nn.GroupNorm(32, channels), "relu"), "eager SE": Eager(SE(channels), "relu")}  # fmt: skip
-            modules |= {name: create_norm(name, channels, act="relu") for name in ("bn", "an", "gn", "se", "sn")}
+            modules |= {
+                name: create_norm(name, channels, act="relu") for name in ("bn", "an", "gn", "se", "sn")
+            }
 
             def job(module: nn.Module, x=x, dy=dy, dtype=dtype):
                 module.cuda()
@@ -273,9 +306,20 @@ def layers() -> None:
                 note("layers", f"{name} + ReLU {channels}x{size}x{size} {str(dtype)[6:]}", ratio)
         for name, values in ratios.items():
             goal = {"an": 0.85}.get(name)
-            note("layers", f"{name} + ReLU, geometric mean {str(dtype)[6:]}", statistics.geometric_mean(values), goal, False)
+            note(
+                "layers",
+                f"{name} + ReLU, geometric mean {str(dtype)[6:]}",
+                statistics.geometric_mean(values),
+                goal,
+                False,
+            )
         speedups = [n / a for n, a in zip(ratios["naive AN"], ratios["an"], strict=True)]
-        note("layers", f"naive AN / an, geometric mean {str(dtype)[6:]}", statistics.geometric_mean(speedups), 5.0)
+        note(
+            "layers",
+            f"naive AN / an, geometric mean {str(dtype)[6:]}",
+            statistics.geometric_mean(speedups),
+            5.0,
+        )
 
 
 def trainer(make, dtype: torch.dtype, compiled: bool = False):
@@ -296,7 +340,13 @@ def trainer(make, dtype: torch.dtype, compiled: bool = False):
     return step
 
 
-TRAINING_GOALS = {"AN, eager BN elsewhere": 1.0, "AN, all fused": 1.08, "BN, all fused": 1.08, "GN": 0.95, "SE": 0.95}
+TRAINING_GOALS = {
+    "AN, eager BN elsewhere": 1.0,
+    "AN, all fused": 1.08,
+    "BN, all fused": 1.08,
+    "GN": 0.95,
+    "SE": 0.95,
+}
 
 
 def training() -> None:
@@ -312,7 +362,11 @@ def compiled_training() -> None:
     steps = {"eager BN": trainer(eager_bn, torch.float16), "compiled BN": trainer(eager_bn, torch.float16, True),
              "AN, all fused": trainer("an", torch.float16)}  # fmt: skip
     times = milliseconds(steps, 5, 4)
-    note("compiled_training", "compiled BN / eager BN, images a second, float16", times["eager BN"] / times["compiled BN"])
+    note(
+        "compiled_training",
+        "compiled BN / eager BN, images a second, float16",
+        times["eager BN"] / times["compiled BN"],
+    )
     ratio = times["compiled BN"] / times["AN, all fused"]
     note("compiled_training", "AN, all fused / compiled BN, images a second, float16", ratio, 0.97)
 
@@ -321,7 +375,12 @@ def report_training(times: dict[str, float], dtype: str) -> None:
     for name, ms in times.items():
         note("training", f"{name}, images/s, {dtype}", BATCH / ms * 1e3)
     for name, ms in times.items():
-        note("training", f"{name} / eager BN, images a second, {dtype}", times["eager BN"] / ms, TRAINING_GOALS.get(name))
+        note(
+            "training",
+            f"{name} / eager BN, images a second, {dtype}",
+            times["eager BN"] / ms,
+            TRAINING_GOALS.get(name),
+        )
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -330,7 +389,9 @@ def folded(model: nn.Module) -> nn.Module:
     pairs = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")]
     for module in list(model.modules()):
         for conv, norm in pairs:
-            if isinstance(getattr(module, conv, None), nn.Conv2d) and isinstance(getattr(module, norm, None), Eager):
+            if isinstance(getattr(module, conv, None), nn.Conv2d) and isinstance(
+                getattr(module, norm, None), Eager
+            ):
                 after = getattr(module, norm)
                 fused = torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(module, conv), after.norm)
                 setattr(module, conv, fused)
@@ -341,7 +402,11 @@ def folded(model: nn.Module) -> nn.Module:
 def inference() -> None:
     """A batch of 256 through AN, in half precision, against BN folded into its convolutions."""
     bn = create_model("resnet50", norm=eager_bn).cuda().eval()
-    models = {"folded BN": folded(bn), "eager BN": bn, "AN, BN folded nowhere": create_model("resnet50", norm="an").cuda()}
+    models = {
+        "folded BN": folded(bn),
+        "eager BN": bn,
+        "AN, BN folded nowhere": create_model("resnet50", norm="an").cuda(),
+    }
     mixed = create_model("resnet50", norm=networks()["AN, eager BN elsewhere"]).cuda()
     models["AN, other BN folded"] = folded(mixed)
     images = randn(BATCH, 3, 224, 224, dtype=torch.half)
@@ -358,14 +423,18 @@ def inference() -> None:
     times = milliseconds({name: job(model) for name, model in models.items()}, 7, 5)
     for name, ms in times.items():
         goal = 1.05 if name == "AN, other BN folded" else None
-        note("inference", f"{name} / folded BN, time of a batch, float16", ms / times["folded BN"], goal, False)
+        note(
+            "inference", f"{name} / folded BN, time of a batch, float16", ms / times["folded BN"], goal, False
+        )
 
 
 SECTIONS = {f.__name__: f for f in (correctness, passes, layers, training, inference, compiled_training)}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
     parser.add_argument("--seconds", type=float, default=480, help="start no section after this many seconds")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
@@ -398,7 +467,9 @@ def main() -> int:
         finally:
             torch.cuda.empty_cache()
             elapsed = round(time.monotonic() - begin)
-            arguments.out.write_text(json.dumps({"machine": machine, "seconds": elapsed, **RESULTS}, indent=1))
+            arguments.out.write_text(
+                json.dumps({"machine": machine, "seconds": elapsed, **RESULTS}, indent=1)
+            )
     print(f"{time.monotonic() - begin:.0f} s; written to {arguments.out}")
     return 1 if failed else 0
 

@@ -94,7 +94,9 @@ class Grid:
     marks: dict[str, str] = field(default_factory=dict)
 
 
-def open_grid(name: str, faithful: str = "paper", scale: str | None = None, extra: tuple[str, ...] = ()) -> Grid:
+def open_grid(
+    name: str, faithful: str = "paper", scale: str | None = None, extra: tuple[str, ...] = ()
+) -> Grid:
     """A paper's table, a grid of configs/grid, or a yaml file. extra: arguments of train.py for every cell.
 
     Raises ValueError, in words, for what does not exist or does not compose.
@@ -105,7 +107,9 @@ def open_grid(name: str, faithful: str = "paper", scale: str | None = None, extr
         grid = _own(path, extra)
     else:
         own = sorted(p.stem for p in (CONFIGS / "grid").glob("*.yaml"))
-        raise ValueError(f"no table {name!r}: there are {', '.join([*tables.names(), *own])}; or give a yaml file")
+        raise ValueError(
+            f"no table {name!r}: there are {', '.join([*tables.names(), *own])}; or give a yaml file"
+        )
     return _scaled(grid, scale) if scale else grid
 
 
@@ -121,7 +125,9 @@ def _paper(table: tables.Table, faithful: str, extra: tuple[str, ...]) -> Grid:
     changed = _changes_protocol(extra)
     if changed:
         notes.insert(0, f"not the paper's protocol: {' '.join(changed)}")
-    return Grid(table.name, table.title, tuple(lines), comparable=not changed, notes=tuple(notes), marks=table.marks)
+    return Grid(
+        table.name, table.title, tuple(lines), comparable=not changed, notes=tuple(notes), marks=table.marks
+    )
 
 
 def _baseline(row: tables.Row, rows: tuple[tables.Row, ...]) -> str | None:
@@ -136,8 +142,12 @@ def _baseline(row: tables.Row, rows: tuple[tables.Row, ...]) -> str | None:
 def _changes_protocol(arguments: tuple[str, ...]) -> list[str]:
     """Those arguments that change what is computed, and not only where."""
     where = (*EXCLUDED, "hardware", "data.root", "data.loader")
-    return [a for a in arguments if not any((key := a.split("=")[0]) == w or key.startswith(w + ".") for w in where)
-            and not a.startswith("data=imagenet")]
+    return [
+        a
+        for a in arguments
+        if not any((key := a.split("=")[0]) == w or key.startswith(w + ".") for w in where)
+        and not a.startswith("data=imagenet")
+    ]
 
 
 def _own(path: Path, extra: tuple[str, ...]) -> Grid:
@@ -147,14 +157,20 @@ def _own(path: Path, extra: tuple[str, ...]) -> Grid:
         raise ValueError(f"{path}: a grid has {', '.join(sorted(known))}, of which title and axes are needed")
     axes = {key: _cases(path, key, axis) for key, axis in data["axes"].items()}
     if twice := [a for a in (*data.get("overrides", ()), *extra) if a.split("=")[0].lstrip("+") in axes]:
-        raise ValueError(f"{twice[0]}: {twice[0].split('=')[0]} is an axis of {path.name} already: leave it "
-                         "out, or change the axis")
+        raise ValueError(
+            f"{twice[0]}: {twice[0].split('=')[0]} is an axis of {path.name} already: leave it "
+            "out, or change the axis"
+        )
     first, lines = next(iter(axes)), []
     baseline = axes[first][0]["values"][0]
     for choice in combinations(axes):
         others = {key: value for key, value in choice.items() if key != first and "when" not in axes[key][0]}
         compared = None if choice[first] == baseline else {first: baseline} | others
-        overrides = (*data.get("overrides", ()), *(f"{key}={literal(value)}" for key, value in choice.items()), *extra)
+        overrides = (
+            *data.get("overrides", ()),
+            *(f"{key}={literal(value)}" for key, value in choice.items()),
+            *extra,
+        )
         line = Line(_words(choice), data["title"], overrides, versus=compared and _words(compared))
         if RATE in axes:
             versus = compared and _words(compared, RATE)
@@ -163,7 +179,14 @@ def _own(path: Path, extra: tuple[str, ...]) -> Grid:
     _check_budget(path, lines)
     labels = {line.label for line in lines}
     lines = [line if line.versus in labels else replace(line, versus=None) for line in lines]
-    return Grid(path.stem, data["title"], tuple(lines), data.get("seeds", 3), False, notes=tuple(data.get("notes", ())))
+    return Grid(
+        path.stem,
+        data["title"],
+        tuple(lines),
+        data.get("seeds", 3),
+        False,
+        notes=tuple(data.get("notes", ())),
+    )
 
 
 def _cases(path: Path, key: str, axis: Any) -> list[dict]:
@@ -173,8 +196,10 @@ def _cases(path: Path, key: str, axis: Any) -> list[dict]:
     for case in cases:
         values = case.get("values")
         if not set(case) <= {"values", "when"} or not isinstance(values, list) or not values:
-            raise ValueError(f"{path}: axis {key} is a list of values, or {{when: norm=an, values: [...]}}, "
-                             "or a list of these")
+            raise ValueError(
+                f"{path}: axis {key} is a list of values, or {{when: norm=an, values: [...]}}, "
+                "or a list of these"
+            )
     return cases
 
 
@@ -185,10 +210,12 @@ def _check_budget(path: Path, lines: list[Line]) -> None:
         tried.setdefault(line.tuned, set()).add(line.rate)
     most, fewest = (pick(tried, key=lambda name: len(tried[name])) for pick in (max, min))
     if len(tried[most]) > len(tried[fewest]):
-        raise ValueError(f"{path}: {most} is given {len(tried[most])} learning rates and {fewest} "
-                         f"{len(tried[fewest])}: the best of more is better by luck alone. Give all as many, "
-                         f"by {RATE} without when, or by a list for each norm: "
-                         f"{RATE}: [{{when: norm=bn, values: [...]}}, ...]")
+        raise ValueError(
+            f"{path}: {most} is given {len(tried[most])} learning rates and {fewest} "
+            f"{len(tried[fewest])}: the best of more is better by luck alone. Give all as many, "
+            f"by {RATE} without when, or by a list for each norm: "
+            f"{RATE}: [{{when: norm=bn, values: [...]}}, ...]"
+        )
 
 
 def combinations(axes: dict[str, list[dict]]) -> Iterator[dict[str, Any]]:
@@ -225,15 +252,27 @@ def _scaled(grid: Grid, scale: str) -> Grid:
         raise ValueError(f"no scale {scale!r}: there is {known}")
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     lines = tuple(replace(line, overrides=(*line.overrides, *data["overrides"])) for line in grid.lines)
-    return Grid(grid.name, grid.title, lines, grid.seeds, False, (f"{scale} protocol, not the paper's: {data['what']}", *grid.notes),
-                grid.marks)
+    return Grid(
+        grid.name,
+        grid.title,
+        lines,
+        grid.seeds,
+        False,
+        (f"{scale} protocol, not the paper's: {data['what']}", *grid.notes),
+        grid.marks,
+    )
 
 
 def select(grid: Grid, only: str) -> Grid:
     """The lines whose label, group or arguments hold one of the words (comma-separated). Raises ValueError for none."""
     wanted = [word for word in only.lower().split(",") if word]
-    lines = tuple(line for line in grid.lines
-                  if any(word in f"{line.label} {line.group} {' '.join(line.overrides)}".lower() for word in wanted))
+    lines = tuple(
+        line
+        for line in grid.lines
+        if any(word in f"{line.label} {line.group} {' '.join(line.overrides)}".lower() for word in wanted)
+    )
     if not lines:
-        raise ValueError(f"--only {only}: no row of {grid.name} has it; rows: {', '.join(line.label for line in grid.lines)}")
+        raise ValueError(
+            f"--only {only}: no row of {grid.name} has it; rows: {', '.join(line.label for line in grid.lines)}"
+        )
     return Grid(grid.name, grid.title, lines, grid.seeds, grid.comparable, grid.notes, grid.marks)

@@ -31,7 +31,9 @@ def main(argv: list[str]) -> int:
             return 0 if argv else 2
         files = [Path(word) for word in argv if "=" not in word]
         if not 1 <= len(files) <= 2:
-            raise ValueError(f"give a file of weights and the file to write, then key=value; got {len(files)} files")
+            raise ValueError(
+                f"give a file of weights and the file to write, then key=value; got {len(files)} files"
+            )
         entry = next((word.removeprefix("entry=") for word in argv if word.startswith("entry=")), None)
         overrides = [word for word in argv if "=" in word and not word.startswith("entry=")]
         convert(files[0], files[1] if len(files) == 2 else None, overrides, entry)
@@ -48,7 +50,11 @@ def convert(source: Path, target: Path | None, overrides: list[str], entry: str 
     from anorm.weights import load_weights, read_state
 
     if target and (target.suffix != ".safetensors" or target.exists()):
-        reason = "exists already" if target.exists() else "is to be written as safetensors: its name ends in .safetensors"
+        reason = (
+            "exists already"
+            if target.exists()
+            else "is to be written as safetensors: its name ends in .safetensors"
+        )
         raise ValueError(f"{target} {reason}")
     config = compose(ROOT / "configs", overrides, accepted).config
     arch = {key: value for key, value in config["arch"].items() if key != "name"}

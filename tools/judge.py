@@ -38,18 +38,30 @@ def report(a: list[Run], b: list[Run]) -> str:
     seeds_a, seeds_b = [r.seed for r in a], [r.seed for r in b]
     if name_a == name_b:
         name_a, name_b = "a", "b"
-    found = compare_methods([r.final["top1"] for r in a], [r.final["top1"] for r in b], seeds_a == seeds_b, images_a, images_b)
-    lines = [f"protocol: {stamp}", f"a: {name_a}, seeds {seeds_a}; b: {name_b}, seeds {seeds_b}", words(found, name_a, name_b)]
+    found = compare_methods(
+        [r.final["top1"] for r in a], [r.final["top1"] for r in b], seeds_a == seeds_b, images_a, images_b
+    )
+    lines = [
+        f"protocol: {stamp}",
+        f"a: {name_a}, seeds {seeds_a}; b: {name_b}, seeds {seeds_b}",
+        words(found, name_a, name_b),
+    ]
     if found.bootstrap:
-        lines.append(f"seeds resampled, then images: [{found.bootstrap.low:+.2f}, {found.bootstrap.high:+.2f}]")
+        lines.append(
+            f"seeds resampled, then images: [{found.bootstrap.low:+.2f}, {found.bootstrap.high:+.2f}]"
+        )
     if found.pairing_gain is not None:
         used = "equal seeds are paired" if found.paired else "equal seeds are not paired"
-        lines.append(f"pairing {'lowers' if found.pairing_gain > 0 else 'raises'} the variance by {abs(found.pairing_gain):.0%}: {used}")
+        lines.append(
+            f"pairing {'lowers' if found.pairing_gain > 0 else 'raises'} the variance by {abs(found.pairing_gain):.0%}: {used}"
+        )
     for i, (one_a, one_b) in enumerate(zip(images_a, images_b, strict=False)):
         pair = compare_pair(one_a, one_b)
-        lines.append(f"runs {a[i].seed} and {b[i].seed}: {pair.difference.mean:+.2f} points over images [{pair.difference.low:+.2f}, "
-                     f"{pair.difference.high:+.2f}], only a right {pair.only_a}, only b right {pair.only_b}, McNemar p = "
-                     f"{pair.p_exact:.2g} (chi-square {pair.p_chi2:.2g}), agreement {pair.agreement:.1%}")
+        lines.append(
+            f"runs {a[i].seed} and {b[i].seed}: {pair.difference.mean:+.2f} points over images [{pair.difference.low:+.2f}, "
+            f"{pair.difference.high:+.2f}], only a right {pair.only_a}, only b right {pair.only_b}, McNemar p = "
+            f"{pair.p_exact:.2g} (chi-square {pair.p_chi2:.2g}), agreement {pair.agreement:.1%}"
+        )
     return "\n".join([*lines, *_classes(a[0], images_a, images_b)])
 
 
@@ -68,13 +80,20 @@ def _name(runs: list[Run]) -> str:
 
 def main(argv: list[str]) -> int:
     """Print the comparison; the exit status is 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pair", nargs="*", type=Path, metavar="RUN", help="two run folders")
     parser.add_argument("--a", nargs="+", type=Path, default=[], metavar="RUN")
     parser.add_argument("--b", nargs="+", type=Path, default=[], metavar="RUN")
     asked = parser.parse_args(argv)
     with user_errors() as outcome:
-        if asked.pair and (len(asked.pair) != 2 or asked.a or asked.b) or not asked.pair and not (asked.a and asked.b):
+        if (
+            asked.pair
+            and (len(asked.pair) != 2 or asked.a or asked.b)
+            or not asked.pair
+            and not (asked.a and asked.b)
+        ):
             raise ValueError("give two run folders, or --a RUN... --b RUN...")
         a, b = (asked.pair[:1], asked.pair[1:]) if asked.pair else (asked.a, asked.b)
         print(report([open_run(f) for f in a], [open_run(f) for f in b]))

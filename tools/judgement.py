@@ -14,7 +14,9 @@ from scipy import optimize, stats
 
 LEVEL = 0.95
 POWER = 0.8
-PUBLISHED_SD = 0.16  # points of top-1 between seeds of ResNet-50 on ImageNet; published values are 0.11 to 0.16
+PUBLISHED_SD = (
+    0.16  # points of top-1 between seeds of ResNet-50 on ImageNet; published values are 0.11 to 0.16
+)
 RESAMPLES = 10_000
 
 
@@ -79,7 +81,9 @@ class Pair:
     agreement: float  # share of images on which both are right or both wrong
 
 
-def compare_pair(a: np.ndarray, b: np.ndarray, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Pair:
+def compare_pair(
+    a: np.ndarray, b: np.ndarray, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Pair:
     """a, b: bool (N,), image by image whether it was right. The interval is the paired bootstrap's over images.
 
     McNemar's test is on the images that only one has right: exact (binomial), and chi-square with continuity correction.
@@ -89,12 +93,16 @@ def compare_pair(a: np.ndarray, b: np.ndarray, level: float = LEVEL, resamples: 
         raise ValueError(f"results of {a.shape} and {b.shape} images cannot be paired")
     n, only_a, only_b = a.size, int((a & ~b).sum()), int((b & ~a).sum())
     # images are exchangeable: resampling them is drawing the three counts
-    draws = np.random.default_rng(seed).multinomial(n, np.array([only_a, only_b, n - only_a - only_b]) / n, size=resamples)
+    draws = np.random.default_rng(seed).multinomial(
+        n, np.array([only_a, only_b, n - only_a - only_b]) / n, size=resamples
+    )
     low, high = _percentiles(100 * (draws[:, 1] - draws[:, 0]) / n, level)
     differing = only_a + only_b
     exact = float(stats.binomtest(min(only_a, only_b), differing, 0.5).pvalue) if differing else 1.0
     chi2 = float(stats.chi2.sf(max(abs(only_a - only_b) - 1, 0) ** 2 / differing, 1)) if differing else 1.0
-    return Pair(Interval(100 * (only_b - only_a) / n, low, high, n), only_a, only_b, exact, chi2, 1 - differing / n)
+    return Pair(
+        Interval(100 * (only_b - only_a) / n, low, high, n), only_a, only_b, exact, chi2, 1 - differing / n
+    )
 
 
 @dataclass(frozen=True)
@@ -118,12 +126,23 @@ class Methods:
     @property
     def settled(self) -> bool:
         """Whether both intervals leave zero out."""
-        return self.difference.n > 1 and 0 not in self.difference and (self.bootstrap is None or 0 not in self.bootstrap)
+        return (
+            self.difference.n > 1
+            and 0 not in self.difference
+            and (self.bootstrap is None or 0 not in self.bootstrap)
+        )
 
 
-def compare_methods(a: Sequence[float], b: Sequence[float], same_seeds: bool, images_a: np.ndarray | None = None,
-                    images_b: np.ndarray | None = None, points: float = 0.2, level: float = LEVEL,
-                    resamples: int = 2000) -> Methods:
+def compare_methods(
+    a: Sequence[float],
+    b: Sequence[float],
+    same_seeds: bool,
+    images_a: np.ndarray | None = None,
+    images_b: np.ndarray | None = None,
+    points: float = 0.2,
+    level: float = LEVEL,
+    resamples: int = 2000,
+) -> Methods:
     """a, b: top-1 in percent, one value a seed; same_seeds: a[i] and b[i] have the same seed.
 
     images_a, images_b: bool (seeds, N), whether each image was right. Raises ValueError without values.
@@ -142,15 +161,26 @@ def compare_methods(a: Sequence[float], b: Sequence[float], same_seeds: bool, im
     else:
         difference, se, freedom = _welch(a, b, level)
     n = min(a.size, b.size)
-    p = float(2 * stats.t.sf(abs(difference.mean) / se, freedom)) if se > 0 else float(difference.mean == 0 or n < 2)
+    p = (
+        float(2 * stats.t.sf(abs(difference.mean) / se, freedom))
+        if se > 0
+        else float(difference.mean == 0 or n < 2)
+    )
     sd = se * math.sqrt(n) if n > 1 else math.nan
     if not sd > 0:
         sd = PUBLISHED_SD * math.sqrt(2)
     bootstrap = None
     if images_a is not None and images_b is not None and n > 1:
         bootstrap = resample(images_a, images_b, paired, level, resamples)
-    return Methods(difference, p, paired, gain, detectable(n, sd, paired, level), (points, seeds_needed(points, sd, paired, level)),
-                   bootstrap)
+    return Methods(
+        difference,
+        p,
+        paired,
+        gain,
+        detectable(n, sd, paired, level),
+        (points, seeds_needed(points, sd, paired, level)),
+        bootstrap,
+    )
 
 
 def _welch(a: np.ndarray, b: np.ndarray, level: float) -> tuple[Interval, float, float]:
@@ -160,12 +190,18 @@ def _welch(a: np.ndarray, b: np.ndarray, level: float) -> tuple[Interval, float,
         return Interval(mean, math.nan, math.nan, n), math.nan, math.nan
     parts = np.array([a.var(ddof=1) / a.size, b.var(ddof=1) / b.size])
     se = math.sqrt(parts.sum())
-    freedom = float(parts.sum() ** 2 / (parts**2 / [a.size - 1, b.size - 1]).sum()) if se > 0 else a.size + b.size - 2
+    freedom = (
+        float(parts.sum() ** 2 / (parts**2 / [a.size - 1, b.size - 1]).sum())
+        if se > 0
+        else a.size + b.size - 2
+    )
     half = float(stats.t.ppf((1 + level) / 2, freedom)) * se
     return Interval(mean, mean - half, mean + half, n), se, freedom
 
 
-def resample(a: np.ndarray, b: np.ndarray, paired: bool, level: float = LEVEL, resamples: int = 2000, seed: int = 0) -> Interval:
+def resample(
+    a: np.ndarray, b: np.ndarray, paired: bool, level: float = LEVEL, resamples: int = 2000, seed: int = 0
+) -> Interval:
     """Bootstrap interval of the difference: seeds are drawn first (together when paired), then images, the same for all.
 
     a, b: bool (seeds, N). Images with equal results in all runs are exchangeable, so their counts are what is drawn.
@@ -177,7 +213,7 @@ def resample(a: np.ndarray, b: np.ndarray, paired: bool, level: float = LEVEL, r
         raise ValueError("paired methods need the same seeds")
     images, rng = a.shape[1], np.random.default_rng(seed)
     patterns, counts = np.unique(np.concatenate([a, b]).T, axis=0, return_counts=True)
-    right_a, right_b = patterns[:, : len(a)].astype(float), patterns[:, len(a):].astype(float)
+    right_a, right_b = patterns[:, : len(a)].astype(float), patterns[:, len(a) :].astype(float)
     found = np.empty(resamples)
     for i in range(resamples):
         share = rng.multinomial(images, counts / images) / images
@@ -206,17 +242,23 @@ def detectable(seeds: int, sd: float, paired: bool, level: float = LEVEL, wanted
     if seeds < 2:
         return math.inf
     unit = sd / math.sqrt(seeds)
-    return float(optimize.brentq(lambda d: power(d, seeds, sd, paired, level) - wanted, 0.5 * unit, 100 * unit))
+    return float(
+        optimize.brentq(lambda d: power(d, seeds, sd, paired, level) - wanted, 0.5 * unit, 100 * unit)
+    )
 
 
-def seeds_needed(difference: float, sd: float, paired: bool, level: float = LEVEL, wanted: float = POWER) -> int | None:
+def seeds_needed(
+    difference: float, sd: float, paired: bool, level: float = LEVEL, wanted: float = POWER
+) -> int | None:
     """Seeds of each method that find ``difference`` with probability ``wanted``; None for more than 10,000."""
     low, high = 2, 10_000
     if power(difference, high, sd, paired, level) < wanted:
         return None
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if power(difference, middle, sd, paired, level) >= wanted else (middle + 1, high)
+        low, high = (
+            (low, middle) if power(difference, middle, sd, paired, level) >= wanted else (middle + 1, high)
+        )
     return low
 
 
@@ -249,8 +291,10 @@ def words(found: Methods, a: str, b: str, p: float | None = None, level: float =
     if settled:
         return f"{head}: {b} is {'better' if value.mean > 0 else 'worse'}{corrected}"
     points, seeds = found.seeds_for
-    return (f"{head}: inside the noise{corrected}; {n} seeds find differences from {found.detectable:.2f} points on, "
-            f"{points:g} points would need {f'{seeds} seeds' if seeds else 'more than 10,000 seeds'}")
+    return (
+        f"{head}: inside the noise{corrected}; {n} seeds find differences from {found.detectable:.2f} points on, "
+        f"{points:g} points would need {f'{seeds} seeds' if seeds else 'more than 10,000 seeds'}"
+    )
 
 
 def _flags(x: np.ndarray) -> np.ndarray:

@@ -62,7 +62,9 @@ def reencode(encoded: bytes, name: str, short_side: int, quality: int) -> bytes:
                 return encoded
             image = image.convert("RGB")
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} is not a readable image ({error}): replace it in the source, or remove it there") from error
+        raise ValueError(
+            f"{name} is not a readable image ({error}): replace it in the source, or remove it there"
+        ) from error
     if ratio < 1:
         size = [max(short_side, round(side * ratio)) for side in image.size]
         image = image.resize(size, Image.Resampling.BICUBIC)
@@ -85,8 +87,13 @@ def run(job: Job) -> int:
     target = Path(job.target)
     if job.labels is not None:
         if not target.exists():
-            shards.write_shard(target, ((key(item), prepared(item, job), label)
-                                        for item, label in zip(job.items, job.labels, strict=True)))
+            shards.write_shard(
+                target,
+                (
+                    (key(item), prepared(item, job), label)
+                    for item, label in zip(job.items, job.labels, strict=True)
+                ),
+            )
         return len(job.items)
     for item in job.items:
         path = target / item.class_name / item.name
@@ -108,10 +115,19 @@ def plan(items: dict[str, list[Item]], args: argparse.Namespace) -> Iterator[tup
         if args.format == "shards":  # mixed, for readers that go through a shard in sequence
             found = [found[i] for i in torch.randperm(len(found), generator=stream(0, "shards")).tolist()]
         for number, start in enumerate(range(0, len(found), CHUNK)):
-            part = found[start:start + CHUNK]
+            part = found[start : start + CHUNK]
             if args.format == "shards":
                 labels = [numbers[item.class_name] for item in part]
-                yield split, Job(str(args.to / f"{split}-{number:06d}.tar"), part, labels, args.short_side, args.quality)
+                yield (
+                    split,
+                    Job(
+                        str(args.to / f"{split}-{number:06d}.tar"),
+                        part,
+                        labels,
+                        args.short_side,
+                        args.quality,
+                    ),
+                )
             else:
                 yield split, Job(str(args.to / split), part, None, args.short_side, args.quality)
 
@@ -124,10 +140,14 @@ def check_source(items: dict[str, list[Item]], args: argparse.Namespace) -> None
         raise ValueError(f"{len(odd)} classes are in only one of train and val, such as {odd[0]}")
     for split, found in items.items():
         if not args.any and (len(found) != COUNTS[split] or len(classes[split]) != CLASSES):
-            raise ValueError(f"{split} has {len(found)} images of {len(classes[split])} classes; ImageNet has {COUNTS[split]} of "
-                             f"{CLASSES}: complete the source, or give --any for another set")
+            raise ValueError(
+                f"{split} has {len(found)} images of {len(classes[split])} classes; ImageNet has {COUNTS[split]} of "
+                f"{CLASSES}: complete the source, or give --any for another set"
+            )
         if args.format == "shards" and len({key(item) for item in found}) != len(found):
-            raise ValueError(f"{split} holds two images of one name: shards need a name an image; use --format folder")
+            raise ValueError(
+                f"{split} holds two images of one name: shards need a name an image; use --format folder"
+            )
 
 
 def check_md5(source: Path) -> None:
@@ -135,7 +155,11 @@ def check_md5(source: Path) -> None:
         if (source / name).is_file():
             print(f"checking {name} ...", flush=True)
             with open(source / name, "rb") as file:
-                found = hashlib.file_digest(file, "md5").hexdigest() if sys.version_info >= (3, 11) else _md5(file)
+                found = (
+                    hashlib.file_digest(file, "md5").hexdigest()
+                    if sys.version_info >= (3, 11)
+                    else _md5(file)
+                )
             if found != expected:
                 raise ValueError(f"{source / name} has MD5 {found}, not {expected}: download it again")
 
@@ -149,9 +173,15 @@ def _md5(file) -> str:
 
 def check_same_plan(args: argparse.Namespace, items: dict[str, list[Item]]) -> None:
     """What is there must come from the same images and options, or a shard would mix two preparations."""
-    listing = json.dumps({split: [(item.class_name, item.name, item.size) for item in found] for split, found in items.items()})
-    now = {"format": args.format, "short_side": args.short_side, "quality": args.quality,
-           "images": hashlib.blake2b(listing.encode(), digest_size=16).hexdigest()}
+    listing = json.dumps(
+        {split: [(item.class_name, item.name, item.size) for item in found] for split, found in items.items()}
+    )
+    now = {
+        "format": args.format,
+        "short_side": args.short_side,
+        "quality": args.quality,
+        "images": hashlib.blake2b(listing.encode(), digest_size=16).hexdigest(),
+    }
     path = args.to / "prepared.json"
     if path.exists():
         before = json.loads(path.read_text())
@@ -166,11 +196,17 @@ def check_same_plan(args: argparse.Namespace, items: dict[str, list[Item]]) -> N
 
 def check_space(args: argparse.Namespace, items: dict[str, list[Item]]) -> None:
     # an image of short side 256 at quality 90 takes about 40 kB; without re-encoding nothing shrinks
-    wanted = sum(min(item.size, args.short_side**2 if args.short_side else item.size) for found in items.values() for item in found)
+    wanted = sum(
+        min(item.size, args.short_side**2 if args.short_side else item.size)
+        for found in items.values()
+        for item in found
+    )
     there = sum(file.stat().st_size for file in args.to.rglob("*") if file.is_file())
     free = shutil.disk_usage(args.to).free
     if wanted - there > free:
-        raise ValueError(f"{args.to} has {free / 1e9:.1f} GB free and about {(wanted - there) / 1e9:.1f} GB are needed")
+        raise ValueError(
+            f"{args.to} has {free / 1e9:.1f} GB free and about {(wanted - there) / 1e9:.1f} GB are needed"
+        )
 
 
 def work(jobs: list[tuple[str, Job]], workers: int) -> dict[str, int]:
@@ -178,10 +214,21 @@ def work(jobs: list[tuple[str, Job]], workers: int) -> dict[str, int]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     done = dict.fromkeys((split for split, _ in jobs), 0)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as bar:
-        tasks = {split: bar.add_task(split, total=sum(len(job.items) for name, job in jobs if name == split)) for split in done}
-        for split, count in in_processes(jobs, workers) if workers > 1 else ((split, run(job)) for split, job in jobs):
+        tasks = {
+            split: bar.add_task(split, total=sum(len(job.items) for name, job in jobs if name == split))
+            for split in done
+        }
+        for split, count in (
+            in_processes(jobs, workers) if workers > 1 else ((split, run(job)) for split, job in jobs)
+        ):
             done[split] += count
             bar.advance(tasks[split], count)
     return done
@@ -206,14 +253,16 @@ def in_processes(jobs: list[tuple[str, Job]], workers: int) -> Iterator[tuple[st
 def check_sample(jobs: list[tuple[str, Job]], count: int) -> int:
     """Prepare about `count` images spread over all jobs again and compare them, byte for byte, with what was written."""
     checked = 0
-    for _, job in jobs[::max(1, len(jobs) // count)]:
+    for _, job in jobs[:: max(1, len(jobs) // count)]:
         every = max(1, len(job.items) * len(jobs) // count)
         written = _members(Path(job.target)) if job.labels is not None else None
         for item in job.items[::every]:
             path = Path(job.target) / item.class_name / item.name
             content = written[key(item)] if written is not None else path.read_bytes()
             if content != prepared(item, job):
-                raise ValueError(f"{job.target}: {item.name} is not what its source gives: delete it and repeat the command")
+                raise ValueError(
+                    f"{job.target}: {item.name} is not what its source gives: delete it and repeat the command"
+                )
             checked += 1
     return checked
 
@@ -222,21 +271,33 @@ def _members(shard: Path) -> dict[str, bytes]:
     import tarfile
 
     with tarfile.open(shard) as tar:
-        return {Path(member.name).stem: tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")}
+        return {
+            Path(member.name).stem: tar.extractfile(member).read()
+            for member in tar
+            if member.name.endswith(".jpg")
+        }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", type=Path, help="folder with the official tar files, or with train and val")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="folder with the official tar files, or with train and val"
+    )
     parser.add_argument("--to", type=Path, help="folder to write")
     parser.add_argument("--index", type=Path, help="only write the indices of the shards in this folder")
     parser.add_argument("--format", choices=("folder", "shards"), default="folder")
-    parser.add_argument("--short-side", type=int, default=0, help="re-encode images to this short side; 0 keeps their bytes")
+    parser.add_argument(
+        "--short-side", type=int, default=0, help="re-encode images to this short side; 0 keeps their bytes"
+    )
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality of re-encoded images")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--any", action="store_true", help="accept other counts than ImageNet's")
     parser.add_argument("--md5", action="store_true", help="check the official files first (reads 150 GB)")
-    parser.add_argument("--check", type=int, default=200, help="images to compare with their source at the end")
+    parser.add_argument(
+        "--check", type=int, default=200, help="images to compare with their source at the end"
+    )
     args = parser.parse_args(argv)
     if args.index is None and (args.source is None or args.to is None):
         parser.error("give --from and --to, or --index")
@@ -269,7 +330,10 @@ def prepare(args: argparse.Namespace) -> None:
         if (args.source / name).is_file():
             shutil.copyfile(args.source / name, args.to / name)
     checked = check_sample(jobs, args.check)
-    print(", ".join(f"{split}: {count} images" for split, count in done.items()) + f"; {checked} compared with their source")
+    print(
+        ", ".join(f"{split}: {count} images" for split, count in done.items())
+        + f"; {checked} compared with their source"
+    )
     choice = "imagenet_shards" if args.format == "shards" else "imagefolder" if args.any else "imagenet"
     print(f"python train.py data={choice} data.root={args.to.resolve()}")
 
@@ -279,7 +343,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.index is not None:
             for split in ("train", "val"):
-                print(f"{split}: {shards.write_index(args.index, split, shards.classes_of(args.index, split))} images")
+                print(
+                    f"{split}: {shards.write_index(args.index, split, shards.classes_of(args.index, split))} images"
+                )
         else:
             prepare(args)
     except ValueError as error:

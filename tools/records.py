@@ -39,8 +39,10 @@ class Stamp:
     dtype: str
 
     def __str__(self) -> str:
-        return (f"{self.images:,} images of {self.data} ({self.classes} classes), {self.image_size} px of {self.resize} "
-                f"({self.interpolation}, {self.decoder}), {self.epoch} epoch, {self.weights}, {self.statistics}, {self.dtype}")
+        return (
+            f"{self.images:,} images of {self.data} ({self.classes} classes), {self.image_size} px of {self.resize} "
+            f"({self.interpolation}, {self.decoder}), {self.epoch} epoch, {self.weights}, {self.statistics}, {self.dtype}"
+        )
 
 
 def stamp_of(config: dict, card: dict, images: int, epoch: str, weights: str, processes: int = 1) -> Stamp:
@@ -78,9 +80,14 @@ def one_stamp(stamps: Iterable[Stamp]) -> Stamp:
     if not distinct:
         raise ValueError("there are no results")
     for other in distinct[1:]:
-        unlike = [f"{f.name}: {getattr(distinct[0], f.name)} and {getattr(other, f.name)}" for f in fields(Stamp)
-                  if getattr(distinct[0], f.name) != getattr(other, f.name)]
-        raise ValueError(f"these results were taken under unlike protocols ({'; '.join(unlike)}) and cannot be put together")
+        unlike = [
+            f"{f.name}: {getattr(distinct[0], f.name)} and {getattr(other, f.name)}"
+            for f in fields(Stamp)
+            if getattr(distinct[0], f.name) != getattr(other, f.name)
+        ]
+        raise ValueError(
+            f"these results were taken under unlike protocols ({'; '.join(unlike)}) and cannot be put together"
+        )
     return distinct[0]
 
 
@@ -114,8 +121,10 @@ def open_images(folder: Path) -> Images:
         raise ValueError(f"{folder} has no {PREDICTIONS}: only finished runs can be compared image by image")
     with np.load(path) as kept:
         if "data" not in kept or "label" not in kept:
-            raise ValueError(f"{path} does not say which images it is of: an older version wrote it, train "
-                             "again (resume=never)")
+            raise ValueError(
+                f"{path} does not say which images it is of: an older version wrote it, train "
+                "again (resume=never)"
+            )
         order = np.argsort(kept["index"], kind="stable")
         columns = (kept[name][order] for name in ("index", "label", "predicted", "top1", "confidence"))
         return Images(str(kept["data"]), *columns)
@@ -218,8 +227,13 @@ def likeness(config: dict) -> str:
     belongs to the stamp (seed aside, hardware.dtype).
     """
     flat = flatten(config)
-    kept = {key: value for key, value in flat.items() if key != "seed" and not key.startswith("hardware.")
-            and not any(key == word or key.startswith(word + ".") for word in EXCLUDED if word != "weights")}
+    kept = {
+        key: value
+        for key, value in flat.items()
+        if key != "seed"
+        and not key.startswith("hardware.")
+        and not any(key == word or key.startswith(word + ".") for word in EXCLUDED if word != "weights")
+    }
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=5).hexdigest()
 
 
@@ -228,6 +242,8 @@ def images_of(runs: list[Run]) -> np.ndarray:
     first = runs[0].images
     for run in runs[1:]:
         if differs := first.difference(run.images):
-            raise ValueError(f"{runs[0].folder} and {run.folder} were not evaluated on the same images "
-                             f"({differs}), so they cannot be compared image by image: use one data set")
+            raise ValueError(
+                f"{runs[0].folder} and {run.folder} were not evaluated on the same images "
+                f"({differs}), so they cannot be compared image by image: use one data set"
+            )
     return np.stack([run.images.right for run in runs])

@@ -22,15 +22,19 @@ Point = tuple[float, float]
 def html(tally: Tally) -> str:
     """The page."""
     groups = list(dict.fromkeys(e.line.group for e in tally.entries))
-    return page({
-        "title": escape(f"{tally.grid.name}: {tally.grid.title}"),
-        "head": "".join(f'<p class="soft">{escape(line)}</p>' for line in (f"{HEADER}.", *tally.notes[:2])),
-        "groups": "".join(f"<option>{escape(group)}</option>" for group in groups),
-        "heading": "Table",
-        "hint": "such as an or not run",
-        "table": _table(tally),
-        "body": _curves(tally) + _comparisons(tally) + _notes(tally) + _missing(tally),
-    })
+    return page(
+        {
+            "title": escape(f"{tally.grid.name}: {tally.grid.title}"),
+            "head": "".join(
+                f'<p class="soft">{escape(line)}</p>' for line in (f"{HEADER}.", *tally.notes[:2])
+            ),
+            "groups": "".join(f"<option>{escape(group)}</option>" for group in groups),
+            "heading": "Table",
+            "hint": "such as an or not run",
+            "table": _table(tally),
+            "body": _curves(tally) + _comparisons(tally) + _notes(tally) + _missing(tally),
+        }
+    )
 
 
 def page(parts: dict[str, str]) -> str:
@@ -45,11 +49,18 @@ def _table(tally: Tally) -> str:
     names = columns(tally)
     several = len({e.line.group for e in tally.entries}) > 1
     heads = [*names, *(["group"] if several else [])]
-    cells = "".join(f'<th scope="col"{_words(name)}><button type="button">{escape(name)}</button></th>' for name in heads)
+    cells = "".join(
+        f'<th scope="col"{_words(name)}><button type="button">{escape(name)}</button></th>' for name in heads
+    )
     rows = []
     for entry in tally.entries:
-        shown = {name: cell(entry) for name, cell in names.items()} | ({"group": entry.line.group} if several else {})
-        tds = "".join(f"<td{_words(name, entry)}{_sorted_by(name, text)}>{escape(text)}</td>" for name, text in shown.items())
+        shown = {name: cell(entry) for name, cell in names.items()} | (
+            {"group": entry.line.group} if several else {}
+        )
+        tds = "".join(
+            f"<td{_words(name, entry)}{_sorted_by(name, text)}>{escape(text)}</td>"
+            for name, text in shown.items()
+        )
         rows.append(f'<tr data-group="{escape(entry.line.group)}">{tds}</tr>')
     return f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody>"
 
@@ -76,7 +87,10 @@ def _curves(tally: Tally) -> str:
         return ""
     several = len({e.line.group for e in entries}) > 1
     names = [f"{e.line.label} ({e.line.group})" if several else e.line.label for e in entries]
-    errors = [[[(v["epoch"], 100 - v["top1"]) for v in run.evaluations()] for run in e.runs.values()] for e in entries]
+    errors = [
+        [[(v["epoch"], 100 - v["top1"]) for v in run.evaluations()] for run in e.runs.values()]
+        for e in entries
+    ]
     losses = [[_by_epoch(run.events) for run in e.runs.values()] for e in entries]
     charts = {"top-1 error on the evaluation images, percent": errors, "training loss": losses}
     return curves(names, charts, "; thick: mean over seeds")
@@ -84,8 +98,10 @@ def _curves(tally: Tally) -> str:
 
 def curves(names: list[str], charts: dict[str, list[list[list[Point]]]], note: str = "") -> str:
     """A chart a title, with a legend that switches lines. charts: for each name its curves, (epoch, value) each."""
-    legend = "".join(f'<label class="k{i % COLOURS}"><input type="checkbox" checked value="{i}"><span>{escape(name)}</span></label>'
-                     for i, name in enumerate(names))
+    legend = "".join(
+        f'<label class="k{i % COLOURS}"><input type="checkbox" checked value="{i}"><span>{escape(name)}</span></label>'
+        for i, name in enumerate(names)
+    )
     drawn = "".join(_chart(title, names, series, note) for title, series in charts.items())
     return f'<h2>Curves</h2><div class="legend">{legend}</div><div class="charts">{drawn}</div>'
 
@@ -103,7 +119,10 @@ def _chart(title: str, names: list[str], series: list[list[list[Point]]], note: 
     points = [p for runs in series for run in runs for p in run]
     if not points:
         return ""
-    x_ticks, y_ticks = ticks(min(p[0] for p in points), max(p[0] for p in points), whole=True), ticks(*_range(p[1] for p in points))
+    x_ticks, y_ticks = (
+        ticks(min(p[0] for p in points), max(p[0] for p in points), whole=True),
+        ticks(*_range(p[1] for p in points)),
+    )
 
     def at(p: Point) -> str:
         return f"{_scale(p[0], x_ticks, LEFT, WIDTH - RIGHT):.1f},{_scale(p[1], y_ticks, HEIGHT - BOTTOM, TOP):.1f}"
@@ -111,21 +130,34 @@ def _chart(title: str, names: list[str], series: list[list[list[Point]]], note: 
     parts = []
     for tick in y_ticks:
         y = _scale(tick, y_ticks, HEIGHT - BOTTOM, TOP)
-        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(
+            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
     for tick in x_ticks:
-        parts.append(f'<text x="{_scale(tick, x_ticks, LEFT, WIDTH - RIGHT):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
+        parts.append(
+            f'<text x="{_scale(tick, x_ticks, LEFT, WIDTH - RIGHT):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>'
+        )
     parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">epoch</text>')
     for i, (name, runs) in enumerate(zip(names, series, strict=True)):
         dash = f' stroke-dasharray="{DASHES[i // COLOURS % len(DASHES)]}"' if i >= COLOURS else ""
-        lines = [f'<polyline class="seed" points="{" ".join(map(at, run))}"/>' for run in runs] if len(runs) > 1 else []
+        lines = (
+            [f'<polyline class="seed" points="{" ".join(map(at, run))}"/>' for run in runs]
+            if len(runs) > 1
+            else []
+        )
         mean = mean_curve(runs)
         lines.append(f'<polyline class="curve"{dash} points="{" ".join(map(at, mean))}"/>')
-        lines += [f'<circle class="dot" cx="{at(p).split(",")[0]}" cy="{at(p).split(",")[1]}" r="2.5">'
-                  f"<title>{escape(name)}, epoch {p[0]:g}: {p[1]:.2f}</title></circle>" for p in mean]
+        lines += [
+            f'<circle class="dot" cx="{at(p).split(",")[0]}" cy="{at(p).split(",")[1]}" r="2.5">'
+            f"<title>{escape(name)}, epoch {p[0]:g}: {p[1]:.2f}</title></circle>"
+            for p in mean
+        ]
         parts.append(f'<g class="k{i % COLOURS}" data-line="{i}">{"".join(lines)}</g>')
-    return (f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by epoch">{"".join(parts)}</svg>'
-            f"<figcaption>{escape(title)}{escape(note)}</figcaption></figure>")
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by epoch">{"".join(parts)}</svg>'
+        f"<figcaption>{escape(title)}{escape(note)}</figcaption></figure>"
+    )
 
 
 def mean_curve(runs: list[list[Point]]) -> list[Point]:
@@ -161,8 +193,10 @@ def _comparisons(tally: Tally) -> str:
     if not tally.comparisons:
         return ""
     told = "".join(f"<li>{escape(comparison(c))}</li>" for c in tally.comparisons)
-    return (f'<h2>Comparisons</h2><p class="soft">Points of top-1 accuracy against the baseline; lines are 95 % intervals over seeds, '
-            f"p values are corrected by Holm's method.</p>{_forest(tally.comparisons)}<ul>{told}</ul>")
+    return (
+        f'<h2>Comparisons</h2><p class="soft">Points of top-1 accuracy against the baseline; lines are 95 % intervals over seeds, '
+        f"p values are corrected by Holm's method.</p>{_forest(tally.comparisons)}<ul>{told}</ul>"
+    )
 
 
 def _forest(comparisons: tuple[Comparison, ...]) -> str:
@@ -174,13 +208,17 @@ def _forest(comparisons: tuple[Comparison, ...]) -> str:
     height, parts = 30 * len(known) + 30, []
     for tick in marks:
         x = _scale(tick, marks, 20, WIDTH - 20)
-        parts.append(f'<line class="axis{" zero" if tick == 0 else ""}" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 22}"/>'
-                     f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{_signed(tick)}</text>')
+        parts.append(
+            f'<line class="axis{" zero" if tick == 0 else ""}" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 22}"/>'
+            f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{_signed(tick)}</text>'
+        )
     for i, c in enumerate(known):
         y, d = 30 * i + 22, c.found.difference
         low, mean, high = (_scale(v, marks, 20, WIDTH - 20) for v in (d.low, d.mean, d.high))
-        parts.append(f'<g class="k0"><text class="name" x="20" y="{y - 8}">{escape(c.entry.line.label)} - {escape(c.base.line.label)}</text>'
-                     f'<line class="curve" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/><circle class="dot" cx="{mean:.1f}" cy="{y}" r="4"/></g>')
+        parts.append(
+            f'<g class="k0"><text class="name" x="20" y="{y - 8}">{escape(c.entry.line.label)} - {escape(c.base.line.label)}</text>'
+            f'<line class="curve" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/><circle class="dot" cx="{mean:.1f}" cy="{y}" r="4"/></g>'
+        )
     return f'<figure style="max-width:40rem"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="differences with intervals">{"".join(parts)}</svg></figure>'
 
 
@@ -195,5 +233,8 @@ def _notes(tally: Tally) -> str:
 
 def _missing(tally: Tally) -> str:
     commands = missing(tally)
-    return (f"<h2>Missing</h2><details><summary>{len(commands)} cells</summary><pre>{escape(chr(10).join(commands))}</pre></details>"
-            if commands else "")
+    return (
+        f"<h2>Missing</h2><details><summary>{len(commands)} cells</summary><pre>{escape(chr(10).join(commands))}</pre></details>"
+        if commands
+        else ""
+    )

@@ -50,17 +50,35 @@ def parser() -> argparse.ArgumentParser:
     add("table", help="table2, a grid of configs/grid, or a yaml file")
     add("arguments", nargs="*", metavar="key=value", help="arguments of train.py for every cell")
     add("--run", action="store_true", help="run what is missing")
-    add("--submit", choices=("slurm",), help="with --run: as jobs of a cluster; slurm.OPTION=VALUE as train.py takes them")
+    add(
+        "--submit",
+        choices=("slurm",),
+        help="with --run: as jobs of a cluster; slurm.OPTION=VALUE as train.py takes them",
+    )
     add("--retry", action="store_true", help="with --run: also what failed")
     add("--dry", action="store_true", help="say what --run would run, and what it costs")
     add("--seeds", type=int, metavar="N", help="seeds 0 to N-1 of each row (default 3, or the grid's)")
-    add("--only", metavar="WORDS", help="rows whose label, group or arguments hold one of the comma-separated words")
-    add("--faithful", default="paper", choices=FAITHFUL, help="networks and recipe where paper and code differ")
+    add(
+        "--only",
+        metavar="WORDS",
+        help="rows whose label, group or arguments hold one of the comma-separated words",
+    )
+    add(
+        "--faithful",
+        default="paper",
+        choices=FAITHFUL,
+        help="networks and recipe where paper and code differ",
+    )
     add("--scale", metavar="NAME", help="a smaller protocol of configs/scale, such as proxy")
     add("--weights", type=Path, metavar="DIR", help="show the accuracy of the published files in DIR")
     add("--average", action="store_true", help="accuracy of the averages of weights (runs with ema.decay)")
     add("--epoch", default="last", choices=EPOCHS, help="whose accuracy is shown")
-    add("--stamp", type=int, metavar="K", help="show the K-th evaluation protocol (default: the one with most runs)")
+    add(
+        "--stamp",
+        type=int,
+        metavar="K",
+        help="show the K-th evaluation protocol (default: the one with most runs)",
+    )
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where the runs are (default: runs)")
     add("--format", default="terminal", choices=FORMATS)
     add("--html", type=Path, metavar="FILE", help="also write a page that opens from disk")
@@ -99,8 +117,12 @@ def main(argv: list[str]) -> int:
 
             cells = cells_of(grid, seeds, asked.runs, machine)
             done = run_cells(cells, asked.runs, asked.retry, queue if asked.submit else None)
-            print(f"cells: {done.finished} finished, {done.failed} failed, {done.elsewhere} with other workers"
-                  + (f", {done.submitted} submitted" if asked.submit else "") + "\n", flush=True)
+            print(
+                f"cells: {done.finished} finished, {done.failed} failed, {done.elsewhere} with other workers"
+                + (f", {done.submitted} submitted" if asked.submit else "")
+                + "\n",
+                flush=True,
+            )
             status = done.status
         runs = [*find_runs(asked.runs), *published]
         found = tally(grid, runs, seeds, asked.faithful, asked.epoch, asked.stamp, asked.average)
@@ -117,20 +139,31 @@ def plan(found: Tally) -> str:
     lines = []
     for entry in found.entries:
         one, origin = hours(entry, list(found.entries))
-        cost = f"{one:.1f} h ({origin})" if one is not None else "cost unknown (train.py ... dry=true measures it)"
-        lines += [f"{entry.line.label}, seed {seed}: {cost}\n  {entry.line.command(seed)}" for seed in entry.missing]
+        cost = (
+            f"{one:.1f} h ({origin})"
+            if one is not None
+            else "cost unknown (train.py ... dry=true measures it)"
+        )
+        lines += [
+            f"{entry.line.label}, seed {seed}: {cost}\n  {entry.line.command(seed)}" for seed in entry.missing
+        ]
     total, unknown, origins = total_hours(found)
     cells = sum(len(entry.missing) for entry in found.entries)
-    lines.append(f"{cells} cells, {total:,.0f} device-hours (hours times devices; {origins or 'nothing to estimate'})"
-                 + (f", and {unknown} cells of unknown cost" if unknown else ""))
+    lines.append(
+        f"{cells} cells, {total:,.0f} device-hours (hours times devices; {origins or 'nothing to estimate'})"
+        + (f", and {unknown} cells of unknown cost" if unknown else "")
+    )
     return "\n".join(lines) + "\n"
 
 
 def with_misfits(grid: Grid, matches: list[Match], faithful: str) -> Grid:
     """``grid`` with a note for each file that fills no row."""
     other = "code" if faithful == "paper" else "paper"
-    said = [f"{found} after the {faithful}; --faithful {other} has other networks"
-            for found in matches if found.line is None]
+    said = [
+        f"{found} after the {faithful}; --faithful {other} has other networks"
+        for found in matches
+        if found.line is None
+    ]
     return dataclasses.replace(grid, notes=(*said, *grid.notes))
 
 
@@ -140,9 +173,16 @@ def with_failures(found: Tally, runs_dir: Path) -> Tally:
     failed = Book(runs_dir).failures() if (runs_dir / ".grid").is_dir() else []
     for entry in found.entries:
         commands = {entry.line.command(seed): seed for seed in entry.missing}
-        said += [f"failed: {entry.line.label}, seed {commands[f['command']]}: {f['error']} ({f['log']}; --retry)"
-                 for f in failed if f["command"] in commands]
-        said += [f"cut off: {entry.line.label}, seed {run.seed}: {run.folder}" for run in entry.unfinished if run.seed in entry.missing]
+        said += [
+            f"failed: {entry.line.label}, seed {commands[f['command']]}: {f['error']} ({f['log']}; --retry)"
+            for f in failed
+            if f["command"] in commands
+        ]
+        said += [
+            f"cut off: {entry.line.label}, seed {run.seed}: {run.folder}"
+            for run in entry.unfinished
+            if run.seed in entry.missing
+        ]
     grid: Grid = dataclasses.replace(found.grid, notes=(*said, *found.grid.notes))
     return dataclasses.replace(found, grid=grid)
 

@@ -78,8 +78,10 @@ class Selection:
             return f"learning rate of {self.name}: not selected, {done} of {n} are finished"
         values = ", ".join(f"{e.line.rate}: {e.top1.mean:.2f}" for e in self.tried)
         end = n > 1 and self.best.line.rate in (f([e.line.rate for e in self.tried]) for f in (min, max))
-        return (f"learning rate of {self.name}: {self.best.line.rate} is the best of {n} tried, by the mean "
-                f"accuracy over seeds ({values})" + (", at the end of their range" if end else ""))
+        return (
+            f"learning rate of {self.name}: {self.best.line.rate} is the best of {n} tried, by the mean "
+            f"accuracy over seeds ({values})" + (", at the end of their range" if end else "")
+        )
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,26 @@ class Tally:
         of_runs = f"accuracy of the {self.epoch} epoch (--epoch)"
         said = ["accuracy of published weights (--weights)" if published else of_runs]
         said += [f"protocol of ours: {self.stamp}"] if self.stamp else ["nothing has been run yet"]
-        said += [f"not shown, another protocol: {n} run{'s' if n > 1 else ''} of {stamp} (--stamp)"
-                 for stamp, n in self.stamps.items() if stamp != self.stamp]
+        said += [
+            f"not shown, another protocol: {n} run{'s' if n > 1 else ''} of {stamp} (--stamp)"
+            for stamp, n in self.stamps.items()
+            if stamp != self.stamp
+        ]
         if self.selections:
             said += [str(selection) for selection in self.selections]
             said += ["each learning rate was selected on the images that accuracies are of: it flatters all"]
         return said + list(self.grid.notes)
 
 
-def tally(grid: Grid, runs: list[Run | Published], seeds: int, faithful: str = "paper", epoch: str = "last",
-          stamp: int | None = None, average: bool = False) -> Tally:
+def tally(
+    grid: Grid,
+    runs: list[Run | Published],
+    seeds: int,
+    faithful: str = "paper",
+    epoch: str = "last",
+    stamp: int | None = None,
+    average: bool = False,
+) -> Tally:
     """Fill ``grid``. stamp: which protocol to show, counted from 1 in the order of ``Tally.stamps`` (most
     runs first; default: the first of published weights where ``runs`` holds such, else the first). average:
     accuracy of the averages of weights.
@@ -118,8 +130,10 @@ def tally(grid: Grid, runs: list[Run | Published], seeds: int, faithful: str = "
     Raises ValueError for a number that no protocol has, and for unlike numbers of learning rates.
     """
     matching = {line: [run for run in runs if run.likeness == line.likeness] for line in grid.lines}
-    finished = {line: [run for run in found if run.final and (run.averages or not average)]
-                for line, found in matching.items()}
+    finished = {
+        line: [run for run in found if run.final and (run.averages or not average)]
+        for line, found in matching.items()
+    }
     distinct = {run.folder: run for found in finished.values() for run in found}
     stamps = dict(Counter(run.stamp(epoch, average) for run in distinct.values()).most_common())
     if stamp is not None and not 1 <= stamp <= len(stamps):
@@ -127,8 +141,10 @@ def tally(grid: Grid, runs: list[Run | Published], seeds: int, faithful: str = "
     published = next((k for k, found in enumerate(stamps, 1) if found.weights == PUBLISHED), 1)
     shown = list(stamps)[(stamp or published) - 1] if stamps else None
 
-    chosen = {line: {run.seed: run for run in found if run.stamp(epoch, average) == shown}
-              for line, found in finished.items()}
+    chosen = {
+        line: {run.seed: run for run in found if run.stamp(epoch, average) == shown}
+        for line, found in finished.items()
+    }
     samples = [[run.result(epoch, average)["top1"] for run in found.values()] for found in chosen.values()]
     entries = []
     for line in grid.lines:
@@ -140,9 +156,20 @@ def tally(grid: Grid, runs: list[Run | Published], seeds: int, faithful: str = "
         judged = verdict(top1, gap, samples, others)
         if gap is not None and shown.weights == PUBLISHED:
             judged = same_weights(gap)
-        entries.append(Entry(
-            line, size_of(line.overrides), found, tuple(s for s in range(seeds) if s not in found), top1, top5, gap,
-            judged, tuple(run for run in matching[line] if not run.final), others))
+        entries.append(
+            Entry(
+                line,
+                size_of(line.overrides),
+                found,
+                tuple(s for s in range(seeds) if s not in found),
+                top1,
+                top5,
+                gap,
+                judged,
+                tuple(run for run in matching[line] if not run.final),
+                others,
+            )
+        )
     selections = select_rates(entries)
     pairs = _pairs(entries, selections)
     compared = _compared(pairs, epoch, average)
@@ -164,10 +191,14 @@ def select_rates(entries: list[Entry]) -> tuple[Selection, ...]:
     counts = {name: len(tried) for name, tried in groups.items()}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} {n}" for name, n in counts.items())
-        raise ValueError(f"these rows have unlike numbers of learning rates ({said}): choose them by norm "
-                         "(--only), not by rate")
-    best = {name: max(tried, key=lambda e: e.top1.mean) if not any(e.missing for e in tried) else None
-            for name, tried in groups.items()}
+        raise ValueError(
+            f"these rows have unlike numbers of learning rates ({said}): choose them by norm "
+            "(--only), not by rate"
+        )
+    best = {
+        name: max(tried, key=lambda e: e.top1.mean) if not any(e.missing for e in tried) else None
+        for name, tried in groups.items()
+    }
     return tuple(Selection(name, tuple(tried), best[name]) for name, tried in groups.items())
 
 
@@ -179,8 +210,11 @@ def _pairs(entries: list[Entry], selections: tuple[Selection, ...]) -> list[tupl
     else:
         named = {(e.line.label, e.line.group): e for e in reversed(entries)}
         found = [(named.get((entry.line.versus, entry.line.group)), entry) for entry in entries]
-    return [(base, entry) for base, entry in found
-            if base is not None and base is not entry and base.runs and entry.runs]
+    return [
+        (base, entry)
+        for base, entry in found
+        if base is not None and base is not entry and base.runs and entry.runs
+    ]
 
 
 def verdict(top1: Interval | None, gap: float | None, samples: list[list[float]], elsewhere: int = 0) -> str:
@@ -209,7 +243,9 @@ def _compared(pairs: list[tuple[Entry, Entry]], epoch: str, average: bool) -> tu
         if epoch == "last" and not average and all((run.folder / PREDICTIONS).is_file() for run in (*a, *b)):
             images = dict(zip(("images_a", "images_b"), np.split(images_of([*a, *b]), [len(a)]), strict=True))
         values_a, values_b = ([run.result(epoch, average)["top1"] for run in runs] for runs in (a, b))
-        found.append((base, entry, compare_methods(values_a, values_b, paired or (len(a) == len(b) == 1), **images)))
+        found.append(
+            (base, entry, compare_methods(values_a, values_b, paired or (len(a) == len(b) == 1), **images))
+        )
     tested = [i for i, (_, _, methods) in enumerate(found) if methods.difference.n > 1]
     corrected = dict(zip(tested, holm([found[i][2].p for i in tested]), strict=True))
     return tuple(Comparison(*parts, corrected.get(i)) for i, parts in enumerate(found))

@@ -95,7 +95,9 @@ def build(dim: int, symmetry: int = 0, lateral: bool = True) -> Grammar:
     if dim < 1:
         raise ValueError(f"an AND-OR grammar needs dim >= 1, got {dim}")
     if symmetry not in (0, 1, 2):
-        raise ValueError(f"symmetry must be 0 (all splits), 1 (small left part) or 2 (large left part), got {symmetry}")
+        raise ValueError(
+            f"symmetry must be 0 (all splits), 1 (small left part) or 2 (large left part), got {symmetry}"
+        )
     nodes = _expand(dim, symmetry)
     _count_paths(nodes)
     if lateral:
@@ -122,7 +124,9 @@ def _expand(dim: int, symmetry: int) -> list[Node]:
     for node in nodes:  # grows while we walk
         a, b = node.start, node.end
         if node.kind == OR:
-            children = [node_id(T, a, b)] + [node_id(AND, a, b, left) for left in _splits(node.width, symmetry)]
+            children = [node_id(T, a, b)] + [
+                node_id(AND, a, b, left) for left in _splits(node.width, symmetry)
+            ]
         elif node.kind == AND:
             children = [node_id(OR, a, a + node.split - 1), node_id(OR, a + node.split, b)]
         else:

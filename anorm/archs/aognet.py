@@ -77,7 +77,14 @@ class Block(nn.Module):
     """One grammar over slices of the channels, then norm and ReLU: (N, inputs, H, W) -> (N, outputs, H, W)."""
 
     def __init__(
-        self, inputs: int, outputs: int, grammar: aog.Grammar, ratio: float, dropout: float, site, norm: MakeNorm
+        self,
+        inputs: int,
+        outputs: int,
+        grammar: aog.Grammar,
+        ratio: float,
+        dropout: float,
+        site,
+        norm: MakeNorm,
     ) -> None:
         super().__init__()
         self.grammar = grammar
@@ -99,7 +106,9 @@ class Block(nn.Module):
         for i in self.grammar.order:
             node = self.grammar.nodes[i]
             if node.kind == aog.T:
-                op = res = x.narrow(1, sum(self.slices[: node.start]), sum(self.slices[node.start : node.end + 1]))
+                op = res = x.narrow(
+                    1, sum(self.slices[: node.start]), sum(self.slices[node.start : node.end + 1])
+                )
             else:
                 op, res = self._gather(outputs, node)
             outputs[i] = self.nodes[str(i)](op, res)
@@ -135,8 +144,15 @@ class Stage(nn.Sequential):
     """A halving transition (1x1, norm, ReLU, 2x2 average) but for the first stage, then blocks of growing width."""
 
     def __init__(
-        self, inputs: int, widths: list[int], halve: bool, grammar: aog.Grammar, ratio: float, dropout: float,
-        site, norm: MakeNorm,
+        self,
+        inputs: int,
+        widths: list[int],
+        halve: bool,
+        grammar: aog.Grammar,
+        ratio: float,
+        dropout: float,
+        site,
+        norm: MakeNorm,
     ) -> None:
         super().__init__()
         if halve:
@@ -177,7 +193,9 @@ class AOGNet(nn.Module):
         super().__init__()
         stages = len(blocks)
         for name, value, count in (
-            ("widths", widths, stages + 1), ("dims", dims, stages), ("symmetry", symmetry, stages),
+            ("widths", widths, stages + 1),
+            ("dims", dims, stages),
+            ("symmetry", symmetry, stages),
             ("dropout", dropout, stages),
         ):
             if len(value) != count:

@@ -29,7 +29,9 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, shortcut: nn.Module | None, site, norm: MakeNorm) -> None:
+    def __init__(
+        self, inputs: int, width: int, stride: int, shortcut: nn.Module | None, site, norm: MakeNorm
+    ) -> None:
         super().__init__()
         self.conv1 = conv(inputs, width, 3, stride)
         self.bn1 = norm(site(width, role="spatial", block_norm=1, act="relu"))
@@ -51,7 +53,9 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, shortcut: nn.Module | None, site, norm: MakeNorm) -> None:
+    def __init__(
+        self, inputs: int, width: int, stride: int, shortcut: nn.Module | None, site, norm: MakeNorm
+    ) -> None:
         super().__init__()
         self.conv1 = conv(inputs, width, 1)
         self.bn1 = norm(site(width, role="reduce", block_norm=1, act="relu"))
@@ -145,14 +149,19 @@ class ResNet(nn.Module):
         self.bn1 = norm(site(64))
         self.maxpool = pool
 
-    def _make_block(self, block, inputs: int, width: int, stride: int, stage: int, norm: MakeNorm) -> nn.Module:
+    def _make_block(
+        self, block, inputs: int, width: int, stride: int, stage: int, norm: MakeNorm
+    ) -> nn.Module:
         site = partial(Site, stage=stage, stages=4)
         outputs = width * block.expansion
         shortcut = None
         if stride != 1 or inputs != outputs:
             pooled = self.avgpool_shortcut and stride != 1
             layers = [nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)] if pooled else []
-            layers += [conv(inputs, outputs, 1, 1 if pooled else stride), norm(site(outputs, role="shortcut"))]
+            layers += [
+                conv(inputs, outputs, 1, 1 if pooled else stride),
+                norm(site(outputs, role="shortcut")),
+            ]
             shortcut = nn.Sequential(*layers)
         return block(inputs, width, stride, shortcut, site, norm)
 

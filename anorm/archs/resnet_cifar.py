@@ -81,7 +81,9 @@ class CifarResNet(nn.Module):
     def _shortcut(self, inputs: int, outputs: int, site, norm: MakeNorm) -> nn.Module:
         if self.option == "A":
             return PadShortcut(inputs, outputs)
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), norm(site(outputs, role="shortcut")))
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, 2, bias=False), norm(site(outputs, role="shortcut"))
+        )
 
     def forward_stages(self, x: Tensor) -> dict[str, Tensor]:
         """Feature maps {"layer1": stride 1, "layer2": stride 2, "layer3": stride 4}."""

@@ -43,7 +43,9 @@ class VGG(nn.Module):
                 last = i == depth - 1
                 block.append(nn.Conv2d(inputs, width, 3, padding=1, bias=False))
                 block.append(
-                    norm(Site(width, stage, 5, "spatial", block_norm=i + 1, focus=last, last=last, act="relu"))
+                    norm(
+                        Site(width, stage, 5, "spatial", block_norm=i + 1, focus=last, last=last, act="relu")
+                    )
                 )
                 inputs = width
             self.add_module(f"stage{stage + 1}", block)

@@ -13,9 +13,16 @@ from typing import NamedTuple
 
 from anorm.data.index import index_folder
 
-TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
-MD5 = {TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e", VAL_TAR: "29b22e2961454d5413ddabcf34fc5622",
-       DEVKIT: "fa75699e90414af021442c21a62c3abf"}  # as torchvision's ImageNet data set lists them
+TRAIN_TAR, VAL_TAR, DEVKIT = (
+    "ILSVRC2012_img_train.tar",
+    "ILSVRC2012_img_val.tar",
+    "ILSVRC2012_devkit_t12.tar.gz",
+)
+MD5 = {
+    TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e",
+    VAL_TAR: "29b22e2961454d5413ddabcf34fc5622",
+    DEVKIT: "fa75699e90414af021442c21a62c3abf",
+}  # as torchvision's ImageNet data set lists them
 
 
 class Item(NamedTuple):
@@ -42,14 +49,18 @@ def find(source: Path) -> dict[str, list[Item]]:
         return {"train": train_items(source / TRAIN_TAR), "val": val_items(source)}
     if (source / "train").is_dir():
         return {split: folder_items(source / split) for split in ("train", "val")}
-    raise ValueError(f"{source} holds neither {TRAIN_TAR} nor a train folder: give the folder with the official tar files "
-                     "(image-net.org, ILSVRC2012), or one with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    raise ValueError(
+        f"{source} holds neither {TRAIN_TAR} nor a train folder: give the folder with the official tar files "
+        "(image-net.org, ILSVRC2012), or one with train/CLASS/IMAGE and val/CLASS/IMAGE"
+    )
 
 
 def folder_items(folder: Path) -> list[Item]:
     index = index_folder(folder, cache=False)
-    return [Item(index.classes[index.labels[i]], Path(index.path(i)).name, index.path(i), 0, int(index.sizes[i]))
-            for i in range(len(index))]
+    return [
+        Item(index.classes[index.labels[i]], Path(index.path(i)).name, index.path(i), 0, int(index.sizes[i]))
+        for i in range(len(index))
+    ]
 
 
 def train_items(path: Path) -> list[Item]:
@@ -58,11 +69,22 @@ def train_items(path: Path) -> list[Item]:
     with _open(path) as outer:
         for inner in outer:
             if not inner.name.endswith(".tar"):
-                raise ValueError(f"{path} holds {inner.name}, not one tar a class: is it the official {TRAIN_TAR}?")
+                raise ValueError(
+                    f"{path} holds {inner.name}, not one tar a class: is it the official {TRAIN_TAR}?"
+                )
             try:
                 with tarfile.open(fileobj=outer.extractfile(inner), mode="r:") as images:
-                    items += [Item(Path(inner.name).stem, image.name, str(path), inner.offset_data + image.offset_data, image.size)
-                              for image in images if image.isfile()]
+                    items += [
+                        Item(
+                            Path(inner.name).stem,
+                            image.name,
+                            str(path),
+                            inner.offset_data + image.offset_data,
+                            image.size,
+                        )
+                        for image in images
+                        if image.isfile()
+                    ]
             except tarfile.TarError as error:
                 raise ValueError(f"{path} is damaged at {inner.name} ({error}): download it again") from error
     return sorted(items)
@@ -74,7 +96,9 @@ def val_items(source: Path) -> list[Item]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: it belongs beside {TRAIN_TAR}")
     with _open(path) as images:
-        members = sorted(((m.name, m.offset_data, m.size) for m in images if m.isfile()), key=lambda member: member[0])
+        members = sorted(
+            ((m.name, m.offset_data, m.size) for m in images if m.isfile()), key=lambda member: member[0]
+        )
     classes = val_classes(source, [name for name, _, _ in members])
     return sorted(Item(classes[name], name, str(path), offset, size) for name, offset, size in members)
 
@@ -97,10 +121,14 @@ def val_classes(source: Path, names: list[str]) -> dict[str, str]:
     if (source / "val_classes.txt").is_file():
         classes = (source / "val_classes.txt").read_text().split()
         if len(classes) != len(names):
-            raise ValueError(f"{source / 'val_classes.txt'} has {len(classes)} lines for {len(names)} validation images")
+            raise ValueError(
+                f"{source / 'val_classes.txt'} has {len(classes)} lines for {len(names)} validation images"
+            )
         return dict(zip(names, classes, strict=True))
-    raise ValueError(f"the classes of the validation images are missing: put {DEVKIT} (official), LOC_val_solution.csv "
-                     f"(Kaggle) or val_classes.txt (a class folder a line) into {source}")
+    raise ValueError(
+        f"the classes of the validation images are missing: put {DEVKIT} (official), LOC_val_solution.csv "
+        f"(Kaggle) or val_classes.txt (a class folder a line) into {source}"
+    )
 
 
 def _devkit_classes(path: Path, count: int) -> list[str]:
@@ -124,4 +152,6 @@ def _open(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path)
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a readable tar file ({str(error).splitlines()[0]}): download it again") from error
+        raise ValueError(
+            f"{path} is not a readable tar file ({str(error).splitlines()[0]}): download it again"
+        ) from error

@@ -45,7 +45,9 @@ def _jpeg_decoder() -> Callable[..., Tensor]:
         try:
             from torchcodec.decoders import decode_jpeg
         except ImportError as error:
-            raise ValueError("this torchvision has no JPEG decoder any more: pip install torchcodec") from error
+            raise ValueError(
+                "this torchvision has no JPEG decoder any more: pip install torchcodec"
+            ) from error
         return decode_jpeg
 
     def decode_quietly(encoded: Tensor, mode: str) -> Tensor:
@@ -63,7 +65,14 @@ def _decode_with_pillow(encoded: Tensor, name: str) -> Tensor:
     try:
         with Image.open(io.BytesIO(encoded.numpy().tobytes())) as image:
             pixels = numpy.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's words for "not readable"
-        raise BadImage(f"{name} is not a readable image ({str(error).splitlines()[0]}): replace or remove it, "
-                       "or set data.on_error=skip") from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow's words for "not readable"
+        raise BadImage(
+            f"{name} is not a readable image ({str(error).splitlines()[0]}): replace or remove it, "
+            "or set data.on_error=skip"
+        ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)

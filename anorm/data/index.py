@@ -42,7 +42,7 @@ class FileIndex:
 
     def path(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
-        name = self.names[start:self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+        name = self.names[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
         return os.path.join(self.folder, self.classes[self.labels[index]], name)
 
     def digest(self) -> str:
@@ -61,19 +61,31 @@ def index_folder(folder: Path, on_error: str = "error", cache: bool = True) -> F
     Only a file overwritten in place escapes it: that changes no name, and images are always read anew.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: put the class folders there, or set data.root (for ImageNet also "
-                         "$IMAGENET_DIR) to the folder that holds train and val")
+        raise ValueError(
+            f"{folder} is not a folder: put the class folders there, or set data.root (for ImageNet also "
+            "$IMAGENET_DIR) to the folder that holds train and val"
+        )
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     classes = [entry.name for entry in entries if entry.is_dir()]
     files = [entry.name for entry in entries if not entry.is_dir()]
     if not classes:
-        raise ValueError(f"{folder} holds no class folders" + (
-            f" but files such as {files[0]}: sort them into one folder a class (tools/prepare_imagenet.py does "
-            "that for ImageNet)" if files else ": it is empty; expected CLASS/IMAGE files in it"))
+        raise ValueError(
+            f"{folder} holds no class folders"
+            + (
+                f" but files such as {files[0]}: sort them into one folder a class (tools/prepare_imagenet.py does "
+                "that for ImageNet)"
+                if files
+                else ": it is empty; expected CLASS/IMAGE files in it"
+            )
+        )
     if files and on_error == "error":
-        raise ValueError(f"{folder / files[0]} lies beside the class folders: move it away, or set data.on_error=skip")
+        raise ValueError(
+            f"{folder / files[0]} lies beside the class folders: move it away, or set data.on_error=skip"
+        )
 
-    stamps = numpy.array([os.stat(folder).st_mtime_ns] + [os.stat(folder / name).st_mtime_ns for name in classes])
+    stamps = numpy.array(
+        [os.stat(folder).st_mtime_ns] + [os.stat(folder / name).st_mtime_ns for name in classes]
+    )
     cached = _cache_file(folder, on_error)
     if cache:
         found = _load(cached, folder, classes, stamps)
@@ -96,13 +108,19 @@ def _scan(folder: Path, classes: list[str], on_error: str, skipped: list[str]) -
         return sorted(images), sorted(others)
 
     names, sizes, counts = [], [], []
-    with ThreadPoolExecutor(16) as pool:  # latency, not work: on a network file system each look-up is a round trip
+    with ThreadPoolExecutor(
+        16
+    ) as pool:  # latency, not work: on a network file system each look-up is a round trip
         for class_name, (images, others) in zip(classes, pool.map(scan, classes), strict=True):
             if others and on_error == "error":
-                what = "a folder where an image should be" if os.path.isdir(others[0]) else "not an image file"
+                what = (
+                    "a folder where an image should be" if os.path.isdir(others[0]) else "not an image file"
+                )
                 raise ValueError(f"{others[0]} is {what}: remove it, or set data.on_error=skip")
             if not images:
-                raise ValueError(f"{folder / class_name} holds no images: fill it, or remove it from train and val")
+                raise ValueError(
+                    f"{folder / class_name} holds no images: fill it, or remove it from train and val"
+                )
             skipped += others
             counts.append(len(images))
             names += [os.fsencode(name) for name, _ in images]
@@ -110,10 +128,14 @@ def _scan(folder: Path, classes: list[str], on_error: str, skipped: list[str]) -
     for path in skipped:
         log.warning("skipped, not an image: %s", path)
     return FileIndex(
-        folder, classes, numpy.frombuffer(b"".join(names), dtype=numpy.uint8),
+        folder,
+        classes,
+        numpy.frombuffer(b"".join(names), dtype=numpy.uint8),
         numpy.cumsum([len(name) for name in names], dtype=numpy.int64),
         numpy.repeat(numpy.arange(len(classes), dtype=numpy.int64), counts),
-        numpy.array(sizes, dtype=numpy.int64), skipped)
+        numpy.array(sizes, dtype=numpy.int64),
+        skipped,
+    )
 
 
 def cache_folder() -> Path:
@@ -130,8 +152,15 @@ def _load(path: Path, folder: Path, classes: list[str], stamps: numpy.ndarray) -
         with open(path, "rb") as file, numpy.load(file, allow_pickle=False) as saved:
             if saved["classes"].tolist() != classes or not numpy.array_equal(saved["stamps"], stamps):
                 return None
-            return FileIndex(folder, classes, saved["names"], saved["ends"], saved["labels"], saved["sizes"],
-                             saved["skipped"].tolist())
+            return FileIndex(
+                folder,
+                classes,
+                saved["names"],
+                saved["ends"],
+                saved["labels"],
+                saved["sizes"],
+                saved["skipped"].tolist(),
+            )
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -143,11 +172,20 @@ def _save(path: Path, index: FileIndex, stamps: numpy.ndarray) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        numpy.savez(partial, classes=numpy.array(index.classes, dtype=str), stamps=stamps, names=index.names,
-                    ends=index.ends, labels=index.labels, sizes=index.sizes,
-                    skipped=numpy.array(index.skipped, dtype=str))
+        numpy.savez(
+            partial,
+            classes=numpy.array(index.classes, dtype=str),
+            stamps=stamps,
+            names=index.names,
+            ends=index.ends,
+            labels=index.labels,
+            sizes=index.sizes,
+            skipped=numpy.array(index.skipped, dtype=str),
+        )
         os.replace(partial, path)  # several processes may write the same index at once
     except OSError as error:
-        log.warning("could not keep the file index in %s (%s); the folder is listed again next time", path, error)
+        log.warning(
+            "could not keep the file index in %s (%s); the folder is listed again next time", path, error
+        )
         with contextlib.suppress(OSError):
             partial.unlink()

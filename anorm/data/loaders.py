@@ -34,19 +34,39 @@ class TrainLoader:
     Raises ValueError for sizes that do not fit together or are not positive.
     """
 
-    def __init__(self, source: Source, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1,
-                 workers: int = 0, device: torch.device | str = "cpu", channels_last: bool = False):
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+    ):
         _check_positive(global_batch=global_batch, micro_batch=micro_batch, world=world)
         assert 0 <= rank < world, (rank, world)
         if global_batch % (micro_batch * world):
-            raise ValueError(f"a global batch of {global_batch} images is not a multiple of {world} processes x "
-                             f"{micro_batch} images: change optim.global_batch or batch_size")
+            raise ValueError(
+                f"a global batch of {global_batch} images is not a multiple of {world} processes x "
+                f"{micro_batch} images: change optim.global_batch or batch_size"
+            )
         self.count = len(source.train)
         self.steps_per_epoch = self.count // global_batch
         if self.steps_per_epoch == 0:
-            raise ValueError(f"the training set has {self.count} images, fewer than one global batch of {global_batch}: "
-                             "lower optim.global_batch (and batch_size), or add images")
-        self.seed, self.global_batch, self.micro_batch, self.rank, self.world = seed, global_batch, micro_batch, rank, world
+            raise ValueError(
+                f"the training set has {self.count} images, fewer than one global batch of {global_batch}: "
+                "lower optim.global_batch (and batch_size), or add images"
+            )
+        self.seed, self.global_batch, self.micro_batch, self.rank, self.world = (
+            seed,
+            global_batch,
+            micro_batch,
+            rank,
+            world,
+        )
         self._feed = open_feed(source.train, seed, micro_batch, workers, torch.device(device))
         self._finish = _Finish(source.train, torch.device(device), channels_last)
 
@@ -55,7 +75,10 @@ class TrainLoader:
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
         fetched = self._feed.run(self._requests(epoch, start_step))
         for _ in range(start_step, self.steps_per_epoch):
-            yield [self._finish(next(fetched)) for _ in range(self.global_batch // self.micro_batch // self.world)]
+            yield [
+                self._finish(next(fetched))
+                for _ in range(self.global_batch // self.micro_batch // self.world)
+            ]
 
     def micro_batch_number(self, k: int) -> int:
         """The number j in the global batch of the k-th micro-batch that this rank is given in a step."""
@@ -64,8 +87,10 @@ class TrainLoader:
     def _requests(self, epoch: int, start_step: int) -> Iterator[Request]:
         order = torch.randperm(self.count, generator=stream(self.seed, "order", epoch))
         for step in range(start_step, self.steps_per_epoch):
-            micro_batches = order[step * self.global_batch:(step + 1) * self.global_batch].split(self.micro_batch)
-            for indices in micro_batches[self.rank::self.world]:
+            micro_batches = order[step * self.global_batch : (step + 1) * self.global_batch].split(
+                self.micro_batch
+            )
+            for indices in micro_batches[self.rank :: self.world]:
                 yield Request(epoch, indices)
 
     @property
@@ -86,8 +111,16 @@ class EvalLoader:
     ranks is exactly len(dataset).
     """
 
-    def __init__(self, dataset: Dataset, batch: int, rank: int = 0, world: int = 1, workers: int = 0,
-                 device: torch.device | str = "cpu", channels_last: bool = False):
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+    ):
         _check_positive(batch=batch, world=world)
         assert 0 <= rank < world, (rank, world)
         self.batch, self.identity = batch, dataset.identity
@@ -121,7 +154,9 @@ class _Finish:
     def __init__(self, dataset: Dataset, device: torch.device, channels_last: bool):
         self.device = device
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.mean, self.std = ((torch.tensor(v) * 255).view(1, -1, 1, 1).to(device) for v in (dataset.mean, dataset.std))
+        self.mean, self.std = (
+            (torch.tensor(v) * 255).view(1, -1, 1, 1).to(device) for v in (dataset.mean, dataset.std)
+        )
 
     def __call__(self, fetched) -> Batch:
         images = fetched.images.to(self.device, non_blocking=True)

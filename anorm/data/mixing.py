@@ -29,14 +29,23 @@ class Mixing:
     label_smoothing: e, in [0, 1).
     """
 
-    def __init__(self, mixup: float = 0.0, cutmix: float = 0.0, label_smoothing: float = 0.0, num_classes: int = 1000):
+    def __init__(
+        self, mixup: float = 0.0, cutmix: float = 0.0, label_smoothing: float = 0.0, num_classes: int = 1000
+    ):
         if mixup < 0 or cutmix < 0:
-            raise ValueError(f"mixup={mixup} and cutmix={cutmix} are Beta parameters: give 0 (off) or a positive number")
+            raise ValueError(
+                f"mixup={mixup} and cutmix={cutmix} are Beta parameters: give 0 (off) or a positive number"
+            )
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes} must be at least 1")
-        self.mixup, self.cutmix, self.label_smoothing, self.num_classes = mixup, cutmix, label_smoothing, num_classes
+        self.mixup, self.cutmix, self.label_smoothing, self.num_classes = (
+            mixup,
+            cutmix,
+            label_smoothing,
+            num_classes,
+        )
 
     @property
     def mixes(self) -> bool:

@@ -36,8 +36,12 @@ def index_file(folder: Path, split: str) -> Path:
     return folder / f"{split}.index.npz"
 
 
-def write_index(folder: Path, split: str, classes: list[str] | None = None,
-                progress: Callable[[int], None] = lambda shards: None) -> int:
+def write_index(
+    folder: Path,
+    split: str,
+    classes: list[str] | None = None,
+    progress: Callable[[int], None] = lambda shards: None,
+) -> int:
     """Index FOLDER/SPLIT-*.tar, whoever wrote them; returns the number of images.
 
     classes: their names in the order of the labels; None names them by their numbers.
@@ -70,13 +74,23 @@ def write_index(folder: Path, split: str, classes: list[str] | None = None,
     if classes is None:
         classes = [str(label) for label in range(int(labels_.max()) + 1)]
     if labels_.min() < 0 or labels_.max() >= len(classes):
-        raise ValueError(f"{folder}: labels run from {labels_.min()} to {labels_.max()}, for {len(classes)} classes")
+        raise ValueError(
+            f"{folder}: labels run from {labels_.min()} to {labels_.max()}, for {len(classes)} classes"
+        )
     target = index_file(folder, split)
     partial = target.with_name(target.name + ".partial")
     with open(partial, "wb") as file:
-        numpy.savez(file, shards=numpy.array([s.name for s in shards]), bytes=[s.stat().st_size for s in shards],
-                    shard=shard_numbers, offset=offsets, size=sizes, label=labels_, key=numpy.array(keys),
-                    classes=numpy.array(classes))
+        numpy.savez(
+            file,
+            shards=numpy.array([s.name for s in shards]),
+            bytes=[s.stat().st_size for s in shards],
+            shard=shard_numbers,
+            offset=offsets,
+            size=sizes,
+            label=labels_,
+            key=numpy.array(keys),
+            classes=numpy.array(classes),
+        )
     os.replace(partial, target)
     return len(keys)
 
@@ -99,8 +113,10 @@ class ShardStore:
     def __init__(self, folder: Path, split: str):
         path = index_file(folder, split)
         if not path.is_file():
-            raise ValueError(f"{path} is missing: python tools/prepare_imagenet.py --index {folder} writes the index of shards "
-                             "that are there, and with --from and --to it makes both")
+            raise ValueError(
+                f"{path} is missing: python tools/prepare_imagenet.py --index {folder} writes the index of shards "
+                "that are there, and with --from and --to it makes both"
+            )
         with numpy.load(path, allow_pickle=False) as saved:
             self.shards, sizes = [folder / name for name in saved["shards"].tolist()], saved["bytes"].tolist()
             self.shard, self.offset, self.size = saved["shard"], saved["offset"], saved["size"]
@@ -108,8 +124,10 @@ class ShardStore:
             self.labels = torch.from_numpy(saved["label"])
         for shard, size in zip(self.shards, sizes, strict=True):
             if not shard.is_file() or shard.stat().st_size != size:
-                raise ValueError(f"{shard} is missing, or of another size than when it was indexed: restore it, or index anew "
-                                 f"with python tools/prepare_imagenet.py --index {folder}")
+                raise ValueError(
+                    f"{shard} is missing, or of another size than when it was indexed: restore it, or index anew "
+                    f"with python tools/prepare_imagenet.py --index {folder}"
+                )
         self._files: dict[int, int] = {}
 
     def read(self, index: int) -> Tensor:

@@ -46,13 +46,19 @@ class Crop:
         if self.image_size < 1:
             raise ValueError(f"data.image_size={self.image_size} must be a positive number of pixels")
         if self.eval_resize is not None and self.eval_resize < self.image_size:
-            raise ValueError(f"data.eval_resize={self.eval_resize} is below data.image_size={self.image_size}: "
-                             "the centre crop would not fit; raise it, or leave it out for 256/224 of the image size")
+            raise ValueError(
+                f"data.eval_resize={self.eval_resize} is below data.image_size={self.image_size}: "
+                "the centre crop would not fit; raise it, or leave it out for 256/224 of the image size"
+            )
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"data.interpolation={self.interpolation!r} is unknown: choose {' or '.join(INTERPOLATIONS)}")
+            raise ValueError(
+                f"data.interpolation={self.interpolation!r} is unknown: choose {' or '.join(INTERPOLATIONS)}"
+            )
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise ValueError(f"data.crop_scale={list(self.crop_scale)} must be two rising shares of the area in (0, 1]")
+            raise ValueError(
+                f"data.crop_scale={list(self.crop_scale)} must be two rising shares of the area in (0, 1]"
+            )
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"data.crop_ratio={list(self.crop_ratio)} must be two rising positive ratios")
@@ -82,20 +88,22 @@ class Crop:
         """What `evaluate` does to an image of height x width: its (height, width) after the resize, and the (top, left)
         of the centre crop in that. Rounded as torchvision rounds."""
         short = self.short_side
-        tall, wide = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+        tall, wide = (
+            (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+        )
         return (tall, wide), (round((tall - self.image_size) / 2), round((wide - self.image_size) / 2))
 
     def train(self, image: Tensor, rng: torch.Generator) -> Tensor:
         """uint8 (3,H,W) -> uint8 (3,S,S): the random window, resized to S = image_size, mirrored or not."""
         window = self.window(image.shape[1], image.shape[2], rng)
-        region = image[:, window.top:window.top + window.height, window.left:window.left + window.width]
+        region = image[:, window.top : window.top + window.height, window.left : window.left + window.width]
         region = self._resize(region, (self.image_size, self.image_size))
         return region.flip(-1) if window.mirror else region
 
     def evaluate(self, image: Tensor) -> Tensor:
         """uint8 (3,H,W) -> uint8 (3,S,S): short side to `short_side`, then the centre S x S."""
         size, (top, left) = self.evaluation(image.shape[1], image.shape[2])
-        return self._resize(image, size)[:, top:top + self.image_size, left:left + self.image_size]
+        return self._resize(image, size)[:, top : top + self.image_size, left : left + self.image_size]
 
     def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Antialiased, in uint8: what torchvision's v2 resize calls. The kernel is fastest on H x W x 3 in memory."""

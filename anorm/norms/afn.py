@@ -105,8 +105,19 @@ class AdaptiveFusionNorm(RunningNorm):
         self._make_affine(True)
         self._make_buffers()
         self.adapt = Adaptation(
-            channels, standardize_ratio, rescale_ratio, rescale_min, share, sigma_act,
-            mix_start, rescale_lambda, granularity, floor, form, decoders, dropout,
+            channels,
+            standardize_ratio,
+            rescale_ratio,
+            rescale_min,
+            share,
+            sigma_act,
+            mix_start,
+            rescale_lambda,
+            granularity,
+            floor,
+            form,
+            decoders,
+            dropout,
         )
 
     def needs(self) -> str:

@@ -80,8 +80,16 @@ class AdaptiveStandardizationRescaling(Norm):
         self.weight.requires_grad_(not fixed_affine)
         self.bias.requires_grad_(not fixed_affine)
         self.adapt = Adaptation(
-            channels, standardize_ratio, rescale_ratio, rescale_min, share, sigma_act,
-            mix_start, rescale_lambda, granularity, floor,
+            channels,
+            standardize_ratio,
+            rescale_ratio,
+            rescale_min,
+            share,
+            sigma_act,
+            mix_start,
+            rescale_lambda,
+            granularity,
+            floor,
         )
 
     def law(self, moments: Moments) -> Affine:
@@ -193,9 +201,7 @@ class Adaptation(nn.Module):
         new_mean, new_std, gamma, beta = self._four(mean, std, weight, bias, learning)
         return Affine(new_mean, gamma / new_std, beta)
 
-    def parts(
-        self, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor, learning: bool = False
-    ) -> Parts:
+    def parts(self, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor, learning: bool = False) -> Parts:
         """The same in parts; the lambdas as gates of the layer (or of each channel)."""
         new_mean, new_std, gamma, beta = self._four(mean, std, weight, bias, learning)
         choices = {
@@ -208,7 +214,9 @@ class Adaptation(nn.Module):
                 choices[name] = Choice("gates", self._rescaling(raw, raw), limit=limit)
         return Parts(Affine(new_mean, 1 / new_std, torch.zeros_like(new_mean)), gamma, beta, choices)
 
-    def _four(self, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor, learning: bool) -> tuple[Tensor, ...]:
+    def _four(
+        self, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor, learning: bool
+    ) -> tuple[Tensor, ...]:
         """mu^, sigma^, gamma^, beta^."""
         new_mean, new_std = self._standardizing(mean, std, learning)
         if self.floor:

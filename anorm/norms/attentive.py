@@ -102,7 +102,9 @@ class AttentiveNorm(Norm):
             k = PUBLISHED_K.get(site.stages, (10,) * site.stages)
         if not isinstance(k, int):
             if len(k) != site.stages:
-                raise ValueError(f"k has {len(k)} numbers for the {site.stages} stages of this architecture: {list(k)}")
+                raise ValueError(
+                    f"k has {len(k)} numbers for the {site.stages} stages of this architecture: {list(k)}"
+                )
             k = k[site.stage]
         return super().at(site, k=k, **options)
 
@@ -123,7 +125,9 @@ class AttentiveNorm(Norm):
             return None
         standardized = then(*below[:3])
         weights = self.mixture_weights(moments, standardized)
-        kinds = ("mixture weights of gamma", "mixture weights of beta") if self.separate else ("mixture weights",)
+        kinds = (
+            ("mixture weights of gamma", "mixture weights of beta") if self.separate else ("mixture weights",)
+        )
         limit = None if self.attention.activation == "relu" else 1.0
         shown = zip(kinds, weights.chunk(len(kinds), 1), strict=True)
         choices = {name: Choice("mixture", values, limit=limit) for name, values in shown}
@@ -153,7 +157,10 @@ class AttentiveNorm(Norm):
         if not published or x.shape[0] < 2:
             return None
         norms = base, attention.norm
-        if not all(norm.from_batch and not norm.sync for norm in norms) or base.learning != attention.norm.learning:
+        if (
+            not all(norm.from_batch and not norm.sync for norm in norms)
+            or base.learning != attention.norm.learning
+        ):
             return None
 
         def track(mean: Tensor, var: Tensor, attention_mean: Tensor, attention_var: Tensor) -> None:
@@ -172,7 +179,9 @@ class AttentiveNorm(Norm):
 
     def param_needs(self) -> dict[str, ParamNeeds]:
         needs = {f"base.{name}": needs for name, needs in self.base.param_needs().items()}
-        needs |= {f"attention.{name}": ParamNeeds("attention") for name, _ in self.attention.named_parameters()}
+        needs |= {
+            f"attention.{name}": ParamNeeds("attention") for name, _ in self.attention.named_parameters()
+        }
         return needs | {name: ParamNeeds("mixture") for name in ("weight", "bias")}
 
     def extra_repr(self) -> str:
@@ -194,7 +203,14 @@ class Attention(nn.Module):
     """Moments of an instance's channels -> its weights (N, out): descriptor, FC, norm, activation (eq. 10, 11)."""
 
     def __init__(
-        self, channels: int, out: int, input: str, attention: str, activation: str, attention_norm: str, eps: float
+        self,
+        channels: int,
+        out: int,
+        input: str,
+        attention: str,
+        activation: str,
+        attention_norm: str,
+        eps: float,
     ) -> None:
         super().__init__()
         for name, value, known in (

@@ -125,7 +125,7 @@ class Norm(nn.Module):
         return self.training and not self.frozen
 
     def needs(self) -> str:
-        """"none", "mean" or "mean_var": the moments that ``law`` reads in the present mode."""
+        """The moments that ``law`` reads in the present mode: "none", "mean" or "mean_var"."""
         return "mean_var"
 
     def law(self, moments: Moments | None) -> Affine:
@@ -139,7 +139,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """act(mask * N(x) + residual); x and residual (N, C, H, W), mask (N, C) (a dropout of whole channels)."""
         if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"{type(self).__name__} of {self.channels} channels got a shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{type(self).__name__} of {self.channels} channels got a shape {tuple(x.shape)}"
+            )
         if mask is None:
             return normalize(x, self.law, self.act, residual, self.needs(), self.hot(x))
         return normalize(x, lambda moments: gate(self.law(moments), mask), self.act, residual, self.needs())
@@ -247,7 +249,9 @@ class RunningNorm(Norm):
                 "least 2 per process (batch_size=2), or a norm without batch statistics (norm=gn, norm=an_gn; for "
                 "AN over BN also norm.attention=a1)"
             )
-        pooled = pool_batch(moments, self.sync and self.learning)  # processes evaluate unequal numbers of batches
+        pooled = pool_batch(
+            moments, self.sync and self.learning
+        )  # processes evaluate unequal numbers of batches
         if self.learning and (isinstance(pooled.count, Tensor) or pooled.count > 0):
             var = pooled.var * (pooled.count / (pooled.count - 1)) if self.unbiased else pooled.var
             self.track(pooled.mean, var)
@@ -265,7 +269,9 @@ class RunningNorm(Norm):
         self.running_var.lerp_(var.to(self.running_var.dtype), rate)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        if self.tracked:  # checkpoints from before torch 0.4.1 have no counter; nn.BatchNorm2d fills it in too
+        if (
+            self.tracked
+        ):  # checkpoints from before torch 0.4.1 have no counter; nn.BatchNorm2d fills it in too
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0, dtype=torch.long))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

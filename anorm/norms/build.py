@@ -19,7 +19,9 @@ __all__ = ["build", "build_base", "check_options", "norm_classes", "set_sync"]
 def norm_classes() -> dict[str, type[Norm]]:
     """Name -> class, from the NORMS table of every file in this folder."""
     found: dict[str, type[Norm]] = {}
-    for info in sorted(pkgutil.iter_modules(importlib.import_module("anorm.norms").__path__), key=lambda i: i.name):
+    for info in sorted(
+        pkgutil.iter_modules(importlib.import_module("anorm.norms").__path__), key=lambda i: i.name
+    ):
         found.update(getattr(importlib.import_module(f"anorm.norms.{info.name}"), "NORMS", {}))
     return found
 
@@ -59,7 +61,9 @@ def build_base(base: str | dict, channels: int, affine: bool) -> Norm:
     if name is None:
         raise ValueError(f"base={base!r} needs a name, as in base={{name: gn, groups: 16}}")
     if "affine" not in inspect.signature(lookup_norm(name)).parameters:
-        raise ValueError(f"norm {name!r} cannot be the base of another law: it has no plain affine to replace")
+        raise ValueError(
+            f"norm {name!r} cannot be the base of another law: it has no plain affine to replace"
+        )
     return build(name, channels, affine=affine, **options)
 
 

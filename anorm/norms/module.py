@@ -25,7 +25,9 @@ class ModuleNorm(Norm):
         options: further keyword arguments of the class.
     """
 
-    def __init__(self, channels: int, act: str | None = None, *, target: str | type | None = None, **options) -> None:
+    def __init__(
+        self, channels: int, act: str | None = None, *, target: str | type | None = None, **options
+    ) -> None:
         super().__init__(channels, act)
         if target is None:
             raise ValueError("norm=module needs the class of the layer: norm.target=package.module.Class")
@@ -52,11 +54,15 @@ class ModuleNorm(Norm):
         elif isinstance(getattr(self.module, "weight", None), nn.Parameter):
             nn.init.zeros_(self.module.weight)
         else:
-            raise ValueError(f"{type(self.module).__name__} has neither zero_init() nor a weight to start at zero")
+            raise ValueError(
+                f"{type(self.module).__name__} has neither zero_init() nor a weight to start at zero"
+            )
 
 
 def _construct(target: type, channels: int, options: dict) -> nn.Module:
-    named = [p for p in inspect.signature(target).parameters if p in ("num_features", "num_channels", "channels")]
+    named = [
+        p for p in inspect.signature(target).parameters if p in ("num_features", "num_channels", "channels")
+    ]
     return target(**{named[0]: channels}, **options) if named else target(channels, **options)
 
 
@@ -65,7 +71,9 @@ def _locate(dotted: str) -> type:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"norm.target={dotted!r} cannot be imported ({error}); give package.module.Class") from error
+        raise ValueError(
+            f"norm.target={dotted!r} cannot be imported ({error}); give package.module.Class"
+        ) from error
 
 
 NORMS = {"module": ModuleNorm}

@@ -33,13 +33,19 @@ class Placement:
     """
 
     def __init__(
-        self, name: str, place: str | int | list | dict = "published", elsewhere: str | dict | None = None,
-        sync: bool = False, **options,
+        self,
+        name: str,
+        place: str | int | list | dict = "published",
+        elsewhere: str | dict | None = None,
+        sync: bool = False,
+        **options,
     ) -> None:
         check_options(name, options)
         self.name, self.sync, self.options = name, sync, options
         self.cls = lookup_norm(name)
-        at, self.stages = (place.get("at", "published"), place.get("stages")) if isinstance(place, dict) else (place, None)
+        at, self.stages = (
+            (place.get("at", "published"), place.get("stages")) if isinstance(place, dict) else (place, None)
+        )
         if isinstance(place, dict) and (unknown := set(place) - {"at", "stages"}):
             raise ValueError(f"place has no key {', '.join(sorted(unknown))}; it has at and stages")
         self.at = list(at) if isinstance(at, (list, tuple)) else [at]
@@ -70,7 +76,9 @@ class Placement:
     def includes(self, site: Site) -> bool:
         if self.stages is not None:
             if any(not 1 <= s <= site.stages for s in self.stages):
-                raise ValueError(f"place.stages={list(self.stages)}: this architecture has stages 1 to {site.stages}")
+                raise ValueError(
+                    f"place.stages={list(self.stages)}: this architecture has stages 1 to {site.stages}"
+                )
             if site.stage + 1 not in self.stages:
                 return False
         return any(self._matches(word, site) for word in self.at)

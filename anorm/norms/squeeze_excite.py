@@ -29,7 +29,12 @@ class SqueezeExcite(Norm):
     """
 
     def __init__(
-        self, channels: int, act: str | None = None, reduction: int = 16, base: str | dict = "bn", bias: bool = False
+        self,
+        channels: int,
+        act: str | None = None,
+        reduction: int = 16,
+        base: str | dict = "bn",
+        bias: bool = False,
     ) -> None:
         super().__init__(channels, act)
         if reduction < 1:

@@ -58,9 +58,13 @@ def normalize(
     does not fit.
     """
     if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"expected a floating-point feature map (N, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"expected a floating-point feature map (N, C, H, W), got {x.dtype} of shape {tuple(x.shape)}"
+        )
     if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"the residual's shape {tuple(residual.shape)} differs from the input's {tuple(x.shape)}")
+        raise ValueError(
+            f"the residual's shape {tuple(residual.shape)} differs from the input's {tuple(x.shape)}"
+        )
     if needs not in NEEDS:
         raise ValueError(f"needs={needs!r} is none of {', '.join(NEEDS)}")
     activation = lookup(act)
@@ -76,7 +80,9 @@ def normalize(
     return y if activation.fused else activation.function(y)
 
 
-def _run(x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str, hot: HotLaw | None) -> Tensor:
+def _run(
+    x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str, hot: HotLaw | None
+) -> Tensor:
     if torch.compiler.is_exporting():
         return _plain(x, law, act, residual, needs)
     backend = resolve(x.device.type)

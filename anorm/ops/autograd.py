@@ -34,7 +34,9 @@ __all__ = ["fixed_affine", "in_order", "moments_and_slots", "slotted_affine"]
 Slots = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def moments_and_slots(x: Tensor, var: bool, act: str, backend: ModuleType) -> tuple[Tensor, Tensor | None, Slots]:
+def moments_and_slots(
+    x: Tensor, var: bool, act: str, backend: ModuleType
+) -> tuple[Tensor, Tensor | None, Slots]:
     """Moments of x, and the slots to be given to exactly one ``slotted_affine`` of the same x.
 
     ``act`` is the activation whose mask the backward must recompute from x; "none" where the gradient that comes
@@ -45,14 +47,26 @@ def moments_and_slots(x: Tensor, var: bool, act: str, backend: ModuleType) -> tu
 
 
 def slotted_affine(
-    x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, slots: Slots, residual: Tensor | None, act: str,
+    x: Tensor,
+    centre: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    slots: Slots,
+    residual: Tensor | None,
+    act: str,
     backend: ModuleType,
 ) -> Tensor:
     return _Affine.apply(x, centre, scale, shift, residual, act, backend, *slots)
 
 
 def fixed_affine(
-    x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str, backend: ModuleType
+    x: Tensor,
+    centre: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    backend: ModuleType,
 ) -> Tensor:
     """Coefficients that do not depend on x: no reduction forward, and none backward unless they need gradients."""
     return _Affine.apply(x, centre, scale, shift, residual, act, backend, None, None, None, None)
@@ -95,7 +109,9 @@ class _Moments(Function):
         x, mean = ctx.saved_tensors
         count = x.shape[2] * x.shape[3]
         act = ctx.act
-        if dy is None:  # the moments alone took part: second-order gradients reach them through the first backward
+        if (
+            dy is None
+        ):  # the moments alone took part: second-order gradients reach them through the first backward
             act, dy = "none", x.new_zeros(()).expand(x.shape)
             centre = scale = shift = torch.zeros_like(mean)
         dmean1 = None if dmean is None else dmean / count

@@ -59,7 +59,9 @@ def build(rebuild: bool = False) -> str:
 
     Raises cpu_build.BuildError with the reason where that is not possible.
     """
-    path = cpu_build.compiled_library(rebuild, lambda: _log.warning("compiling the C++ kernels, once (about a minute)"))
+    path = cpu_build.compiled_library(
+        rebuild, lambda: _log.warning("compiling the C++ kernels, once (about a minute)")
+    )
     _load(str(path))
     return str(path)
 
@@ -215,7 +217,9 @@ def moments(x: Tensor, var: bool = True) -> tuple[Tensor, Tensor | None]:
     return _moments(x) if var else (_mean(x), None)
 
 
-def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def affine(
+    x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str
+) -> Tensor:
     """y = act(scale * (x - centre) + shift [+ residual]), in x's dtype and layout; act: none, relu or relu6."""
     return _affine(x, centre, scale, shift, residual, _ACTS[act])
 

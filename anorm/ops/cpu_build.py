@@ -26,7 +26,10 @@ import torch
 __all__ = ["BuildError", "cache_folder", "compiled_library", "library_path"]
 
 _HERE = Path(__file__).parent
-_SOURCES = {"cpu.cpp": "-O2", "cpu_laws.cpp": "-O3"}  # the passes are vectors by hand, the laws' loops are not
+_SOURCES = {
+    "cpu.cpp": "-O2",
+    "cpu_laws.cpp": "-O3",
+}  # the passes are vectors by hand, the laws' loops are not
 _HEADERS = ("cpu_isa.h", "cpu_vector.h", "cpu_passes.h", "cpu_laws.h")
 # Neither -ffast-math nor -march: see cpu.cpp. The two -fno are about errno and floating-point traps only.
 _FLAGS = (
@@ -71,7 +74,9 @@ def compiled_library(rebuild: bool = False, on_start=None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_suffix(".lock"), "w")
     except OSError as error:
-        raise BuildError(f"cannot write to {path.parent} ({error}); set ANORM_CACHE to a folder that can be written")
+        raise BuildError(
+            f"cannot write to {path.parent} ({error}); set ANORM_CACHE to a folder that can be written"
+        )
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it with the process, however that ends
         if rebuild or not path.exists():
@@ -85,7 +90,9 @@ def _compile(path: Path) -> None:
     compiler = _compiler()
     includes, libraries = Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
     if not includes.is_dir():
-        raise BuildError(f"this torch has no C++ headers ({includes}); install torch's wheel from PyPI or pytorch.org")
+        raise BuildError(
+            f"this torch has no C++ headers ({includes}); install torch's wheel from PyPI or pytorch.org"
+        )
     search = ["-isystem", str(includes), "-isystem", str(includes / "torch/csrc/api/include")]
     log = path.with_suffix(".log")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch, open(log, "w") as messages:

@@ -93,13 +93,17 @@ class _Hot(Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = backend.moments_backward(g, x, *coefficients, about, dvar2, dmean1, act)
-        to_parameters = [None if p is None else d.to(p.dtype) for p, d in zip(parameters, to_parameters, strict=True)]
+        to_parameters = [
+            None if p is None else d.to(p.dtype) for p, d in zip(parameters, to_parameters, strict=True)
+        ]
         return dx, g if ctx.has_residual else None, None, None, None, *to_parameters
 
 
 def _differentiable(hot: HotLaw, act: str, dy: Tensor, x: Tensor, y: Tensor | None, parameters: list):
     """(dx, g, parameter gradients) as differentiable functions: the definition, run again under autograd."""
-    z = reference.affine(x, *hot.law(Moments(*reference.moments(x), x.shape[2] * x.shape[3]), parameters), None, "none")
+    z = reference.affine(
+        x, *hot.law(Moments(*reference.moments(x), x.shape[2] * x.shape[3]), parameters), None, "none"
+    )
     g = masked(act, dy, z if y is None else y)
     wanted = [t for t in (x, *parameters) if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(z, wanted, g, create_graph=True))

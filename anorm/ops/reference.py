@@ -39,7 +39,9 @@ def moments(x: Tensor, var: bool = True) -> tuple[Tensor, Tensor | None]:
     return mean, _times(d, d).mean((2, 3)).sub_(rest).clamp_min_(0)
 
 
-def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def affine(
+    x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str
+) -> Tensor:
     """(Eq. 2) y = act(scale * (x - centre) + shift [+ residual]), in x's dtype and layout."""
     y = _before_act(x, centre, scale, shift, residual)
     if act == "relu":

@@ -55,7 +55,11 @@ def _unfit(device: int) -> str | None:
         right = bool((mean == 1).all())
     except Exception as error:  # noqa: BLE001 - whatever Triton's compiler, ptxas or the driver raise: it becomes the reason
         return f"the installed Triton cannot compile for compute capability {capability[0]}.{capability[1]}: {error}"
-    return None if right else f"a trial kernel computes wrongly on compute capability {capability[0]}.{capability[1]}"
+    return (
+        None
+        if right
+        else f"a trial kernel computes wrongly on compute capability {capability[0]}.{capability[1]}"
+    )
 
 
 class Plan(NamedTuple):
@@ -96,7 +100,9 @@ def plan(n: int, c: int, hw: int, channels_last: bool) -> Plan:
     rows = -(-blocks // wanted) * block_r
     sizes = (n, c // align, hw) if channels_last else (n, c, hw // align)
     warps = max(1, 8 * block_r * block_c // tile)
-    return Plan(channels_last, sizes, align, block_r, block_c, channel_blocks, blocks, -(-hw // rows), rows, warps)
+    return Plan(
+        channels_last, sizes, align, block_r, block_c, channel_blocks, blocks, -(-hw // rows), rows, warps
+    )
 
 
 def _power(value: int) -> int:
@@ -186,11 +192,21 @@ def _statistics(x: Tensor, var: bool) -> tuple[Tensor, Tensor]:
     parts = (mean, nothing, variance) if whole else tuple(_cells(x, p.splits) for _ in range(3))
     with torch.cuda.device_of(x):
         grid = (p.channel_blocks * p.splits,)
-        _kernels().moments_kernel[grid](x, *parts, *p.sizes, p.splits, p.rows, WHOLE=whole, VAR=var, **_tile(p))
+        _kernels().moments_kernel[grid](
+            x, *parts, *p.sizes, p.splits, p.rows, WHOLE=whole, VAR=var, **_tile(p)
+        )
         if not whole:
             grid, tile = _merge_tile(p.splits, mean.numel())
             _kernels().merge_moments_kernel[grid](
-                *parts, mean, variance, mean.numel(), x.shape[2] * x.shape[3], p.splits, p.rows, VAR=var, **tile
+                *parts,
+                mean,
+                variance,
+                mean.numel(),
+                x.shape[2] * x.shape[3],
+                p.splits,
+                p.rows,
+                VAR=var,
+                **tile,
             )
     return mean, variance
 
@@ -222,7 +238,14 @@ def _affine_impl(
 
 
 def _reduce(
-    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, g: Tensor | None, act: str
+    dy: Tensor,
+    x: Tensor,
+    centre: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    y: Tensor | None,
+    g: Tensor | None,
+    act: str,
 ) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         zero = x.new_zeros(x.shape[:2], dtype=_acc(x))
@@ -324,7 +347,9 @@ def moments(x: Tensor, var: bool = True) -> tuple[Tensor, Tensor | None]:
     return _moments_op(x) if var else (_mean_op(x), None)
 
 
-def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def affine(
+    x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str
+) -> Tensor:
     """(Eq. 2) y = act(scale * (x - centre) + shift [+ residual]), in x's dtype and layout."""
     return _affine_op(x, centre, scale, shift, residual, act)
 

@@ -85,7 +85,19 @@ def _sum_batch(a, b, c, there, N, C, BN: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def bn_backward_kernel(
-    dscale, dshift, scale, rstd, dvar2, dmean1, dweight, dbias, N, C, count, BN: tl.constexpr, BC: tl.constexpr
+    dscale,
+    dshift,
+    scale,
+    rstd,
+    dvar2,
+    dmean1,
+    dweight,
+    dbias,
+    N,
+    C,
+    count,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
 ):
     """dvar = -r^2/2 s sum_n ds, dmu = -s sum_n db, over count = N HW values a channel."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -191,7 +203,9 @@ def an_project_kernel(
     if pid < POOLS:
         _pool_and_store(pid, mean, var, centre, rstd, unbiased, N, C, unbias_batch, eps, BN, BC)
     else:
-        _project(pid - POOLS, mean, var, fc, descriptor_scale, logits, N, C, K, unbias, descriptor_eps, BN, BC, KP)
+        _project(
+            pid - POOLS, mean, var, fc, descriptor_scale, logits, N, C, K, unbias, descriptor_eps, BN, BC, KP
+        )
 
 
 @triton.jit
@@ -227,7 +241,18 @@ def an_attention_kernel(
 
 @triton.jit
 def an_mix_kernel(
-    attention, mix_weight, mix_bias, rstd, scale, shift, N, C, K, BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr
+    attention,
+    mix_weight,
+    mix_bias,
+    rstd,
+    scale,
+    shift,
+    N,
+    C,
+    K,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    KP: tl.constexpr,
 ):
     n0 = tl.program_id(0) * BN
     n = n0 + tl.arange(0, BN)
@@ -260,7 +285,9 @@ def _mixtures_backward(
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
         at, inside = _column(c, C, there, N, n0, BN)
-        g = tl.load(attention + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+        g = tl.load(
+            attention + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0
+        )
         of_scale = tl.load(dscale + at, mask=inside, other=0.0)
         of_shift = tl.load(dshift + at, mask=inside, other=0.0)
         s = tl.load(scale + at, mask=inside, other=0.0)
@@ -360,7 +387,9 @@ def an_backward_kernel(
         at, inside = _column(c, C, there, N, n0, BN)
         m = tl.load(mean + at, mask=inside, other=0.0)
         q = tl.load(descriptor_scale + at, mask=inside, other=0.0)
-        g = tl.load(dlogits + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        g = tl.load(
+            dlogits + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0
+        )
         dq = tl.dot(g, f, input_precision="ieee") * q / count
         tl.store(dvar2 + at, of_var - unbias * dq * m * q * q, mask=inside)
         tl.store(dmean1 + at, dq + of_var * (m - mu) + of_mean, mask=inside)

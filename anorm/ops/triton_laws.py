@@ -26,7 +26,10 @@ __all__ = [
     "gn_coefficients_backward",
 ]
 
-_ROWS, _COLUMNS = 32, 16  # a tile of an (N, C) tensor: narrow, so that few channels still make several programs
+_ROWS, _COLUMNS = (
+    32,
+    16,
+)  # a tile of an (N, C) tensor: narrow, so that few channels still make several programs
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -77,7 +80,9 @@ def _bn(mean: Tensor, var: Tensor, weight: Tensor | None, hw: int, eps: float) -
     n, c = mean.shape
     out = _new(mean, (c,), (c,), (c,), (c,))
     with torch.cuda.device_of(mean):
-        _kernels().bn_kernel[(_blocks(c, _COLUMNS),)](mean, var, weight, *out, n, c, _unbias(n * hw), eps, **_BATCH_TILE)
+        _kernels().bn_kernel[(_blocks(c, _COLUMNS),)](
+            mean, var, weight, *out, n, c, _unbias(n * hw), eps, **_BATCH_TILE
+        )
     return out
 
 
@@ -128,9 +133,19 @@ def _an(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mean, var = _dense(mean, var)
     (n, c), k = mean.shape, gain.numel()
-    centre, scale, shift, rstd, unbiased, descriptor_scale, attention, standardized, a_mean, a_unbiased, a_rstd = out = (
-        _new(mean, (c,), (n, c), (n, c), (c,), (c,), (n, c), (n, k), (n, k), (k,), (k,), (k,))
-    )
+    (
+        centre,
+        scale,
+        shift,
+        rstd,
+        unbiased,
+        descriptor_scale,
+        attention,
+        standardized,
+        a_mean,
+        a_unbiased,
+        a_rstd,
+    ) = out = _new(mean, (c,), (n, c), (n, c), (c,), (c,), (n, c), (n, k), (n, k), (k,), (k,), (k,))
     (logits,) = _new(mean, (n, k))
     pools = _blocks(c, _COLUMNS)
     with torch.cuda.device_of(mean):
@@ -169,7 +184,17 @@ def _an_backward(
             batch_dmean1, dgates, n, c, k, float(n * hw), columns, **_mix_tile(k),
         )  # fmt: skip
         _kernels().an_attention_backward_kernel[(k,)](
-            dgates, standardized, gain, attention_rstd, dlogits, dgain, doffset, n, k, NP=_power(n), **_OPTIONS
+            dgates,
+            standardized,
+            gain,
+            attention_rstd,
+            dlogits,
+            dgain,
+            doffset,
+            n,
+            k,
+            NP=_power(n),
+            **_OPTIONS,
         )
         _kernels().an_backward_kernel[(columns,)](
             mean, centre, descriptor_scale, batch_dvar2, batch_dmean1, dlogits, fc, dvar2, dmean1, dfc, n, c, k,

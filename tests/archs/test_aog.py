@@ -23,7 +23,8 @@ def test_published_graph(name):
     for node, want in zip(grammar.nodes, published["nodes"]):
         split = [node.split, node.width - node.split] if node.split else None
         assert (node.id, node.kind, node.start, node.end, split) == tuple(
-            want[k] for k in ("id", "type", "x1", "x2", "split"))
+            want[k] for k in ("id", "type", "x1", "x2", "split")
+        )
         assert node.inputs == want["children_in_order"]
         assert sorted(node.parents) == sorted(want["parents"])
         assert node.paths == want["npaths"]
@@ -82,7 +83,9 @@ def test_paths_count_parse_paths(dim, symmetry):
 
 def test_residual_scales_of_the_shipped_graph():
     grammar = aog.build(4, symmetry=1)
-    scales = {n.id: [grammar.residual_scale(n, c) for c in n.children] for n in grammar.nodes if n.kind == aog.AND}
+    scales = {
+        n.id: [grammar.residual_scale(n, c) for c in n.children] for n in grammar.nodes if n.kind == aog.AND
+    }
     assert scales == {2: [0.5, 1.0], 3: [1.0, 0.5], 10: [0.5, 0.5], 12: [0.5, 0.5], 14: [1.0, 1.0]}
     assert [n.id for n in grammar.nodes if grammar.lateral_in_residual(n)] == [12, 16]
 

@@ -20,7 +20,13 @@ BLOCKS = sorted(path.stem for path in published.ARRAYS.glob("aog_block_*.npz"))
 
 
 def small(norm="bn", **options):
-    sizes = {"widths": (8, 16, 24), "blocks": (2, 1), "dims": (2, 4), "symmetry": (1, 2), "dropout": (0.0, 0.5)}
+    sizes = {
+        "widths": (8, 16, 24),
+        "blocks": (2, 1),
+        "dims": (2, 4),
+        "symmetry": (1, 2),
+        "dropout": (0.0, 0.5),
+    }
     return anorm.create_model("aognet12m", norm, num_classes=5, **sizes | options)
 
 
@@ -33,7 +39,11 @@ def test_recorded_block(name, mode):
     params, buffers = ([json.loads(entry) for entry in recorded[key]] for key in ("params", "buffers"))
 
     def norm(site):
-        return AttentiveNorm(site.channels, site.act, k=k) if k and site.focus else BatchNorm(site.channels, site.act)
+        return (
+            AttentiveNorm(site.channels, site.act, k=k)
+            if k and site.focus
+            else BatchNorm(site.channels, site.act)
+        )
 
     site = partial(Site, stage=0, stages=1)
     block = aognet.Block(inputs, outputs, aog.build(dim, symmetry), 0.25, 0.0, site, norm).double()
@@ -89,7 +99,12 @@ def test_parameters_by_part():
         model = anorm.create_model("aognet12m")
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     assert counts == {
-        "stem": 7_472, "stage1": 116_656, "stage2": 561_088, "stage3": 4_066_080, "stage4": 6_682_803, "fc": 825_000,
+        "stem": 7_472,
+        "stage1": 116_656,
+        "stage2": 561_088,
+        "stage3": 4_066_080,
+        "stage4": 6_682_803,
+        "fc": 825_000,
     }
 
 

@@ -34,7 +34,9 @@ def test_parameter_counts(arch, options, count):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-@pytest.mark.parametrize("arch, depth", [("resnet20", 20), ("resnet110", 110), ("wrn_16_4", 16), ("wrn_40_4", 40)])
+@pytest.mark.parametrize(
+    "arch, depth", [("resnet20", 20), ("resnet110", 110), ("wrn_16_4", 16), ("wrn_40_4", 40)]
+)
 def test_depth_counts_layers(arch, depth):
     """A ResNet's depth counts convolutions and classifier, a WRN's all convolutions, its three shortcuts too."""
     with torch.device("meta"):
@@ -93,7 +95,9 @@ def test_wide_block_is_preactivated():
     model = anorm.create_model("wrn_16_4", num_classes=10).eval()
     first, second = model.layer1
     x = torch.randn(2, 16, 8, 8)
-    h = nn.functional.relu(first.bn1.weight[:, None, None] * x / (1 + 1e-5) ** 0.5)  # fresh running statistics: 0, 1
+    h = nn.functional.relu(
+        first.bn1.weight[:, None, None] * x / (1 + 1e-5) ** 0.5
+    )  # fresh running statistics: 0, 1
     torch.testing.assert_close(first.bn1(x), h)
     torch.testing.assert_close(first(x), first.conv2(first.bn2(first.conv1(h))) + first.shortcut(h))
     y = torch.randn(2, 64, 8, 8)

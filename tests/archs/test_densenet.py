@@ -64,7 +64,11 @@ def test_sites():
     assert [sum(s.stage == i for s in focus) for i in range(4)] == [6, 12, 24, 16]
     outside = [(s.role, s.stage, s.channels) for s in sites if s.block_norm == 0]
     assert outside == [
-        ("stem", 0, 64), ("transition", 0, 256), ("transition", 1, 512), ("transition", 2, 1024), ("final", 3, 1024),
+        ("stem", 0, 64),
+        ("transition", 0, 256),
+        ("transition", 1, 512),
+        ("transition", 2, 1024),
+        ("final", 3, 1024),
     ]
 
 

@@ -23,7 +23,11 @@ def test_parameter_counts(norm, count):
 def test_equals_torchvision(width_mult, training):
     """A random state_dict of torchvision's, in its order, gives its logits and its statistics at any width."""
     torch.manual_seed(0)
-    theirs = torchvision.models.mobilenet_v2(num_classes=7, width_mult=width_mult, dropout=0.0).double().train(training)
+    theirs = (
+        torchvision.models.mobilenet_v2(num_classes=7, width_mult=width_mult, dropout=0.0)
+        .double()
+        .train(training)
+    )
     ours = anorm.create_model("mobilenetv2", num_classes=7, width_mult=width_mult, dropout=0.0)
     ours = ours.double().train(training)
     for name, value in theirs.state_dict().items():
@@ -47,7 +51,11 @@ def test_attentive_norm_stands_behind_every_depthwise_convolution():
     depths = (1, 2, 3, 4, 3, 3, 1)
     assert k == [k for k, depth in zip((5, 5, 5, 5, 10, 10, 10), depths, strict=True) for _ in range(depth)]
     for module in model.modules():
-        if isinstance(module, torch.nn.Sequential) and len(module) == 2 and isinstance(module[0], torch.nn.Conv2d):
+        if (
+            isinstance(module, torch.nn.Sequential)
+            and len(module) == 2
+            and isinstance(module[0], torch.nn.Conv2d)
+        ):
             assert isinstance(module[1], AttentiveNorm) == (module[0].groups > 1)
 
 

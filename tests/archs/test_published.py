@@ -67,4 +67,6 @@ def test_published_function(name, prefix, tmp_path):
     for g, first in zip(gradients, recorded["train.grad_first4"], strict=True):
         # a convolution in front of a batch norm has gradients of about 1e-16 where they cancel exactly
         np.testing.assert_allclose(g[:4], first[: len(g[:4])], rtol=1e-6, atol=floor)
-    close([buffers[places[key]].sum() for key, _ in record["buffers"]], recorded["train.buffer_sum_after"], 1e-8)
+    close(
+        [buffers[places[key]].sum() for key, _ in record["buffers"]], recorded["train.buffer_sum_after"], 1e-8
+    )

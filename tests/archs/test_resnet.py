@@ -77,7 +77,9 @@ def test_published_placement_of_attentive_norm():
         model = anorm.create_model("resnet50", "an")
     an = {name: m.k for name, m in model.named_modules() if type(m).__name__ == "AttentiveNorm"}
     assert an == {
-        f"layer{s + 1}.{i}.bn2": (10, 10, 20, 20)[s] for s, depth in enumerate((3, 4, 6, 3)) for i in range(depth)
+        f"layer{s + 1}.{i}.bn2": (10, 10, 20, 20)[s]
+        for s, depth in enumerate((3, 4, 6, 3))
+        for i in range(depth)
     }
     assert model.norm_summary == "bn x37, an x16"
 

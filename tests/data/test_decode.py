@@ -28,7 +28,9 @@ def test_jpegs_decode_as_pillow_decodes_them(mode):
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "WEBP", "GIF"])
 def test_other_formats_named_jpeg_are_read_by_pillow(form):
-    data = encoded(Image.fromarray(picture(0, 20, 30)), form, **({"lossless": True} if form == "WEBP" else {}))
+    data = encoded(
+        Image.fromarray(picture(0, 20, 30)), form, **({"lossless": True} if form == "WEBP" else {})
+    )
     expected = numpy.asarray(Image.open(io.BytesIO(data.numpy().tobytes())).convert("RGB"))
     assert difference(decode(data, "n02105855_2933.JPEG").permute(1, 2, 0), expected) == 0
 
@@ -49,7 +51,10 @@ def test_exif_orientation_is_not_applied():
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
 def test_a_file_that_is_no_image_is_named(damage):
     data = encoded(Image.fromarray(picture(0, 64, 80)), "JPEG")
-    data = {"cut": data[:len(data) // 2], "text": torch.tensor(list(b"not an image")).to(torch.uint8),
-            "empty": torch.zeros(1, dtype=torch.uint8)}[damage]
+    data = {
+        "cut": data[: len(data) // 2],
+        "text": torch.tensor(list(b"not an image")).to(torch.uint8),
+        "empty": torch.zeros(1, dtype=torch.uint8),
+    }[damage]
     with pytest.raises(BadImage, match=r"some/where\.JPEG is not a readable image .*data\.on_error=skip"):
         decode(data, "some/where.JPEG")

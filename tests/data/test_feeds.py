@@ -34,7 +34,9 @@ def dali_where_asked(request):
 
 
 def source(root, loader, **options):
-    return create("imagefolder", root=str(root), cache=False, **{"image_size": 24, "loader": loader} | options)
+    return create(
+        "imagefolder", root=str(root), cache=False, **{"image_size": 24, "loader": loader} | options
+    )
 
 
 def levels(batch, source):
@@ -56,7 +58,10 @@ def assert_close(ours, theirs, source, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_training_images_are_those_of_the_torch_loader(root, loader, interpolation):
-    plain, other = source(root, "torch", interpolation=interpolation), source(root, loader, interpolation=interpolation)
+    plain, other = (
+        source(root, "torch", interpolation=interpolation),
+        source(root, loader, interpolation=interpolation),
+    )
     assert plain.identity == other.identity
     steps = [list(TrainLoader(s, 3, 8, 4).epoch(1)) for s in (plain, other)]
     for theirs, ours in zip(*steps, strict=True):
@@ -69,7 +74,10 @@ def test_training_images_are_those_of_the_torch_loader(root, loader, interpolati
 def test_evaluation_is_exact(root, loader, batch, world):
     plain, other, seen = source(root, "torch"), source(root, loader), []
     for rank in range(world):
-        expected, found = list(EvalLoader(plain.val, batch, rank, world)), list(EvalLoader(other.val, batch, rank, world))
+        expected, found = (
+            list(EvalLoader(plain.val, batch, rank, world)),
+            list(EvalLoader(other.val, batch, rank, world)),
+        )
         for a, b in zip(found, expected, strict=True):
             assert_close(a, b, plain, loader)
             seen += a.indices.tolist()
@@ -90,8 +98,6 @@ def test_resume_and_broken_off_epochs_are_exact(root, loader):
     feeding.close()
 
 
-
-
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_bad_file_is_named(tmp_path, loader):
     root = write_folder(tmp_path / "set")
@@ -106,9 +112,14 @@ def test_skipped_files_are_replaced_and_left_out_as_by_the_torch_loader(tmp_path
     root = write_folder(tmp_path / "set")
     for name in ("train/bee/bee_2.JPEG", "val/ant/ant_0.JPEG"):
         content = (root / name).read_bytes()
-        (root / name).write_bytes(b"\xff\xd8\xff damaged" if damage == "nothing left" else content[:len(content) // 2])
+        (root / name).write_bytes(
+            b"\xff\xd8\xff damaged" if damage == "nothing left" else content[: len(content) // 2]
+        )
     plain, other = source(root, "torch", on_error="skip"), source(root, loader, on_error="skip")
-    trains, vals = [TrainLoader(s, 0, 7, 7) for s in (plain, other)], [EvalLoader(s.val, 2) for s in (plain, other)]
+    trains, vals = (
+        [TrainLoader(s, 0, 7, 7) for s in (plain, other)],
+        [EvalLoader(s.val, 2) for s in (plain, other)],
+    )
     for theirs, ours in zip(*(train.epoch(0) for train in trains), strict=True):
         assert_close(ours[0], theirs[0], plain, loader)
     images = [torch.cat([batch.indices for batch in val]).tolist() for val in vals]
@@ -118,7 +129,9 @@ def test_skipped_files_are_replaced_and_left_out_as_by_the_torch_loader(tmp_path
 
 def test_a_set_that_does_not_fit_is_refused_with_the_numbers(root, monkeypatch):
     monkeypatch.setattr(device_feed, "_free_memory", lambda device: 50_000)
-    with pytest.raises(ValueError, match=r"data.loader=device: \d+ of 27 images already take .* GB .* use data.loader=torch"):
+    with pytest.raises(
+        ValueError, match=r"data.loader=device: \d+ of 27 images already take .* GB .* use data.loader=torch"
+    ):
         TrainLoader(source(root, "device"), 0, 8, 4)
 
 
@@ -137,5 +150,7 @@ def test_images_that_workers_decoded_for_the_device_keep_no_files_open(root, mon
     helped = TrainLoader(source(root, "device"), 0, 9, 9, workers=2)
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before + 1
-    for ours, theirs in zip(helped.epoch(0), TrainLoader(source(root, "device"), 0, 9, 9).epoch(0), strict=True):
+    for ours, theirs in zip(
+        helped.epoch(0), TrainLoader(source(root, "device"), 0, 9, 9).epoch(0), strict=True
+    ):
         assert torch.equal(ours[0].images, theirs[0].images)

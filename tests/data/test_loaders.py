@@ -93,7 +93,9 @@ def test_an_epoch_takes_each_image_at_most_once_and_drops_the_rest(files):
 
 def test_epochs_and_seeds_give_other_orders_and_other_augmentations(files):
     def step(seed, epoch):
-        return torch.cat([batch.indices for batch in next(iter(TrainLoader(files, seed, 27, 27).epoch(epoch)))])
+        return torch.cat(
+            [batch.indices for batch in next(iter(TrainLoader(files, seed, 27, 27).epoch(epoch)))]
+        )
 
     orders = [step(seed, epoch).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert len({tuple(order) for order in orders}) == 3
@@ -152,8 +154,11 @@ def test_evaluation_repeats_with_any_number_of_workers(files):
 
 # ---- what a user can get wrong
 
+
 def test_fewer_images_than_one_global_batch(files):
-    with pytest.raises(ValueError, match="27 images, fewer than one global batch of 32: lower optim.global_batch"):
+    with pytest.raises(
+        ValueError, match="27 images, fewer than one global batch of 32: lower optim.global_batch"
+    ):
         TrainLoader(files, 0, 32, 16)
 
 
@@ -221,8 +226,13 @@ PROGRAM = """
 
 
 def start(root, how):
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(PROGRAM), str(root), how], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(root), how],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     process.stdout.readline()
     return process
 

@@ -34,17 +34,23 @@ def test_mixup_with_label_smoothing_equals_the_reference_with_its_gradient(refer
 def test_mixup_mixes_images_and_labels_with_one_weight():
     images, labels = torch.randn(6, 3, 4, 5, dtype=torch.float64), torch.arange(6)
     mixed, target = Mixing(mixup=1.0, num_classes=6).mix(images, labels, stream(0, "mix", 0, 0))
-    expected = target.weight * images + (1 - target.weight) * images[target.partners]  # labels are positions here
+    expected = (
+        target.weight * images + (1 - target.weight) * images[target.partners]
+    )  # labels are positions here
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-14)
     assert 0 < target.weight < 1
     assert sorted(target.partners.tolist()) == list(range(6))
 
 
 def test_cutmix_pastes_one_box_whose_area_is_the_partners_weight():
-    images = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 20, 30).contiguous(memory_format=torch.channels_last)
+    images = (
+        torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 20, 30).contiguous(memory_format=torch.channels_last)
+    )
     kept = images.clone()
     for step in range(20):
-        mixed, target = Mixing(cutmix=1.0, num_classes=8).mix(images, torch.arange(8), stream(0, "mix", step, 0))
+        mixed, target = Mixing(cutmix=1.0, num_classes=8).mix(
+            images, torch.arange(8), stream(0, "mix", step, 0)
+        )
         pasted = (mixed == target.partners.view(8, 1, 1, 1)) & (mixed != images)
         share = pasted.double().mean((1, 2, 3))
         for i in range(8):
@@ -65,7 +71,11 @@ def test_cutmix_and_mixup_each_take_half_of_the_steps():
 
 
 def test_the_draw_depends_on_its_stream_alone():
-    mixing, images, labels = Mixing(mixup=0.2, cutmix=0.5, num_classes=7), torch.randn(7, 3, 6, 6), torch.arange(7)
+    mixing, images, labels = (
+        Mixing(mixup=0.2, cutmix=0.5, num_classes=7),
+        torch.randn(7, 3, 6, 6),
+        torch.arange(7),
+    )
     first = mixing.mix(images, labels, stream(1, "mix", 5, 2))
     torch.manual_seed(123)
     again, other = (mixing.mix(images, labels, stream(1, "mix", *keys)) for keys in ((5, 2), (5, 3)))
@@ -87,7 +97,9 @@ def test_without_mixing_the_batch_is_handed_through():
     assert mixed is images and target == (labels, None, 1.0)
 
 
-@pytest.mark.parametrize("options", [{"mixup": -1}, {"cutmix": -0.1}, {"label_smoothing": 1.0}, {"num_classes": 0}])
+@pytest.mark.parametrize(
+    "options", [{"mixup": -1}, {"cutmix": -0.1}, {"label_smoothing": 1.0}, {"num_classes": 0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Mixing(**options)

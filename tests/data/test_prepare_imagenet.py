@@ -57,18 +57,29 @@ def official(tmp_path):
     """The three official files, with 3 classes, 5 training images each and 6 validation images."""
     folder = tmp_path / "official"
     folder.mkdir()
-    inner = [(f"{wnid}.tar", tar_of([(f"{wnid}_{i}.JPEG", jpeg(10 * c + i)) for i in range(TRAIN)])) for c, wnid in enumerate(WNIDS)]
+    inner = [
+        (f"{wnid}.tar", tar_of([(f"{wnid}_{i}.JPEG", jpeg(10 * c + i)) for i in range(TRAIN)]))
+        for c, wnid in enumerate(WNIDS)
+    ]
     (folder / archives.TRAIN_TAR).write_bytes(tar_of(inner))
-    (folder / archives.VAL_TAR).write_bytes(tar_of([(f"ILSVRC2012_val_{i + 1:08d}.JPEG", jpeg(100 + i)) for i in range(VAL)]))
+    (folder / archives.VAL_TAR).write_bytes(
+        tar_of([(f"ILSVRC2012_val_{i + 1:08d}.JPEG", jpeg(100 + i)) for i in range(VAL)])
+    )
     synsets = numpy.zeros(3, dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
     for i, wnid in enumerate(reversed(WNIDS)):
         synsets[i] = (i + 1, wnid, f"words of {wnid}")
     meta = io.BytesIO()
     scipy.io.savemat(meta, {"synsets": synsets})
     lines = "".join(f"{number}\n" for number in truth()).encode()
-    (folder / archives.DEVKIT).write_bytes(tar_of([
-        ("ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue()),
-        ("ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", lines)], "w:gz"))
+    (folder / archives.DEVKIT).write_bytes(
+        tar_of(
+            [
+                ("ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue()),
+                ("ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", lines),
+            ],
+            "w:gz",
+        )
+    )
     return folder
 
 
@@ -87,7 +98,17 @@ def expected_val():
 
 def test_official_files_become_class_folders(official, tmp_path):
     out = tmp_path / "imagenet"
-    command = [sys.executable, str(TOOL), "--from", str(official), "--to", str(out), "--any", "--workers", "2"]
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--from",
+        str(official),
+        "--to",
+        str(out),
+        "--any",
+        "--workers",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "train: 15 images, val: 6 images; 21 compared" in done.stdout
@@ -100,7 +121,22 @@ def test_official_files_become_class_folders(official, tmp_path):
 @pytest.mark.parametrize("short_side", [0, 32])
 def test_official_files_become_shards(official, tmp_path, main, short_side):
     out = tmp_path / "shards"
-    assert main(["--from", str(official), "--to", str(out), "--format", "shards", "--short-side", str(short_side), "--any"]) == 0
+    assert (
+        main(
+            [
+                "--from",
+                str(official),
+                "--to",
+                str(out),
+                "--format",
+                "shards",
+                "--short-side",
+                str(short_side),
+                "--any",
+            ]
+        )
+        == 0
+    )
     source = create("imagenet_shards", root=str(out), image_size=24)
     assert source.classes == WNIDS and len(source.train) == 15 and len(source.val) == 6
     store = source.val.store
@@ -123,7 +159,9 @@ def test_other_classes_of_validation_images(official, tmp_path, main):
     with pytest.raises(ValueError, match="the classes of the validation images are missing"):
         archives.find(official)
     lines = ["ImageId,PredictionString"] + [
-        f"ILSVRC2012_val_{i + 1:08d},{folders[number]} 1 2 3 4 {folders[number]} 5 6 7 8" for i, number in enumerate(truth())]
+        f"ILSVRC2012_val_{i + 1:08d},{folders[number]} 1 2 3 4 {folders[number]} 5 6 7 8"
+        for i, number in enumerate(truth())
+    ]
     (official / "LOC_val_solution.csv").write_text("\n".join(lines) + "\n")
     assert {item[:2] for item in archives.find(official)["val"]} == expected_val()
     (official / "LOC_val_solution.csv").unlink()
@@ -147,8 +185,12 @@ def test_repeating_the_command_goes_on_and_makes_the_same_bytes(official, tmp_pa
 def test_a_killed_preparation_leaves_no_half_file_and_goes_on(official, tmp_path, main):
     out = tmp_path / "imagenet"
     command = ["--from", str(official), "--to", str(out), "--any"]
-    process = subprocess.Popen([sys.executable, str(TOOL), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(TOOL), *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     while process.poll() is None and not list(out.glob("train/*/*.JPEG")):
         time.sleep(0.001)
     if process.poll() is None:
@@ -178,13 +220,25 @@ def test_what_was_damaged_afterwards_is_found(official, tmp_path, main, capsys):
     assert "n01440764_0.JPEG is not what its source gives" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda folder: None, "train has 15 images of 3 classes; ImageNet has 1281167 of 1000: complete the source, or give --any"),
-    (lambda folder: os.remove(folder / archives.TRAIN_TAR), "holds neither ILSVRC2012_img_train.tar nor a train folder"),
-    (lambda folder: os.remove(folder / archives.VAL_TAR), "ILSVRC2012_img_val.tar is missing"),
-    (lambda folder: (folder / archives.TRAIN_TAR).write_bytes(b"no tar"), "is not a readable tar file"),
-    (lambda folder: (folder / archives.VAL_TAR).write_bytes(tar_of([("a.JPEG", jpeg(0))])), "6 validation images, but there are 1"),
-])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (
+            lambda folder: None,
+            "train has 15 images of 3 classes; ImageNet has 1281167 of 1000: complete the source, or give --any",
+        ),
+        (
+            lambda folder: os.remove(folder / archives.TRAIN_TAR),
+            "holds neither ILSVRC2012_img_train.tar nor a train folder",
+        ),
+        (lambda folder: os.remove(folder / archives.VAL_TAR), "ILSVRC2012_img_val.tar is missing"),
+        (lambda folder: (folder / archives.TRAIN_TAR).write_bytes(b"no tar"), "is not a readable tar file"),
+        (
+            lambda folder: (folder / archives.VAL_TAR).write_bytes(tar_of([("a.JPEG", jpeg(0))])),
+            "6 validation images, but there are 1",
+        ),
+    ],
+)
 def test_wrong_sources_are_explained(official, tmp_path, main, capsys, spoil, words):
     spoil(official)
     assert main(["--from", str(official), "--to", str(tmp_path / "out")]) == 2
@@ -208,6 +262,7 @@ def test_a_source_image_that_cannot_be_read_is_named(official, tmp_path, main, c
 
 # ---- reading shards
 
+
 @pytest.fixture
 def written(official, tmp_path, main):
     out = tmp_path / "shards"
@@ -228,10 +283,16 @@ def test_shards_are_read_at_random_by_any_number_of_workers(written):
 
 def test_shards_of_others_are_indexed(tmp_path, main):
     for split, count in (("train", 5), ("val", 3)):
-        entries = [entry for i in range(count) for entry in ((f"{i:05d}.jpg", jpeg(i)), (f"{i:05d}.cls", str(i % 2).encode()))]
+        entries = [
+            entry
+            for i in range(count)
+            for entry in ((f"{i:05d}.jpg", jpeg(i)), (f"{i:05d}.cls", str(i % 2).encode()))
+        ]
         (tmp_path / f"{split}-0.tar").write_bytes(tar_of(entries[:4]))
         (tmp_path / f"{split}-1.tar").write_bytes(tar_of(entries[4:]))
-    with pytest.raises(ValueError, match=r"train.index.npz is missing: python tools/prepare_imagenet.py --index"):
+    with pytest.raises(
+        ValueError, match=r"train.index.npz is missing: python tools/prepare_imagenet.py --index"
+    ):
         create("imagenet_shards", root=str(tmp_path))
     assert main(["--index", str(tmp_path)]) == 0
     source = create("imagenet_shards", root=str(tmp_path), image_size=16)

@@ -11,7 +11,12 @@ def test_a_stream_is_the_same_on_every_machine():
 
 
 def test_streams_of_different_names_differ():
-    seeds = {seed_of(s, p, *k) for s in range(3) for p in ("order", "augment") for k in ((), (1,), (1, 2), (12,), (2, 1))}
+    seeds = {
+        seed_of(s, p, *k)
+        for s in range(3)
+        for p in ("order", "augment")
+        for k in ((), (1,), (1, 2), (12,), (2, 1))
+    }
     assert len(seeds) == 3 * 2 * 5
 
 

@@ -32,6 +32,7 @@ def test_every_source_has_a_yaml():
 
 # ---- digits
 
+
 def test_digits_have_a_fixed_stratified_split():
     source = create("digits")
     assert len(source.train) == 1438 and len(source.val) == 359
@@ -47,7 +48,9 @@ def test_digits_are_the_real_ones():
     from sklearn.datasets import load_digits
 
     source = create("digits", image_size=8)
-    both = torch.cat([dataset.fetch(range(len(dataset)), None).images[:, 0] for dataset in (source.train, source.val)])
+    both = torch.cat(
+        [dataset.fetch(range(len(dataset)), None).images[:, 0] for dataset in (source.train, source.val)]
+    )
     originals = torch.from_numpy(load_digits().images * (255 / 16)).round().to(torch.uint8)
     assert sorted(map(bytes, both.numpy())) == sorted(map(bytes, originals.numpy()))
 
@@ -59,7 +62,12 @@ def test_digits_shift_by_up_to_three_pixels_and_one_by_one_as_in_a_batch():
     for i in range(300):
         image, label = train.sample(5, stream(0, "augment", i, 5))
         assert image.shape == (3, 32, 32) and label == train.labels[5]
-        moves = [(dy, dx) for dy in range(-3, 4) for dx in range(-3, 4) if torch.equal(shift(still, dy, dx), image[0])]
+        moves = [
+            (dy, dx)
+            for dy in range(-3, 4)
+            for dx in range(-3, 4)
+            if torch.equal(shift(still, dy, dx), image[0])
+        ]
         assert moves
         seen.add(moves[0])
     assert len(seen) == 49
@@ -70,7 +78,7 @@ def test_digits_shift_by_up_to_three_pixels_and_one_by_one_as_in_a_batch():
 
 def shift(image, dy, dx):
     padded = torch.nn.functional.pad(image, (3, 3, 3, 3))
-    return padded[3 - dy:3 - dy + image.shape[0], 3 - dx:3 - dx + image.shape[1]]
+    return padded[3 - dy : 3 - dy + image.shape[0], 3 - dx : 3 - dx + image.shape[1]]
 
 
 def test_digits_statistics_are_those_of_the_training_images():
@@ -80,14 +88,24 @@ def test_digits_statistics_are_those_of_the_training_images():
     assert source.std == pytest.approx([pixels.std().item()] * 3, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"image_size": 0}, {"image_size": 4}, {"max_shift": -1}, {"max_shift": 32},
-                                     {"val_share": 0.0}, {"val_share": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": 0},
+        {"image_size": 4},
+        {"max_shift": -1},
+        {"max_shift": 32},
+        {"val_share": 0.0},
+        {"val_share": 1.0},
+    ],
+)
 def test_digits_refuse_impossible_options(options):
     with pytest.raises(ValueError, match=f"data.{next(iter(options))}"):
         create("digits", **options)
 
 
 # ---- synthetic
+
 
 def test_synthetic_images_are_fixed_and_of_the_given_shape():
     source = create("synthetic", image_size=16, num_classes=7, train_images=300, val_images=20)
@@ -107,6 +125,7 @@ def test_synthetic_refuses_sizes_below_one(option):
 
 # ---- folders
 
+
 def test_a_folder_is_read_in_the_order_of_its_names(folder):
     source = create("imagefolder", root=str(folder), image_size=24)
     assert source.classes == ["ant", "bee", "cat"]
@@ -120,6 +139,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(folder):
 
 def test_each_split_has_an_identity_of_its_own(folder):
     """Evaluations are comparable when their images are the same, whatever was trained on."""
+
     def splits():
         source = create("imagefolder", root=str(folder), cache=False)
         return source.train.identity, source.val.identity
@@ -184,10 +204,14 @@ def test_a_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatc
     assert "could not keep the file index" in caplog.text
 
 
-@pytest.mark.parametrize("name, text", [
-    ("LOC_synset_mapping.txt", "cat domestic cat, Felis\nant ant, emmet\nzebra unused\nbee honey bee\n"),
-    ("classes.txt", "ant ant, emmet\nbee honey bee\ncat domestic cat, Felis\n"),
-    ("classes.txt", "ant, emmet\nhoney bee\ndomestic cat, Felis\n")])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("LOC_synset_mapping.txt", "cat domestic cat, Felis\nant ant, emmet\nzebra unused\nbee honey bee\n"),
+        ("classes.txt", "ant ant, emmet\nbee honey bee\ncat domestic cat, Felis\n"),
+        ("classes.txt", "ant, emmet\nhoney bee\ndomestic cat, Felis\n"),
+    ],
+)
 def test_class_names_come_from_a_name_file(folder, name, text):
     (folder / name).write_text(text)
     expected = ["ant, emmet", "honey bee", "domestic cat, Felis"]
@@ -213,10 +237,13 @@ def test_png_named_jpeg_and_cmyk_files_are_read_like_the_others(folder):
 def test_imagenet_is_a_folder_of_a_thousand_classes(folder):
     with pytest.raises(ValueError, match="expects 1000 class folders, found 3: use data=imagefolder"):
         create("imagenet", root=str(folder))
-    assert list(sources.signature_of("imagenet").parameters) == list(sources.signature_of("imagefolder").parameters)
+    assert list(sources.signature_of("imagenet").parameters) == list(
+        sources.signature_of("imagefolder").parameters
+    )
 
 
 # ---- what a user can get wrong
+
 
 def test_unknown_source_and_option():
     with pytest.raises(ValueError, match="data source 'cifar' is unknown: choose one of digits, "):
@@ -278,8 +305,21 @@ def file_beside_classes(folder):
     return folder, r"train/list.txt lies beside the class folders"
 
 
-@pytest.mark.parametrize("spoil", [no_root, missing_root, missing_val, empty_val, flat_val, differing_classes,
-                                   empty_class, other_file, nested_folder, file_beside_classes])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        no_root,
+        missing_root,
+        missing_val,
+        empty_val,
+        flat_val,
+        differing_classes,
+        empty_class,
+        other_file,
+        nested_folder,
+        file_beside_classes,
+    ],
+)
 def test_a_wrong_folder_is_explained_in_a_line_or_two(folder, spoil):
     root, words = spoil(folder)
     with pytest.raises(ValueError, match=words) as caught:
@@ -287,9 +327,15 @@ def test_a_wrong_folder_is_explained_in_a_line_or_two(folder, spoil):
     assert str(caught.value).count("\n") <= 1
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"image_size": 0}, "image_size=0"), ({"mean": (0.5,)}, "three values"), ({"std": (0.2, 0.0, 0.2)}, "above zero"),
-    ({"on_error": "ignore"}, "choose error .* or skip")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"image_size": 0}, "image_size=0"),
+        ({"mean": (0.5,)}, "three values"),
+        ({"std": (0.2, 0.0, 0.2)}, "above zero"),
+        ({"on_error": "ignore"}, "choose error .* or skip"),
+    ],
+)
 def test_wrong_options_are_refused(folder, options, words):
     with pytest.raises(ValueError, match=words):
         create("imagefolder", root=str(folder), **options)
@@ -302,14 +348,19 @@ def test_non_images_are_skipped_and_listed_where_asked(folder, caplog):
     for _ in range(2):  # the second reads the cache
         source = create("imagefolder", root=str(folder), on_error="skip")
         assert len(source.train) == 21
-        assert [os.path.basename(path) for path in source.train.store.index.skipped] == ["list.txt", "notes.txt"]
-    with pytest.raises(ValueError, match="list.txt"):  # the index of on_error=skip does not serve on_error=error
+        assert [os.path.basename(path) for path in source.train.store.index.skipped] == [
+            "list.txt",
+            "notes.txt",
+        ]
+    with pytest.raises(
+        ValueError, match="list.txt"
+    ):  # the index of on_error=skip does not serve on_error=error
         create("imagefolder", root=str(folder))
 
 
 def spoil_file(path):
     data = path.read_bytes()
-    path.write_bytes(data[:len(data) // 2])
+    path.write_bytes(data[: len(data) // 2])
 
 
 def test_a_corrupt_file_is_named_when_it_is_read(folder):
@@ -327,7 +378,9 @@ def test_skipping_replaces_training_images_and_leaves_out_evaluation_images(fold
     assert fetched.indices.tolist() == [8, 10, 10] and len(fetched.images) == 3
     assert [index for index, _ in fetched.bad] == [9] and "bee_2.JPEG" in fetched.bad[0][1]
     fetched = source.val.fetch([0, 1, 2], None)
-    assert fetched.indices.tolist() == [0, 2] and fetched.labels.tolist() == [0, 0] and len(fetched.images) == 2
+    assert (
+        fetched.indices.tolist() == [0, 2] and fetched.labels.tolist() == [0, 0] and len(fetched.images) == 2
+    )
 
 
 def test_a_set_without_one_readable_image_ends(tmp_path):

@@ -37,17 +37,25 @@ def test_hugging_face_parquet(tmp_path, monkeypatch):
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": names}})})
         pyarrow.parquet.write_table(table, tmp_path / "set" / f"{split}-00000.parquet")
     source = create("timm", reader=f"hfds/{tmp_path / 'set'}", root=str(tmp_path / "cache"), image_size=16)
-    assert source.classes == ["ant", "bee"] and source.train.labels.tolist() == [0, 1, 0, 1, 0, 1] and len(source.val) == 4
+    assert (
+        source.classes == ["ant", "bee"]
+        and source.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
+        and len(source.val) == 4
+    )
     assert difference(source.val.decoded(3).permute(1, 2, 0), picture(3)) == 0
 
 
-@pytest.mark.parametrize("options, words", [
-    ({}, "data.reader is not set"),
-    ({"reader": "wds/x"}, "only streams"), ({"reader": "hfids/a/b"}, "only streams"),
-    ({"reader": "zip/x"}, "use hfds/OWNER/NAME or folder"),
-    ({"reader": "folder"}, "needs data.root"),
-    ({"reader": "folder", "root": "/nowhere"}, "does not exist"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({}, "data.reader is not set"),
+        ({"reader": "wds/x"}, "only streams"),
+        ({"reader": "hfids/a/b"}, "only streams"),
+        ({"reader": "zip/x"}, "use hfds/OWNER/NAME or folder"),
+        ({"reader": "folder"}, "needs data.root"),
+        ({"reader": "folder", "root": "/nowhere"}, "does not exist"),
+    ],
+)
 def test_what_cannot_be_read_exactly_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         create("timm", **options)

@@ -10,7 +10,6 @@ from anorm.data.random import stream
 from anorm.data.transforms import Crop
 
 
-
 def tensor(pixels):
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -26,7 +25,7 @@ def test_evaluation_equals_pillow(interpolation, size):
     new = (short, int(short * width / height)) if height < width else (int(short * height / width), short)
     resized = numpy.asarray(Image.fromarray(pixels).resize((new[1], new[0]), resample))
     top, left = round((new[0] - 64) / 2), round((new[1] - 64) / 2)
-    expected = resized[top:top + 64, left:left + 64]
+    expected = resized[top : top + 64, left : left + 64]
     # both filter in fixed point, rows then columns, with different numbers of bits: one level of 255 each, which
     # the weights of the bilinear filter (none negative) do not add up
     assert difference(ours.permute(1, 2, 0), expected) <= (1 if interpolation == "bilinear" else 2)
@@ -36,7 +35,7 @@ def test_training_resizes_the_cut_region_and_mirrors_it():
     image, crop = tensor(picture(2, 120, 160)), Crop(32)
     for seed in range(20):
         window = crop.window(120, 160, stream(seed, "augment"))
-        region = image[:, window.top:window.top + window.height, window.left:window.left + window.width]
+        region = image[:, window.top : window.top + window.height, window.left : window.left + window.width]
         expected = v2.functional.resize(region, [32, 32], antialias=True)
         ours = crop.train(image, stream(seed, "augment"))
         assert torch.equal(ours, expected.flip(-1) if window.mirror else expected)
@@ -51,7 +50,10 @@ def test_the_windows_have_the_distribution_of_torchvision():
     theirs = [v2.RandomResizedCrop(224).make_params([blank]) for _ in range(count)]
     for column, name in enumerate(("top", "left", "height", "width")):
         p = stats.ks_2samp(ours[:, column], [params[name] for params in theirs]).pvalue
-        assert p > 1e-3, (name, p)  # both sets of draws are fixed; 1e-3 leaves four comparisons 0.4 % of bad luck, once
+        assert p > 1e-3, (
+            name,
+            p,
+        )  # both sets of draws are fixed; 1e-3 leaves four comparisons 0.4 % of bad luck, once
 
 
 def test_every_window_lies_in_the_image():
@@ -68,10 +70,18 @@ def test_flips_take_half_of_the_images_and_can_be_off():
     assert not any(Crop(8, flip=False).window(20, 20, stream(i, "augment")).mirror for i in range(50))
 
 
-@pytest.mark.parametrize("options, word", [
-    ({"image_size": 0}, "image_size"), ({"image_size": -3}, "image_size"), ({"eval_resize": 100}, "eval_resize"),
-    ({"interpolation": "nearest"}, "bilinear or bicubic"), ({"crop_scale": (0.5, 0.1)}, "crop_scale"),
-    ({"crop_scale": (0.0, 1.0)}, "crop_scale"), ({"crop_ratio": (2.0, 1.0)}, "crop_ratio")])
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"image_size": 0}, "image_size"),
+        ({"image_size": -3}, "image_size"),
+        ({"eval_resize": 100}, "eval_resize"),
+        ({"interpolation": "nearest"}, "bilinear or bicubic"),
+        ({"crop_scale": (0.5, 0.1)}, "crop_scale"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
+        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio"),
+    ],
+)
 def test_impossible_options_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
         Crop(**options)

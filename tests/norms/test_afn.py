@@ -61,18 +61,22 @@ def same(layer, expected):
 )
 def test_training_equals_the_equations_on_the_batch(options, form):
     layer = make(**options)
-    same(layer, lambda x: written_out(
-        layer, x, x.mean((0, 2, 3)), (x.var((0, 2, 3), unbiased=False) + 1e-5).sqrt(), **form
-    ))
+    same(
+        layer,
+        lambda x: written_out(
+            layer, x, x.mean((0, 2, 3)), (x.var((0, 2, 3), unbiased=False) + 1e-5).sqrt(), **form
+        ),
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_released_layer_uses_the_batch_in_both_modes(training):
     """Unbiased variance, eps outside the root, unbounded lambdas, no floor; its dropout is set aside here."""
     layer = make("afn_as_released", dropout=0.0).train(training)
-    same(layer, lambda x: written_out(
-        layer, x, x.mean((0, 2, 3)), x.std((0, 2, 3)) + 1e-6, free=True, floor=0.0
-    ))
+    same(
+        layer,
+        lambda x: written_out(layer, x, x.mean((0, 2, 3)), x.std((0, 2, 3)) + 1e-6, free=True, floor=0.0),
+    )
 
 
 def test_evaluation_feeds_the_networks_with_running_statistics():

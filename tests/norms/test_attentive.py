@@ -37,12 +37,19 @@ VARIANTS = {
 
 
 def own_name(published: str) -> str:
-    for old, new in (("attention_weights.attention.", "attention."), ("attn_weights.attention.", "attention.")):
+    for old, new in (
+        ("attention_weights.attention.", "attention."),
+        ("attn_weights.attention.", "attention."),
+    ):
         published = published.replace(old, new)
     for old, new in (("attention.0.", "attention.fc."), ("attention.1.", "attention.norm.")):
         published = published.replace(old, new)
     published = {"weight_": "weight", "bias_": "bias"}.get(published, published)
-    return f"base.{published}" if published in ("running_mean", "running_var", "num_batches_tracked") else published
+    return (
+        f"base.{published}"
+        if published in ("running_mean", "running_var", "num_batches_tracked")
+        else published
+    )
 
 
 def load(name: str):
@@ -51,7 +58,9 @@ def load(name: str):
     k, channels = arrays["p.weight_"].shape
     layer = anorm.create_norm(options.pop("name", "an"), channels, k=k, **options).double()
     own = layer.state_dict()
-    state = {own_name(key[key.index(".") + 1 :]): v for key, v in arrays.items() if key.startswith(("p.", "b0."))}
+    state = {
+        own_name(key[key.index(".") + 1 :]): v for key, v in arrays.items() if key.startswith(("p.", "b0."))
+    }
     layer.load_state_dict({key: value.reshape(own[key].shape) for key, value in state.items()})
     return layer, arrays
 

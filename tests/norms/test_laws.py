@@ -248,7 +248,9 @@ def test_evaluation_with_batch_statistics():
 def test_group_count():
     assert anorm.create_norm("gn", 48).groups == 24
     assert anorm.create_norm("gn", 64).groups == 32
-    with pytest.raises(ValueError, match="48 channels cannot be divided into groups=32; use groups=auto or one of"):
+    with pytest.raises(
+        ValueError, match="48 channels cannot be divided into groups=32; use groups=auto or one of"
+    ):
         anorm.create_norm("gn", 48, groups=32)
 
 
@@ -286,6 +288,8 @@ def test_group_norm_of_small_maps_is_one_function_by_either_way(dtype):
             y = layer(leaf)
         assert y.dtype == dtype
         found[layout] = y, *torch.autograd.grad(y, [leaf, layer.weight, layer.bias], dy)
-    digits = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # a bfloat16 has 8 bits: rounding of y and of dx
+    digits = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[
+        dtype
+    ]  # a bfloat16 has 8 bits: rounding of y and of dx
     for a, b in zip(*found.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=digits, atol=digits * 4)

@@ -82,7 +82,8 @@ def test_moments(shape, layout, dtype):
         assert result.dtype == p.dtype and result.shape == shape[:2]
         # beside the mean's and the deviation's own size: a mean near 0 has no relative precision to keep
         assert (result.double() - e).abs().max() <= max(
-            2 * (p.double() - e).abs().max().item(), 2 * torch.finfo(p.dtype).eps * x.double().abs().max().item()
+            2 * (p.double() - e).abs().max().item(),
+            2 * torch.finfo(p.dtype).eps * x.double().abs().max().item(),
         )
     mean, nothing = cpu.moments(x, var=False)
     assert nothing is None
@@ -182,7 +183,9 @@ def test_huge_and_tiny_values(size, layout):
 def test_constant_planes_have_no_variance_and_no_nan(value, layout):
     mean, var = cpu.moments(laid_out(torch.full((2, 20, 9, 11), value), layout))
     # the deviation is one rounding of the mean at most
-    assert torch.allclose(mean, torch.tensor(value)) and (var >= 0).all() and (var <= (2e-7 * value) ** 2).all()
+    assert (
+        torch.allclose(mean, torch.tensor(value)) and (var >= 0).all() and (var <= (2e-7 * value) ** 2).all()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -205,7 +208,9 @@ def test_nan_and_inf(hw, layout, dtype):
         dy[0, 5] = inf
         dy[0, 6] = nan
         dx = cpu.moments_backward(dy, x, zero, one, zero, None, None, None, act)
-        blocked = (x <= 0) & (act != "none") | (x >= 6) & (act == "relu6")  # false for NaN: the gradient passes
+        blocked = (x <= 0) & (act != "none") | (x >= 6) & (
+            act == "relu6"
+        )  # false for NaN: the gradient passes
         assert torch.equal(dx.nan_to_num(123.0), torch.where(blocked, 0, dy).nan_to_num(123.0))
 
 
@@ -226,14 +231,24 @@ def test_any_strides(layout):
     """x that is not dense; dy, residual and y of other strides, expanded ones too; coefficients that are views."""
     wide, dy, residual, _ = case((2, 40, 9, 11), torch.float32, layout)
     x = wide[:, 3:30]
-    coefficients = [torch.randn(27, 4)[:, 1].expand(2, 27), torch.randn(27).expand(2, 27), torch.randn(2, 54)[:, ::2]]
+    coefficients = [
+        torch.randn(27, 4)[:, 1].expand(2, 27),
+        torch.randn(27).expand(2, 27),
+        torch.randn(2, 54)[:, ::2],
+    ]
     mean, var = cpu.moments(x)
     assert torch.equal(mean, cpu.moments(x.contiguous())[0]) or layout == "channels_last"
     torch.testing.assert_close(var, reference.moments(x)[1])
-    for other in (dy[:, :27], dy[:1, :1, :1, :1].expand_as(x), dy[:, :27].transpose(2, 3).contiguous().transpose(2, 3)):
+    for other in (
+        dy[:, :27],
+        dy[:1, :1, :1, :1].expand_as(x),
+        dy[:, :27].transpose(2, 3).contiguous().transpose(2, 3),
+    ):
         y = cpu.affine(x, *coefficients, other, "relu")
         torch.testing.assert_close(y, reference.affine(x, *coefficients, other, "relu"))
-        dense = other.contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+        dense = other.contiguous(
+            memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        )
         for kept in (None, y):
             for a, b in zip(
                 cpu.affine_backward(other, x, *coefficients, kept, "relu"),
@@ -324,7 +339,9 @@ def fused(x, dy, act, law, coefficients, coefficients_backward):
     return y, cpu.moments_backward(dy, x, centre, scale, shift, about, dvar2, dmean1, act), *parameters
 
 
-def check_law(law, shape, dtype, act, parameters, plain, coefficients, coefficients_backward, layout="contiguous"):
+def check_law(
+    law, shape, dtype, act, parameters, plain, coefficients, coefficients_backward, layout="contiguous"
+):
     """Float32: at most twice plain PyTorch's error, over a few inputs together (one rounding in a badly conditioned
     attention moves everything behind it, so a single input decides by luck), or a few roundings. Float64, where plain
     PyTorch is also what is compared with: equal but for the conditioning of the attention's batch of N values."""
@@ -341,7 +358,10 @@ def check_law(law, shape, dtype, act, parameters, plain, coefficients, coefficie
             y = activation(plain(*leaves))
             return y.detach(), *torch.autograd.grad(y, leaves, of(dy))
 
-        exact, plainly = by_autograd(lambda t: t.detach().double().clone()), by_autograd(lambda t: t.detach().clone())
+        exact, plainly = (
+            by_autograd(lambda t: t.detach().double().clone()),
+            by_autograd(lambda t: t.detach().clone()),
+        )
         results = fused(x, dy, act, law, coefficients, coefficients_backward)
         assert [r.shape for r in results] == [e.shape for e in exact]
         errors.append([(error(r, e), error(p, e)) for r, p, e in zip(results, plainly, exact, strict=True)])
@@ -395,7 +415,11 @@ def test_an_coefficients(shape, k, act, dtype):
     g = torch.Generator().manual_seed(1)
     c, hw = shape[1], shape[2] * shape[3]
     mixtures = [1 + 0.1 * torch.randn(k, c, generator=g), torch.randn(k, c, generator=g)]
-    attention = [torch.randn(k, c, 1, 1, generator=g), 1 + torch.rand(k, generator=g), 2 * torch.randn(k, generator=g)]
+    attention = [
+        torch.randn(k, c, 1, 1, generator=g),
+        1 + torch.rand(k, generator=g),
+        2 * torch.randn(k, generator=g),
+    ]
     parameters = [t.to(dtype) for t in (*mixtures, *attention)]
 
     def forward(mean, var):
@@ -430,7 +454,9 @@ def test_running_statistics():
 def test_attention_of_one_instance_is_finite():
     """One value has no variance: the guards give 0 and the biased estimates, not 0/0."""
     x = torch.randn(1, 8, 1, 1)
-    saved = cpu.an_coefficients(*cpu.moments(x), *[torch.randn(3, 8) for _ in range(3)], torch.ones(3), torch.zeros(3), 1)
+    saved = cpu.an_coefficients(
+        *cpu.moments(x), *[torch.randn(3, 8) for _ in range(3)], torch.ones(3), torch.zeros(3), 1
+    )
     assert all(t.isfinite().all() for t in saved)
 
 
@@ -463,13 +489,25 @@ def test_opcheck(layout):
     parameters = [torch.rand(3, 5), torch.rand(3, 5), torch.rand(3, 5, 1, 1), torch.rand(3), torch.rand(3)]
     an = cpu.an_coefficients(cells, cells, *parameters, 12)
     check("an_coefficients", cells, cells, *parameters, 12, 1e-5, 1e-3, 1e-5)
-    saved = an.centre, an.scale, an.rstd, an.descriptor_scale, an.attention, an.standardized, an.attention_rstd
+    saved = (
+        an.centre,
+        an.scale,
+        an.rstd,
+        an.descriptor_scale,
+        an.attention,
+        an.standardized,
+        an.attention_rstd,
+    )
     check("an_coefficients_backward", cells, cells, cells, *saved, *parameters, 12)
 
 
 def run_python(code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
     )
 
 

@@ -15,7 +15,9 @@ def whiten(moments):
     pooled = algebra.pool_batch(moments)
     first = algebra.standardize(pooled.mean, pooled.var, 1e-3)
     second = algebra.standardize(moments.mean, moments.var, 1e-3)
-    return algebra.then(algebra.mix(first, second, torch.tensor(0.3)), torch.sigmoid(moments.var), moments.mean.tanh())
+    return algebra.then(
+        algebra.mix(first, second, torch.tensor(0.3)), torch.sigmoid(moments.var), moments.mean.tanh()
+    )
 
 
 def plain(x, law, act=None, residual=None):

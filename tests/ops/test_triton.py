@@ -14,8 +14,20 @@ CASES = Path(__file__).with_name("triton_cases.py")
 
 
 def run_cases(environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", str(CASES)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[2], check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--no-header",
+        str(CASES),
+    ]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=CASES.parents[2], check=False
+    )
     assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
 
 
@@ -27,7 +39,9 @@ def release(package):
 def test_in_the_interpreter():
     """Without a GPU too: the kernels' mathematics, though not their speed nor what a GPU's rounding does."""
     if release("triton") < (3, 7) and release("numpy") >= (2, 4):
-        pytest.skip(f"the interpreter of Triton {version('triton')} needs numpy < 2.4 (run-time bounds of a loop)")
+        pytest.skip(
+            f"the interpreter of Triton {version('triton')} needs numpy < 2.4 (run-time bounds of a loop)"
+        )
     run_cases({**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
 
 
@@ -46,5 +60,7 @@ def test_says_why_it_cannot_run():
         "with pytest.raises(RuntimeError, match='cannot be used here'): ops.set_backend('triton')\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr[-2000:]

@@ -81,15 +81,15 @@ def launch_laws(n, c, k, groups):
     triton_laws._gn(cells, cells, row, groups, 1e-5)
     triton_laws._gn_backward(cells, cells, cells, cells, groups, 49)
     triton_laws._an(cells, cells, *network, 49, 1e-5, 1e-3, 1e-5)
-    triton_laws._an_backward(
-        cells, cells, cells, row, cells, row, cells, square, square, short, *network, 49
-    )
+    triton_laws._an_backward(cells, cells, cells, row, cells, row, cells, square, square, short, *network, 49)
     triton_laws._an_running(cells, cells, *network, row, short, short, 49, 1e-3)
 
 
 def source(kernel, args, named):
     """What Triton's launcher would specialise on: types, constants, None and 1, divisibility by 16."""
-    values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in named.items() if k not in OPTIONS}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {
+        k: v for k, v in named.items() if k not in OPTIONS
+    }
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
@@ -122,7 +122,11 @@ def compile_for(capability, launch, folder):
         return subprocess.run([CUOBJDUMP, what, file], capture_output=True, text=True, check=True).stdout
 
     stack = int(re.search(r"STACK:(\d+)", dump("-res-usage")).group(1))
-    accesses = Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)[\w.]*)", dump("-sass"))) if capability >= 80 else Counter()
+    accesses = (
+        Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)[\w.]*)", dump("-sass")))
+        if capability >= 80
+        else Counter()
+    )
     return accesses, stack
 
 
@@ -171,7 +175,9 @@ def test_accesses_are_wide_on_sm_90(layout, shape, dtype, launches, tmp_path):
         assert stack == 0 and not any(op.startswith(("LDL", "STL")) for op in accesses)
         narrow = [op for op in accesses if re.search(r"\.(U8|S8|U16|S16|64)\b", op)]
         assert not narrow, f"{name}: {accesses}"
-        assert accesses["LDG.E.128"] >= reads * each and accesses["STG.E.128"] == writes * each, f"{name}: {accesses}"
+        assert accesses["LDG.E.128"] >= reads * each and accesses["STG.E.128"] == writes * each, (
+            f"{name}: {accesses}"
+        )
 
 
 def test_float64_and_odd_sizes_compile(launches, tmp_path):

@@ -16,13 +16,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 ACTS = ("none", "relu", "relu6")
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # Triton 3.6, numpy
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim:DeprecationWarning"
+)  # Triton 3.6, numpy
 # odd sizes, prime channels, 1x1, one instance; the last two have reductions in several splits in both layouts
 SHAPES = [(2, 7, 5, 3), (3, 67, 4, 4), (5, 24, 1, 1), (1, 3, 40, 37), (2, 40, 16, 12)]
 
 # One rounding of the result, twice for bf16 in the interpreter, which truncates where a GPU rounds to nearest
 # (half a unit in the last place is eps / 2; eps of bf16 is 2^-7). Sums of HW terms in float32 stay below 4 units.
-EPS = {torch.float64: 4e-15, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 * (1 + INTERPRETED)}
+EPS = {
+    torch.float64: 4e-15,
+    torch.float32: 1e-6,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8 * (1 + INTERPRETED),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +62,9 @@ def assert_near(result, exact, dtype, scale=None):
     """|error| <= a rounding of the result's dtype; ``scale`` bounds the terms of a sum that may cancel."""
     error = (result.double() - exact).abs()
     bound = EPS[dtype] * (exact.abs() + 1e-3 if scale is None else scale.double() + 1e-3)
-    assert bool((error <= bound).all()), f"error {error.max():.2e}, {(error / bound).max():.2f} times the bound"
+    assert bool((error <= bound).all()), (
+        f"error {error.max():.2e}, {(error / bound).max():.2f} times the bound"
+    )
 
 
 def test_the_shapes_reach_every_way_of_cutting():
@@ -63,7 +72,10 @@ def test_the_shapes_reach_every_way_of_cutting():
         plans = [triton.plan(n, c, h * w, layout) for n, c, h, w in SHAPES]
         assert {p.splits > 1 for p in plans} == {True, False}
         assert {p.align > 1 for p in plans} == {True, False}
-        assert any(p.rows > p.block_r for p in (triton.plan(64, 256, 3136, layout), triton.plan(1, 64, 10**6, layout)))
+        assert any(
+            p.rows > p.block_r
+            for p in (triton.plan(64, 256, 3136, layout), triton.plan(1, 64, 10**6, layout))
+        )
 
 
 @pytest.mark.parametrize("hw", [1, 49, 196, 3136, 12544, 10**6])
@@ -138,7 +150,9 @@ def test_affine(layout, dtype, act):
         assert y.dtype == dtype and y.stride() == x.stride()
         added = 0 if residual is None else residual.double()
         exact = spread(s) * (x.double() - spread(c)) + spread(b) + added
-        size = (spread(s) * (x.double() - spread(c))).abs() + spread(b).abs() + abs(added)  # roundings of each term
+        size = (
+            (spread(s) * (x.double() - spread(c))).abs() + spread(b).abs() + abs(added)
+        )  # roundings of each term
         bound = size if acc(dtype) == dtype else exact.abs() + 1e-3 * size
         assert_near(y, {"none": exact, "relu": exact.relu(), "relu6": exact.clamp(0, 6)}[act], dtype, bound)
 
@@ -238,18 +252,27 @@ def test_nan_passes_and_infinities_do_not_stop_a_gradient(act):
     dy[0, 5] = float("inf")
     x[0, 5] = 1.0
     dx = triton.moments_backward(dy, x, c, s, b, None, None, None, act)
-    assert dx[0, 3, 1, 1] == 1 and (dx[0, 5] == float("inf")).all()  # as torch's threshold_backward; GradScaler sees it
+    assert (
+        dx[0, 3, 1, 1] == 1 and (dx[0, 5] == float("inf")).all()
+    )  # as torch's threshold_backward; GradScaler sees it
     assert triton.affine_backward(dy, x, c, s, b, None, act)[1][0, 5] == float("inf")
 
 
 def test_sliced_and_expanded_maps():
     wide = feature_map((2, 16, 6, 10))
-    maps = (wide[:, :, :, 2:7], wide[:, ::2], feature_map((2, 16, 1, 1)).expand(2, 16, 3, 5), wide.transpose(2, 3))
+    maps = (
+        wide[:, :, :, 2:7],
+        wide[:, ::2],
+        feature_map((2, 16, 1, 1)).expand(2, 16, 3, 5),
+        wide.transpose(2, 3),
+    )
     for x in maps:
         c, s, b = coefficients(x.shape, torch.float32)
         same = x.contiguous()
         assert torch.equal(triton.moments(x)[1], triton.moments(same)[1])
-        assert torch.equal(triton.affine(x, c, s, b, None, "relu"), triton.affine(same, c, s, b, None, "relu"))
+        assert torch.equal(
+            triton.affine(x, c, s, b, None, "relu"), triton.affine(same, c, s, b, None, "relu")
+        )
         dy = feature_map(x.shape)
         for a, e in zip(triton.affine_backward(dy, x, c, s, b, x, "relu"),
                         triton.affine_backward(dy, same, c, s, b, same, "relu"), strict=True):  # fmt: skip
@@ -284,7 +307,10 @@ def test_an_empty_batch():
 def test_runs_are_bitwise_equal():
     x, dy = feature_map((2, 24, 40, 37), layout="nhwc"), feature_map((2, 24, 40, 37))
     c, s, b = coefficients(x.shape, torch.float32)
-    for function in (lambda: triton.moments(x), lambda: triton.affine_backward(dy, x, c, s, b, None, "relu")[:2]):
+    for function in (
+        lambda: triton.moments(x),
+        lambda: triton.affine_backward(dy, x, c, s, b, None, "relu")[:2],
+    ):
         for first, second in zip(function(), function(), strict=True):
             assert torch.equal(first, second)
 
@@ -327,7 +353,9 @@ def test_a_layer_and_its_gradient(layout, with_residual):
             y.backward(dy)
         results.append([y.detach(), x.grad] + ([r.grad] if with_residual else []))
     for result, exact in zip(*results, strict=True):
-        torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-5)  # float32 through a whole layer
+        torch.testing.assert_close(
+            result.double(), exact, rtol=1e-4, atol=1e-5
+        )  # float32 through a whole layer
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -352,7 +380,12 @@ def test_a_layer_under_torch_compile(layout):
 
 # ---- coefficients of the hot laws: against float64 autograd through the definition ----------------------------------
 
-LAW_SHAPES = [(5, 12, 3, 4, 9), (70, 40, 8, 20, 49), (1, 16, 1, 10, 1), (3, 7, 7, 3, 196)]  # N, C, groups, K, HW
+LAW_SHAPES = [
+    (5, 12, 3, 4, 9),
+    (70, 40, 8, 20, 49),
+    (1, 16, 1, 10, 1),
+    (3, 7, 7, 3, 196),
+]  # N, C, groups, K, HW
 EPS_BN, EPS_RSD = 1e-5, 1e-3
 
 
@@ -391,7 +424,9 @@ def test_bn_coefficients(n, c, groups, k, hw, affine):
     centre, scale, rstd, unbiased = triton_laws.bn_coefficients(mean, var, weight, hw, EPS_BN)
     gradients = triton_laws.bn_coefficients_backward(dscale, dshift, scale, rstd, hw)
 
-    m, v, w, b = exact(mean, var, torch.ones(c, device=DEVICE) if weight is None else weight, torch.zeros_like(centre))
+    m, v, w, b = exact(
+        mean, var, torch.ones(c, device=DEVICE) if weight is None else weight, torch.zeros_like(centre)
+    )
     pooled = algebra.pool_batch(algebra.Moments(m, v, hw))
     r = torch.rsqrt(pooled.var + EPS_BN)
     backpropagate(pooled.mean, w * r, b.expand(n, c), dscale, dshift)
@@ -409,7 +444,9 @@ def test_gn_coefficients(n, c, groups, k, hw, affine):
     centre, scale, rstd = triton_laws.gn_coefficients(mean, var, weight, groups, EPS_BN)
     gradients = triton_laws.gn_coefficients_backward(dscale, dshift, scale, rstd, groups, hw)
 
-    m, v, w, b = exact(mean, var, torch.ones(c, device=DEVICE) if weight is None else weight, mean.new_zeros(c))
+    m, v, w, b = exact(
+        mean, var, torch.ones(c, device=DEVICE) if weight is None else weight, mean.new_zeros(c)
+    )
     pooled = algebra.pool_groups(algebra.Moments(m, v, hw), groups)
     r = torch.rsqrt(pooled.var + EPS_BN)
     backpropagate(pooled.mean, w * r, b.expand(n, c), dscale, dshift)
@@ -420,7 +457,13 @@ def test_gn_coefficients(n, c, groups, k, hw, affine):
 
 def attention_network(c, k):
     draw = lambda *shape: torch.randn(*shape, device=DEVICE)
-    return 1 + 0.1 * draw(k, c), 0.1 * draw(k, c), 0.3 * draw(k, c), torch.rand(k, device=DEVICE) + 0.5, 2 * draw(k)
+    return (
+        1 + 0.1 * draw(k, c),
+        0.1 * draw(k, c),
+        0.3 * draw(k, c),
+        torch.rand(k, device=DEVICE) + 0.5,
+        2 * draw(k),
+    )
 
 
 def attention(mean, var, fc, gain, offset, hw, batch=None):
@@ -446,7 +489,9 @@ def test_an_coefficients(n, c, groups, k, hw):
     s, b = (exact_gates @ weight) * torch.rsqrt(pooled.var + EPS_BN), exact_gates @ bias
     backpropagate(pooled.mean, s, b, dscale, dshift)
     unbias = n * hw / (n * hw - 1) if n * hw > 1 else 1
-    assert_close((centre, scale, shift, unbiased, gates), (pooled.mean, s, b, pooled.var * unbias, exact_gates))
+    assert_close(
+        (centre, scale, shift, unbiased, gates), (pooled.mean, s, b, pooled.var * unbias, exact_gates)
+    )
     assert_close((a_mean, a_unbiased), (mu, spread * (n / (n - 1) if n > 1 else 1)))
     parameters = (weight.grad, bias.grad, fc.grad, gain.grad, offset.grad)
     assert_close(gradients, (2 * v.grad / hw, m.grad / hw, *parameters))
@@ -456,7 +501,11 @@ def test_an_coefficients(n, c, groups, k, hw):
 def test_an_coefficients_of_running_statistics(n, c, groups, k, hw):
     mean, var, _, _ = moments_like(n, c)
     network = attention_network(c, k)
-    rstd, a_mean, a_var = torch.rand(c, device=DEVICE), torch.randn(k, device=DEVICE), torch.rand(k, device=DEVICE) + 1
+    rstd, a_mean, a_var = (
+        torch.rand(c, device=DEVICE),
+        torch.randn(k, device=DEVICE),
+        torch.rand(k, device=DEVICE) + 1,
+    )
     a_rstd = torch.rsqrt(a_var + EPS_BN)
     scale, shift = triton_laws.an_coefficients_running(mean, var, *network, rstd, a_mean, a_rstd, hw, EPS_RSD)
     m, v, weight, bias, fc, gain, offset = exact(mean, var, *network)
@@ -467,7 +516,11 @@ def test_an_coefficients_of_running_statistics(n, c, groups, k, hw):
 def test_the_coefficient_operators_are_well_formed():
     n, c, k, hw = 3, 8, 4, 9
     mean, var, dscale, dshift = moments_like(n, c)
-    row, square, network = torch.ones(c, device=DEVICE), torch.ones(n, k, device=DEVICE), attention_network(c, k)
+    row, square, network = (
+        torch.ones(c, device=DEVICE),
+        torch.ones(n, k, device=DEVICE),
+        attention_network(c, k),
+    )
     short = torch.ones(k, device=DEVICE)
     for operator, arguments in (
         (triton_laws.bn_coefficients, (mean, var, None, hw, EPS_BN)),

@@ -234,7 +234,13 @@ def test_a_gpus_figures_stand_beside_them(tools):
 def test_the_loop_is_measured_beside_a_bare_one(monkeypatch, capsys):
     loop = script("tools/benchmark_loop.py")
     monkeypatch.setattr(loop, "ROUNDS", 2)
-    small = ["arch=convnet", "data.image_size=32", "data.num_classes=10", "hardware=cpu", "hardware.threads=1"]
+    small = [
+        "arch=convnet",
+        "data.image_size=32",
+        "data.num_classes=10",
+        "hardware=cpu",
+        "hardware.threads=1",
+    ]
     assert loop.main(small) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     ratio, low, high = map(float, re.search(r"bare loop: (\S+) \[(\S+), (\S+)\]$", line).groups())

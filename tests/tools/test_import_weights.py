@@ -30,7 +30,10 @@ def in_the_authors_names(model):
             name += "_"
         name = name.replace(".base.", ".").replace(".attention.norm.", ".attention_weights.attention.1.")
         if ".attention.fc." in name:
-            name, value = name.replace(".attention.fc.", ".attention_weights.attention.0."), value[:, :, None, None]
+            name, value = (
+                name.replace(".attention.fc.", ".attention_weights.attention.0."),
+                value[:, :, None, None],
+            )
         state[f"module.{name}"] = value
     return {"epoch": 119, "state_dict": state}
 

@@ -80,7 +80,9 @@ def test_paired_bootstrap_is_scipys():
     rng = np.random.default_rng(3)
     a, b = rng.random(2000) < 0.70, rng.random(2000) < 0.72
     found = judgement.compare_pair(a, b).difference
-    expected = stats.bootstrap((100 * (b.astype(float) - a),), np.mean, n_resamples=5000, method="percentile", rng=1).confidence_interval
+    expected = stats.bootstrap(
+        (100 * (b.astype(float) - a),), np.mean, n_resamples=5000, method="percentile", rng=1
+    ).confidence_interval
     # both are Monte Carlo: the error of a 2.5 % quantile of 5000 draws is about 0.04 standard errors of 1.4 points
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.15)
 
@@ -123,20 +125,33 @@ def test_resampling_covers_images_and_seeds():
     # copies of one run: seeds add nothing, so the interval is that of the images alone
     copies = judgement.resample(np.repeat(a, 3, 0), np.repeat(b, 3, 0), paired=True, resamples=4000)
     alone = judgement.compare_pair(a[0], b[0]).difference
-    assert (copies.low, copies.high) == pytest.approx((alone.low, alone.high), abs=0.25)  # standard error 1.0, Monte Carlo 0.04 of it
+    assert (copies.low, copies.high) == pytest.approx(
+        (alone.low, alone.high), abs=0.25
+    )  # standard error 1.0, Monte Carlo 0.04 of it
     # seeds that differ: no image is drawn differently, so resampled means take only the values of drawn seeds
     ones, zeros = np.ones((2, 50), bool), np.zeros((2, 50), bool)
     mixed = np.array([[True] * 50, [False] * 50])
-    assert judgement.resample(zeros, mixed, paired=True).low == 0 and judgement.resample(zeros, mixed, paired=True).high == 100
+    assert (
+        judgement.resample(zeros, mixed, paired=True).low == 0
+        and judgement.resample(zeros, mixed, paired=True).high == 100
+    )
     assert judgement.resample(zeros, ones, paired=False).low == 100
     with pytest.raises(ValueError, match="cannot be compared"):
         judgement.resample(ones, mixed[:, :10], paired=True)
 
 
-@pytest.mark.parametrize(("effect", "paired", "seeds"), [
-    # tables of sample sizes for the two-sided t test at 5 % and 80 %: Cohen's d of two groups; d_z of pairs
-    (0.5, False, 64), (0.8, False, 26), (1.0, False, 17), (0.5, True, 34), (0.8, True, 15), (1.0, True, 10),
-])
+@pytest.mark.parametrize(
+    ("effect", "paired", "seeds"),
+    [
+        # tables of sample sizes for the two-sided t test at 5 % and 80 %: Cohen's d of two groups; d_z of pairs
+        (0.5, False, 64),
+        (0.8, False, 26),
+        (1.0, False, 17),
+        (0.5, True, 34),
+        (0.8, True, 15),
+        (1.0, True, 10),
+    ],
+)
 def test_seeds_needed_are_the_textbooks(effect, paired, seeds):
     sd = 1.0 if paired else math.sqrt(2)
     assert judgement.seeds_needed(effect, sd, paired) == seeds
@@ -147,7 +162,9 @@ def test_power_is_that_of_simulated_tests():
     rng = np.random.default_rng(5)
     draws = rng.normal(0.3, 0.2, (4000, 4))
     found = np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05)
-    assert judgement.power(0.3, 4, 0.2, paired=True) == pytest.approx(found, abs=0.03)  # 4 standard errors of a share of 4000
+    assert judgement.power(0.3, 4, 0.2, paired=True) == pytest.approx(
+        found, abs=0.03
+    )  # 4 standard errors of a share of 4000
 
 
 @pytest.mark.parametrize(("shift", "freedom"), [(0.5, 2), (3.0, 4), (2.0, 30)])
@@ -155,7 +172,9 @@ def test_power_is_the_noncentral_t(shift, freedom):
     limit = stats.t.ppf(0.975, freedom)
     expected = stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift)
     # the mean over 4000 quantiles of the deviation
-    assert judgement.power(shift / np.sqrt(freedom + 1), freedom + 1, 1.0, paired=True) == pytest.approx(expected, abs=5e-4)
+    assert judgement.power(shift / np.sqrt(freedom + 1), freedom + 1, 1.0, paired=True) == pytest.approx(
+        expected, abs=5e-4
+    )
 
 
 def test_one_seed_detects_nothing():
@@ -175,7 +194,9 @@ def test_changes_by_class():
 
 def test_words():
     pair = judgement.compare_methods([70.0], [71.0], same_seeds=True)
-    assert "one pair of runs" in judgement.words(pair, "bn", "an") and "bn" in judgement.words(pair, "bn", "an")
+    assert "one pair of runs" in judgement.words(pair, "bn", "an") and "bn" in judgement.words(
+        pair, "bn", "an"
+    )
     noisy = judgement.compare_methods([70.0, 71.0, 72.0], [71.0, 70.5, 72.4], same_seeds=False)
     said = judgement.words(noisy, "bn", "an")
     assert "inside the noise" in said and "0.2 points would need" in said and "find differences from" in said
@@ -207,7 +228,9 @@ def test_unlike_protocols_are_refused(trained, tmp_path):
     shutil.copytree(trained / "bn-0", tmp_path / "other")
     config = (tmp_path / "other" / "config.yaml").read_text()
     (tmp_path / "other" / "config.yaml").write_text(config.replace("stats: running", "stats: batch"))
-    with pytest.raises(ValueError, match="unlike protocols .statistics: running statistics and batch statistics"):
+    with pytest.raises(
+        ValueError, match="unlike protocols .statistics: running statistics and batch statistics"
+    ):
         judge.report([records.open_run(trained / "bn-0")], [records.open_run(tmp_path / "other")])
     card = json.loads((tmp_path / "other" / "data.json").read_text())
     assert records.open_run(trained / "bn-0").stamp().image_size == card["image_size"] == 32
@@ -267,8 +290,10 @@ def test_what_belongs_to_a_policy_of_statistics(trained, tmp_path):
     """Statistics of each batch depend on its size, those of several processes on how they are joined."""
     batches = [{"eval": {"stats": "batch", "batch_size": n}} for n in (4, 8)]
     joined = [{"hardware": {"processes": 2}, "dist": {"stats": how}} for how in ("mean", "rank0")]
-    for configs, said in ((batches, r"batch statistics \(batches of 4\) and .*\(batches of 8\)"),
-                          (joined, r"running statistics \(mean over processes\) and .*\(rank0 over")):
+    for configs, said in (
+        (batches, r"batch statistics \(batches of 4\) and .*\(batches of 8\)"),
+        (joined, r"running statistics \(mean over processes\) and .*\(rank0 over"),
+    ):
         runs = [changed(trained, tmp_path / f"{said[:3]}-{i}", config=c) for i, c in enumerate(configs)]
         with pytest.raises(ValueError, match=f"statistics: {said}"):
             records.one_stamp(run.stamp() for run in runs)
@@ -287,11 +312,14 @@ def test_what_is_kept_of_each_image(trained):
     assert ((0.25 <= run.images.confidence) & (run.images.confidence <= 1)).all()  # of the first of four
 
 
-@pytest.mark.parametrize(("what", "said"), [
-    ({"data": np.array("another")}, "the data sets differ, noise-32-4 and another"),
-    ({"index": np.arange(1, 22)}, "21 and 21 images, not the same ones"),
-    ({"label": np.zeros(21, dtype=np.int64)}, "their labels differ"),
-])
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"data": np.array("another")}, "the data sets differ, noise-32-4 and another"),
+        ({"index": np.arange(1, 22)}, "21 and 21 images, not the same ones"),
+        ({"label": np.zeros(21, dtype=np.int64)}, "their labels differ"),
+    ],
+)
 def test_runs_on_other_images_are_not_compared(trained, tmp_path, what, said):
     run, other = records.open_run(trained / "bn-0"), changed(trained, tmp_path / "other")
     with np.load(other.folder / "predictions.npz") as kept:
@@ -313,8 +341,13 @@ def test_results_that_do_not_say_of_which_images_they_are(trained, tmp_path):
 
 def test_as_a_program(trained, tmp_path):
     def judged(*arguments):
-        return subprocess.run([sys.executable, ROOT / "tools" / "judge.py", *arguments], capture_output=True, text=True,
-                              check=False, env=environment())
+        return subprocess.run(
+            [sys.executable, ROOT / "tools" / "judge.py", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment(),
+        )
 
     done = judged(trained / "bn-0", trained / "gn-0")
     assert done.returncode == 0 and "one pair of runs" in done.stdout and "protocol: 21 images" in done.stdout

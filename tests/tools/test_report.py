@@ -16,14 +16,20 @@ import tally
 import yaml
 from commands import SMALL
 
-in_chromium = pytest.mark.skipif(chromium.EXECUTABLE is None, reason="no Chromium here (apt-get install chromium)")
+in_chromium = pytest.mark.skipif(
+    chromium.EXECUTABLE is None, reason="no Chromium here (apt-get install chromium)"
+)
 
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, trained):
     path = tmp_path_factory.mktemp("grid") / "tiny.yaml"
     overrides = [a for a in SMALL if not a.startswith("norm=")]
-    path.write_text(yaml.safe_dump({"title": "Tiny <norms> & others", "overrides": overrides, "axes": {"norm": ["bn", "gn", "an"]}}))
+    path.write_text(
+        yaml.safe_dump(
+            {"title": "Tiny <norms> & others", "overrides": overrides, "axes": {"norm": ["bn", "gn", "an"]}}
+        )
+    )
     return tally.tally(grid.open_grid(str(path)), records.find_runs(trained), 2)
 
 
@@ -76,7 +82,7 @@ def test_the_page_holds_the_table(filled, printed):
 
 def test_curves_hold_every_evaluation(filled):
     page = report.html(filled)
-    top = page[page.index("<svg"):page.index("</svg>")]
+    top = page[page.index("<svg") : page.index("</svg>")]
     for i, entry in enumerate(filled.entries[:2]):
         drawn = top.split(f'data-line="{i}"')[1].split("</g>")[0]
         assert drawn.count('class="seed"') == 2 and drawn.count("<circle") == 2  # two seeds, two epochs
@@ -91,7 +97,10 @@ def test_mean_of_curves_that_differ_in_length():
     assert report.mean_curve([[(1, 2.0), (2, 4.0)], [(1, 4.0)]]) == [(1, 3.0)]
 
 
-@pytest.mark.parametrize(("low", "high", "expected"), [(0, 10, [0, 2, 4, 6, 8, 10]), (21.3, 22.2, [21.2, 21.4, 21.6, 21.8, 22.0, 22.2]), (3, 3, None)])
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (21.3, 22.2, [21.2, 21.4, 21.6, 21.8, 22.0, 22.2]), (3, 3, None)],
+)
 def test_ticks(low, high, expected):
     found = report.ticks(low, high)
     assert expected is None or found == pytest.approx(expected)
@@ -100,13 +109,18 @@ def test_ticks(low, high, expected):
 
 
 def shown(page, column=0):
-    return page.run(f"[...document.querySelectorAll('#cells tbody tr')].filter(r => r.offsetParent).map(r => r.cells[{column}].textContent)")
+    return page.run(
+        f"[...document.querySelectorAll('#cells tbody tr')].filter(r => r.offsetParent).map(r => r.cells[{column}].textContent)"
+    )
 
 
 @pytest.fixture(scope="module")
 def page_file(filled, printed, tmp_path_factory):
     """Both kinds of rows in one page: printed numbers of two groups, and curves."""
-    entries = (*printed.entries, *(dataclasses.replace(e, line=dataclasses.replace(e.line, group="Tiny")) for e in filled.entries))
+    entries = (
+        *printed.entries,
+        *(dataclasses.replace(e, line=dataclasses.replace(e.line, group="Tiny")) for e in filled.entries),
+    )
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(report.html(dataclasses.replace(filled, entries=entries)), encoding="utf-8")
     return path
@@ -132,11 +146,17 @@ def test_in_chromium(page_file, tmp_path):
     sizes = [float(v.split()[0]) for v in shown(page, params)]
     assert sizes == sorted(sizes)
 
-    page.run("(f => { f.value = 'resnet50-an not'; f.dispatchEvent(new Event('input')); })(document.getElementById('filter'))")
+    page.run(
+        "(f => { f.value = 'resnet50-an not'; f.dispatchEvent(new Event('input')); })(document.getElementById('filter'))"
+    )
     assert sorted(shown(page)) == ["ResNet50-AN (All)", "ResNet50-AN (w/BN2)", "ResNet50-AN (w/BN3)"]
     assert page.run("document.getElementById('count').textContent") == "3 of 9 rows"
-    page.run("(f => { f.value = ''; f.dispatchEvent(new Event('input')); })(document.getElementById('filter'))")
-    page.run("(g => { g.value = 'Tiny'; g.dispatchEvent(new Event('change')); })(document.getElementById('group'))")
+    page.run(
+        "(f => { f.value = ''; f.dispatchEvent(new Event('input')); })(document.getElementById('filter'))"
+    )
+    page.run(
+        "(g => { g.value = 'Tiny'; g.dispatchEvent(new Event('change')); })(document.getElementById('group'))"
+    )
     assert sorted(shown(page)) == ["an", "bn", "gn"]
 
     visible = "[...document.querySelectorAll('svg [data-line]')].filter(g => getComputedStyle(g).display !== 'none').length"
@@ -154,18 +174,28 @@ def test_in_chromium(page_file, tmp_path):
 def test_on_a_phone_in_light_and_dark(page_file, tmp_path, dark):
     page = chromium.Page(tmp_path / "profile", 360, 740, dark, mobile=True)
     page.open(page_file)
-    assert page.run("innerWidth") == 360 and page.run("document.documentElement.scrollWidth") == 360  # the table scrolls by itself
+    assert (
+        page.run("innerWidth") == 360 and page.run("document.documentElement.scrollWidth") == 360
+    )  # the table scrolls by itself
     assert page.run("document.querySelector('.wide').scrollWidth") > 360
-    assert page.run("Math.min(...[...document.querySelectorAll('body *')].filter(e => e.offsetParent && !e.closest('svg'))"
-                    ".map(e => parseFloat(getComputedStyle(e).fontSize)))") >= 12
+    assert (
+        page.run(
+            "Math.min(...[...document.querySelectorAll('body *')].filter(e => e.offsetParent && !e.closest('svg'))"
+            ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
+        )
+        >= 12
+    )
     assert page.run("document.querySelector('svg text').getBoundingClientRect().height") >= 9
     # every colour of text against the page: at least WCAG's 4.5
-    assert page.run("""(() => {
+    assert (
+        page.run("""(() => {
         const rgb = c => c.match(/[\\d.]+/g).slice(0, 3).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
         const light = c => rgb(c).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0), back = light(getComputedStyle(document.body).backgroundColor);
         const all = [...document.querySelectorAll('td, p, h1, li, .legend span')].map(e => light(getComputedStyle(e).color));
         return Math.min(...all.map(v => (Math.max(v, back) + .05) / (Math.min(v, back) + .05)));
-    })()""") >= 4.5
+    })()""")
+        >= 4.5
+    )
     assert (page.run("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)") == dark
     picture = base64.b64decode(page.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000

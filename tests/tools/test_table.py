@@ -34,18 +34,30 @@ OF_ALL = [a for a in SMALL if not a.startswith("norm=")]
 
 def written(folder, axes, overrides=(), **more):
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({"title": "Tiny", "overrides": [*OF_ALL, *overrides], "axes": axes, "seeds": 2} | more, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump(
+            {"title": "Tiny", "overrides": [*OF_ALL, *overrides], "axes": axes, "seeds": 2} | more,
+            sort_keys=False,
+        )
+    )
     return path
 
 
 def start(*arguments):
-    return subprocess.Popen([sys.executable, str(ROOT / "tools" / "table.py"), *map(str, arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=environment())
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "table.py"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
 
 
 def events(runs, kind):
-    return {path.parent.name: [e for e in map(json.loads, path.read_text().splitlines()) if e["event"] == kind]
-            for path in runs.glob("*/metrics.jsonl")}
+    return {
+        path.parent.name: [e for e in map(json.loads, path.read_text().splitlines()) if e["event"] == kind]
+        for path in runs.glob("*/metrics.jsonl")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +79,9 @@ def test_the_table_holds_what_the_runs_wrote(filled, trained):
     assert (list(bn.runs), bn.missing, bn.verdict) == ([0, 1], (2,), "run")
     assert gn.line.versus == "bn" and [c.entry for c in filled.comparisons] == [gn]
     found = filled.comparisons[0]
-    assert found.found.difference.mean == pytest.approx(gn.top1.mean - bn.top1.mean) and found.p == found.found.p
+    assert (
+        found.found.difference.mean == pytest.approx(gn.top1.mean - bn.top1.mean) and found.p == found.found.p
+    )
     assert found.found.bootstrap.n == 2
     assert bn.size.all == 11_689_512  # of the network for 1000 classes, as tables print it
 
@@ -83,9 +97,18 @@ def test_formats_parse_back(filled):
     for p, entry in zip(parsed, filled.entries, strict=True):
         assert float(p["top1"]) == pytest.approx(100 - entry.top1.mean, abs=1e-4)
         assert float(p["top1_low"]) <= float(p["top1"]) <= float(p["top1_high"])
-        assert p["params"] == str(entry.size.all) and p["seeds"] == "0 1" and p["printed_top1"] == "" and p["gpu_hours"] == ""
+        assert (
+            p["params"] == str(entry.size.all)
+            and p["seeds"] == "0 1"
+            and p["printed_top1"] == ""
+            and p["gpu_hours"] == ""
+        )
         assert p["missing"].endswith("seed=2") and p["protocol"] == str(filled.stamp)
-    rows = [[c.strip() for c in line.strip("|").split(" | ")] for line in formats.markdown(filled).splitlines() if line.startswith("| ")]
+    rows = [
+        [c.strip() for c in line.strip("|").split(" | ")]
+        for line in formats.markdown(filled).splitlines()
+        if line.startswith("| ")
+    ]
     assert rows[0] == list(formats.columns(filled)) and "printed top-1" not in rows[0]
     assert rows[2][rows[0].index("ours top-1")].startswith(f"{100 - filled.entries[0].top1.mean:.2f} ±")
     shown = formats.text(filled)
@@ -113,7 +136,7 @@ def test_latex_is_well_formed(in_latex, which):
         assert depth >= 0
     assert depth == 0
     columns = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", written)[1])
-    inside = written[written.index(r"\begin{tabular}"):written.index(r"\end{tabular}")]
+    inside = written[written.index(r"\begin{tabular}") : written.index(r"\end{tabular}")]
     body = [line for line in inside.splitlines()[1:] if line and line != r"\hline"]
     assert len(body) > 3 and all(line.endswith(r" \\") for line in body)
     for line in body:
@@ -150,13 +173,20 @@ def test_the_papers_table_on_a_fresh_clone(tmp_path, capsys):
     assert [(p["method"], p["printed_top1"]) for p in parsed] == [(r.label, str(r.top1)) for r in rows]
     assert {p["verdict"] for p in parsed} == {"not run"}
     by_name = {(p["method"], p["group"][4]): p for p in parsed}
-    assert by_name["ResNet50-AN", "V"]["params"] == "25755420" and by_name["ResNet50-AN", "S"]["params"] == "25774652"
+    assert (
+        by_name["ResNet50-AN", "V"]["params"] == "25755420"
+        and by_name["ResNet50-AN", "S"]["params"] == "25774652"
+    )
     assert by_name["ResNet50-BN", "V"]["macs"][:4] == "4089"
-    assert by_name["ResNet34+AN", "V"]["missing"] == "python train.py setup=vanilla arch=resnet34 norm=an seed=0"
+    assert (
+        by_name["ResNet34+AN", "V"]["missing"] == "python train.py setup=vanilla arch=resnet34 norm=an seed=0"
+    )
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("name", [*tables.names(), *(p.stem for p in (ROOT / "configs" / "grid").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "name", [*tables.names(), *(p.stem for p in (ROOT / "configs" / "grid").glob("*.yaml"))]
+)
 def test_every_grid_composes(name):
     opened = grid.open_grid(name)
     assert opened.comparable == (name in tables.names())
@@ -164,18 +194,31 @@ def test_every_grid_composes(name):
         assert line.config["seed"] == 0 and len(line.likeness) == 10
     if name == "table2":
         versus = {line.label: line.versus for line in opened.lines if line.group == "The Vanilla Setup"}
-        assert versus["ResNet34+AN"] == "ResNet34+BN" and versus["ResNet50-SE"] == "ResNet50-BN" and versus["ResNet50-BN"] is None
+        assert (
+            versus["ResNet34+AN"] == "ResNet34+BN"
+            and versus["ResNet50-SE"] == "ResNet50-BN"
+            and versus["ResNet50-BN"] is None
+        )
 
 
 def test_verdicts():
     noise = 1.959964 * 0.16 * math.sqrt(1 + 1 / 1)  # 0.443: one seed, the published deviation
     alone = mean_interval([78.0])
-    assert tally.verdict(None, None, []) == "not run" and tally.verdict(None, None, [], elsewhere=2) == "other protocol"
+    assert (
+        tally.verdict(None, None, []) == "not run"
+        and tally.verdict(None, None, [], elsewhere=2) == "other protocol"
+    )
     assert tally.verdict(alone, None, [[78.0]]) == "run"
     assert tally.verdict(alone, noise - 0.01, [[78.0]]) == "within noise"
-    assert tally.verdict(alone, noise + 0.01, [[78.0]]) == "off (better)" and tally.verdict(alone, -noise - 0.01, [[78.0]]) == "off (worse)"
+    assert (
+        tally.verdict(alone, noise + 0.01, [[78.0]]) == "off (better)"
+        and tally.verdict(alone, -noise - 0.01, [[78.0]]) == "off (worse)"
+    )
     three, narrow = mean_interval([78.0, 78.1, 78.2]), [[78.0, 78.1, 78.2]] * 4
-    assert tally.verdict(three, 0.05, narrow) == "reproduced" and tally.verdict(three, 0.5, narrow) == "off (better)"
+    assert (
+        tally.verdict(three, 0.05, narrow) == "reproduced"
+        and tally.verdict(three, 0.5, narrow) == "off (better)"
+    )
     wide = [[76.0, 78.0, 80.0]] * 4  # noise of several points: an agreement proves nothing
     assert tally.verdict(three, 0.05, wide) == "within noise"
 
@@ -229,11 +272,21 @@ def test_an_axis_that_holds_for_some_choices_only():
 
 
 def test_labels_and_baselines_of_own_grids(tmp_path):
-    path = written(tmp_path, {"norm": ["bn", "an"], "norm.k": {"when": "norm=an", "values": [[5, 5, 10, 10]]}, "optim.lr": [0.1, 0.2]})
+    path = written(
+        tmp_path,
+        {
+            "norm": ["bn", "an"],
+            "norm.k": {"when": "norm=an", "values": [[5, 5, 10, 10]]},
+            "optim.lr": [0.1, 0.2],
+        },
+    )
     lines = grid.open_grid(str(path)).lines
     assert [(line.label, line.versus) for line in lines] == [
-        ("bn, optim.lr=0.1", None), ("bn, optim.lr=0.2", None),
-        ("an, norm.k=[5,5,10,10], optim.lr=0.1", "bn, optim.lr=0.1"), ("an, norm.k=[5,5,10,10], optim.lr=0.2", "bn, optim.lr=0.2")]
+        ("bn, optim.lr=0.1", None),
+        ("bn, optim.lr=0.2", None),
+        ("an, norm.k=[5,5,10,10], optim.lr=0.1", "bn, optim.lr=0.1"),
+        ("an, norm.k=[5,5,10,10], optim.lr=0.2", "bn, optim.lr=0.2"),
+    ]
     assert lines[2].config["norm"]["k"] == [5, 5, 10, 10] and "'norm.k=[5,5,10,10]'" in lines[2].command(0)
     path.write_text("title: x\naxis: {}\n")
     with pytest.raises(ValueError, match="a grid has axes"):
@@ -248,11 +301,14 @@ def rates(*values, when=None):
     return {"values": list(values)} | ({"when": when} if when else {})
 
 
-@pytest.mark.parametrize("axis", [
-    rates(0.1, 0.2, when="norm=gn"),
-    [rates(0.1, 0.2, when="norm=gn"), rates(0.1, when="norm=bn")],
-    [rates(0.1, 0.2, when="norm=gn"), rates(0.1, 0.1, when="norm=bn")],
-])
+@pytest.mark.parametrize(
+    "axis",
+    [
+        rates(0.1, 0.2, when="norm=gn"),
+        [rates(0.1, 0.2, when="norm=gn"), rates(0.1, when="norm=bn")],
+        [rates(0.1, 0.2, when="norm=gn"), rates(0.1, 0.1, when="norm=bn")],
+    ],
+)
 def test_unlike_numbers_of_learning_rates_are_refused(tmp_path, capsys, axis):
     path = written(tmp_path, {"norm": ["bn", "gn"], "optim.lr": axis})
     with pytest.raises(ValueError, match="gn is given 2 learning rates and bn 1: the best of more is better"):
@@ -267,7 +323,11 @@ def test_each_norm_may_have_its_own_learning_rates_as_many_of_them(tmp_path):
     lines = grid.open_grid(str(path)).lines
     assert [line.rate for line in lines] == [0.05, 0.1, *[0.2, 0.4] * 3]
     assert {(line.tuned, line.tuned_versus) for line in lines} == {
-        ("bn", None), ("gn", "bn"), ("an, norm.k=5", "bn"), ("an, norm.k=10", "bn")}
+        ("bn", None),
+        ("gn", "bn"),
+        ("an, norm.k=5", "bn"),
+        ("an, norm.k=10", "bn"),
+    }
     with pytest.raises(ValueError, match="optim.lr=0.3: optim.lr is an axis of tiny.yaml already"):
         grid.open_grid(str(path), extra=("optim.lr=0.3",))
 
@@ -327,8 +387,11 @@ def test_the_best_learning_rate_of_each_norm_is_selected_in_one_way(tuned):
         assert "selected on the images that accuracies are of" in text
     parsed = list(csv.DictReader(io.StringIO(formats.as_csv(found))))
     assert [(p["method"], p["selected"]) for p in parsed] == [
-        ("bn, optim.lr=0.1", "yes"), ("bn, optim.lr=0.2", "no"),
-        ("gn, optim.lr=0.1", "no"), ("gn, optim.lr=0.2", "yes")]
+        ("bn, optim.lr=0.1", "yes"),
+        ("bn, optim.lr=0.2", "no"),
+        ("gn, optim.lr=0.1", "no"),
+        ("gn, optim.lr=0.2", "yes"),
+    ]
 
 
 def test_nothing_is_selected_before_all_rates_are_finished(tuned):
@@ -356,21 +419,47 @@ def test_averages_of_weights_have_their_own_protocol(tmp_path, trained):
 
 def test_likeness_is_stable_over_order_and_machine(two_norms):
     config = two_norms.lines[0].config
-    shuffled = {key: dict(reversed(value.items())) if isinstance(value, dict) else value for key, value in reversed(config.items())}
-    other_machine = config | {"hardware": config["hardware"] | {"device": "gpu", "dtype": "fp16", "processes": 8}, "run_dir": "/y", "seed": 5,
-                              "data": config["data"] | {"root": "/other/place"}}
+    shuffled = {
+        key: dict(reversed(value.items())) if isinstance(value, dict) else value
+        for key, value in reversed(config.items())
+    }
+    other_machine = config | {
+        "hardware": config["hardware"] | {"device": "gpu", "dtype": "fp16", "processes": 8},
+        "run_dir": "/y",
+        "seed": 5,
+        "data": config["data"] | {"root": "/other/place"},
+    }
     assert records.likeness(config) == records.likeness(shuffled) == records.likeness(other_machine)
-    for section, key, value in (("optim", "lr", 0.3), ("norm", "sync", True), ("data", "image_size", 33), ("eval", "stats", "batch")):
-        assert records.likeness(config) != records.likeness(config | {section: config[section] | {key: value}}), key
+    for section, key, value in (
+        ("optim", "lr", 0.3),
+        ("norm", "sync", True),
+        ("data", "image_size", 33),
+        ("eval", "stats", "batch"),
+    ):
+        assert records.likeness(config) != records.likeness(
+            config | {section: config[section] | {key: value}}
+        ), key
     assert two_norms.lines[0].likeness != two_norms.lines[1].likeness
 
 
 def test_dry_says_cells_and_hours(capsys, tmp_path, filled):
-    assert table.main(["table3", "--dry", "--only", "resnet50-an", "--seeds", "2", "--runs", str(tmp_path / "none")]) == 0
+    assert (
+        table.main(
+            ["table3", "--dry", "--only", "resnet50-an", "--seeds", "2", "--runs", str(tmp_path / "none")]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "6 cells" in out and "device-hours" in out and "rough, V100" in out and not (tmp_path / "none").exists()
+    assert (
+        "6 cells" in out
+        and "device-hours" in out
+        and "rough, V100" in out
+        and not (tmp_path / "none").exists()
+    )
     one, origin = tally.hours(filled.entries[0], list(filled.entries))
-    assert origin == "measured" and one == pytest.approx(sum(r.final["seconds"] for r in filled.entries[0].runs.values()) / 2 / 3600)
+    assert origin == "measured" and one == pytest.approx(
+        sum(r.final["seconds"] for r in filled.entries[0].runs.values()) / 2 / 3600
+    )
     # 1,281,167 images, 120 epochs, 800 images/s
     line = grid.select(grid.open_grid("table2"), "resnet50-bn").lines[0]
     entry = tally.tally(grid.Grid("t", "t", (line,)), [], 1).entries[0]
@@ -386,7 +475,9 @@ def test_a_cell_is_the_run_that_train_would_make(two_norms, tmp_path, trained):
 
 
 def test_rows_of_one_network_are_one_cell(two_norms, tmp_path):
-    twice = dataclasses.replace(two_norms, lines=(two_norms.lines[0], dataclasses.replace(two_norms.lines[0], label="quoted")))
+    twice = dataclasses.replace(
+        two_norms, lines=(two_norms.lines[0], dataclasses.replace(two_norms.lines[0], label="quoted"))
+    )
     found = cells.cells_of(twice, 1, tmp_path)
     assert len(found) == 1 and found[0].labels == ("bn", "quoted")
 
@@ -398,7 +489,9 @@ def test_a_failed_cell_stays_visible_until_it_is_retried(two_norms, tmp_path, ca
     (found[0].folder / "last.ckpt").write_text("not a checkpoint")
     assert cells.run_cells(found, runs).failed == 1
     failure = cells.Book(runs).failure(found[0].signature)
-    assert failure["status"] == 2 and failure["error"].startswith("error:") and "config.yaml" in failure["error"]
+    assert (
+        failure["status"] == 2 and failure["error"].startswith("error:") and "config.yaml" in failure["error"]
+    )
     shown = table.with_failures(tally.tally(only, records.find_runs(runs), 1), runs)
     assert any(note.startswith("failed: bn, seed 0: error:") for note in shown.notes)
 
@@ -407,14 +500,23 @@ def test_a_failed_cell_stays_visible_until_it_is_retried(two_norms, tmp_path, ca
     assert (again.failed, again.finished, again.status) == (1, 0, 1) and "--retry" in capsys.readouterr().out
     assert cells.run_cells(found, runs, retry=True).status == 0
     assert cells.Book(runs).failure(found[0].signature) is None and len(events(runs, "final")) == 1
-    assert table.with_failures(tally.tally(only, records.find_runs(runs), 1), runs).notes[0].startswith("accuracy of the last")
-    assert cells.run_cells(found, runs).finished == 1 and all(len(e) == 1 for e in events(runs, "start").values())
+    assert (
+        table.with_failures(tally.tally(only, records.find_runs(runs), 1), runs)
+        .notes[0]
+        .startswith("accuracy of the last")
+    )
+    assert cells.run_cells(found, runs).finished == 1 and all(
+        len(e) == 1 for e in events(runs, "start").values()
+    )
 
 
 @pytest.mark.slow
 def test_two_workers_and_a_killed_one(tmp_path):
     """Whatever dies, in the end every cell is complete and was trained once."""
-    path, runs = written(tmp_path, {"norm": ["bn", "gn"]}, ["epochs=8", "checkpoint.every_steps=1"]), tmp_path / "runs"
+    path, runs = (
+        written(tmp_path, {"norm": ["bn", "gn"]}, ["epochs=8", "checkpoint.every_steps=1"]),
+        tmp_path / "runs",
+    )
     arguments = (path, "--run", "--seeds", 1, "--runs", runs)
     killed = start(*arguments)
     until(lambda: any(events(runs, "checkpoint").values()))
@@ -425,15 +527,21 @@ def test_two_workers_and_a_killed_one(tmp_path):
     until(lambda: len(events(runs, "checkpoint")) == 2 and all(events(runs, "checkpoint").values()))
     second.send_signal(signal.SIGTERM)
     out, _ = second.communicate(timeout=240)
-    assert second.returncode == 128 + signal.SIGTERM and "another worker has it" in out and "stopped" in out, out
+    assert (
+        second.returncode == 128 + signal.SIGTERM and "another worker has it" in out and "stopped" in out
+    ), out
 
     until(lambda: not held(runs))
     workers = [start(*arguments) for _ in range(2)]
     outs = [worker.communicate(timeout=240)[0] for worker in workers]
     assert {worker.returncode for worker in workers} == {0}, outs
     for kind, times in (("final", 1), ("train", 16)):  # 8 epochs of 4 steps, every second reported
-        assert {name: len(e) for name, e in events(runs, kind).items()} == dict.fromkeys(events(runs, kind), times), kind
-    assert sorted(len(e) for e in events(runs, "start").values())[-1] <= 2  # at most the one that was stopped began twice
+        assert {name: len(e) for name, e in events(runs, kind).items()} == dict.fromkeys(
+            events(runs, kind), times
+        ), kind
+    assert (
+        sorted(len(e) for e in events(runs, "start").values())[-1] <= 2
+    )  # at most the one that was stopped began twice
     last = start(*arguments)
     out, _ = last.communicate(timeout=240)
     assert last.returncode == 0 and "2 finished, 0 failed" in out and "Missing" not in out
@@ -444,21 +552,38 @@ def test_cells_as_slurm_jobs_are_submitted_once(tmp_path, monkeypatch, capsys):
     cluster, runs = fake_slurm.Slurm(tmp_path / "cluster", monkeypatch), tmp_path / "runs"
     (cluster.folder / "hold").touch()
     path = written(tmp_path, {"norm": ["bn", "gn"]}, ["epochs=1"])
-    asked = [str(path), "--run", "--submit", "slurm", "slurm.gpus_per_node=0", "--seeds", "1", "--runs", str(runs)]
+    asked = [
+        str(path),
+        "--run",
+        "--submit",
+        "slurm",
+        "slurm.gpus_per_node=0",
+        "--seeds",
+        "1",
+        "--runs",
+        str(runs),
+    ]
     assert table.main(asked) == 0 and "2 submitted" in capsys.readouterr().out
     first, second = cluster.jobs()
     assert table.main(asked) == 0 and cluster.jobs() == [first, second]
     out = capsys.readouterr().out
     assert f"job {first} has it" in out and f"job {second} has it" in out and "0 submitted" in out
 
-    broken = next(c.folder for c in cells.cells_of(grid.open_grid(str(path)), 1, runs) if c.line.label == "gn")
+    broken = next(
+        c.folder for c in cells.cells_of(grid.open_grid(str(path)), 1, runs) if c.line.label == "gn"
+    )
     broken.mkdir(parents=True)
     (broken / "last.ckpt").write_text("not a checkpoint")
     (cluster.folder / "hold").unlink()
     assert cluster.wait(first, second) == ["COMPLETED", "FAILED"]
     assert table.main(asked) == 1 and len(cluster.jobs()) == 2
     out = capsys.readouterr().out
-    assert "1 finished, 1 failed" in out and "0 submitted" in out and "failed: gn, seed 0: error:" in out and "config.yaml" in out
+    assert (
+        "1 finished, 1 failed" in out
+        and "0 submitted" in out
+        and "failed: gn, seed 0: error:" in out
+        and "config.yaml" in out
+    )
 
     (broken / "last.ckpt").unlink()
     assert table.main([*asked, "--retry"]) == 0 and "1 submitted" in capsys.readouterr().out
@@ -476,8 +601,12 @@ def test_cells_for_machines_with_gpus_have_their_signature(two_norms, tmp_path):
     cell, here = (cells.cells_of(asked, 1, tmp_path, machine)[0] for machine in (there, None))
     hardware = yaml.safe_load(cell.frozen(there))["hardware"]
     assert (hardware["device"], hardware["dtype"], hardware["processes"]) == ("gpu", "fp16", "auto")
-    explicit = dataclasses.replace(asked, lines=(dataclasses.replace(line, overrides=(*line.overrides, "hardware.dtype=fp16")),))
-    assert cell.signature == cells.cells_of(explicit, 1, tmp_path, there)[0].signature and cell.folder.name.endswith(cell.signature)
+    explicit = dataclasses.replace(
+        asked, lines=(dataclasses.replace(line, overrides=(*line.overrides, "hardware.dtype=fp16")),)
+    )
+    assert cell.signature == cells.cells_of(explicit, 1, tmp_path, there)[
+        0
+    ].signature and cell.folder.name.endswith(cell.signature)
     if not torch.cuda.is_available():
         assert cell.signature != here.signature
 
@@ -499,8 +628,14 @@ def until(condition):
 
 
 def test_wrong_arguments(tmp_path, capsys):
-    assert table.main(["table3", "--run", "slurm.partition=a"]) == 2 and "add --submit slurm" in capsys.readouterr().err
+    assert (
+        table.main(["table3", "--run", "slurm.partition=a"]) == 2
+        and "add --submit slurm" in capsys.readouterr().err
+    )
     assert table.main(["table9"]) == 2 and "there are" in capsys.readouterr().err
     assert table.main(["table3", "--seeds", "0"]) == 2 and "--seeds 0" in capsys.readouterr().err
     assert table.main(["table3", "optim.lrr=3"]) == 2 and "optim.lrr" in capsys.readouterr().err
-    assert "±" in formats.error(Interval(70, 69, 71, 3)) and formats.error(Interval(70, math.nan, math.nan, 1)) == "30.00"
+    assert (
+        "±" in formats.error(Interval(70, 69, 71, 3))
+        and formats.error(Interval(70, math.nan, math.nan, 1)) == "30.00"
+    )

@@ -19,8 +19,10 @@ from anorm.data.decode import BadImage, decode, is_jpeg
 from anorm.data.feeds.base import Feed, Request, generators
 from anorm.data.sources.base import EncodedImages, Fetched
 
-INSTALL = ("data.loader=dali needs NVIDIA DALI: pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120 where torch is a "
-           "CUDA 12 build)")
+INSTALL = (
+    "data.loader=dali needs NVIDIA DALI: pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120 where torch is a "
+    "CUDA 12 build)"
+)
 INPUTS = ("encoded", "start", "shape", "size", "first", "mirror")
 
 
@@ -40,7 +42,13 @@ class DaliFeed(Feed):
             import nvidia.dali  # noqa: F401
         except ImportError as error:
             raise ValueError(INSTALL) from error
-        self._dataset, self._seed, self._batch, self._workers, self._device = dataset, seed, batch, workers, device
+        self._dataset, self._seed, self._batch, self._workers, self._device = (
+            dataset,
+            seed,
+            batch,
+            workers,
+            device,
+        )
         self._pipeline = None
 
     def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
@@ -68,20 +76,35 @@ class DaliFeed(Feed):
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu, size = self._device.type == "cuda", self._dataset.image_size
-        kind = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[self._dataset.crop.interpolation]
+        kind = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[
+            self._dataset.crop.interpolation
+        ]
 
         @pipeline_def
         def crop_resize_flip():
-            encoded, start, shape, to, first, mirror = fn.external_source(source=self._inputs, num_outputs=len(INPUTS), batch=True)
+            encoded, start, shape, to, first, mirror = fn.external_source(
+                source=self._inputs, num_outputs=len(INPUTS), batch=True
+            )
             region = fn.decoders.image_slice(
-                encoded, start=start, shape=shape, axis_names="HW", output_type=types.RGB, adjust_orientation=False,
-                device="mixed" if on_gpu else "cpu", **({"jpeg_fancy_upsampling": True} if on_gpu else {}))
+                encoded,
+                start=start,
+                shape=shape,
+                axis_names="HW",
+                output_type=types.RGB,
+                adjust_orientation=False,
+                device="mixed" if on_gpu else "cpu",
+                **({"jpeg_fancy_upsampling": True} if on_gpu else {}),
+            )
             resized = fn.resize(region, size=to, interp_type=kind, antialias=True)
             cropped = fn.slice(resized, start=first, shape=[size, size], axis_names="HW")
             return fn.flip(cropped, horizontal=mirror)
 
-        pipeline = crop_resize_flip(batch_size=self._batch, num_threads=max(1, self._workers), prefetch_queue_depth=2,
-                                    device_id=(self._device.index or 0) if on_gpu else None)
+        pipeline = crop_resize_flip(
+            batch_size=self._batch,
+            num_threads=max(1, self._workers),
+            prefetch_queue_depth=2,
+            device_id=(self._device.index or 0) if on_gpu else None,
+        )
         pipeline.build()
         return pipeline
 
@@ -121,7 +144,9 @@ class DaliFeed(Feed):
         shape = jpeg_shape(memoryview(data)) if is_jpeg(encoded) else None
         if shape is not None and data[-2:].tobytes() == b"\xff\xd9":
             return data, *shape
-        image = decode(encoded, name)  # no colour JPEG, or one that may be cut off, which decoding a region need not notice
+        image = decode(
+            encoded, name
+        )  # no colour JPEG, or one that may be cut off, which decoding a region need not notice
         return _bitmap(image), image.shape[1], image.shape[2]
 
     def _cut(self, height: int, width: int, rng: torch.Generator | None) -> tuple[numpy.ndarray, ...]:
@@ -162,10 +187,15 @@ def jpeg_shape(data: memoryview) -> tuple[int, int] | None:
         if marker == 0xFF:
             at += 1
         elif 0xC0 <= marker <= 0xC2:  # baseline, extended, progressive
-            height, width = int.from_bytes(data[at + 5:at + 7], "big"), int.from_bytes(data[at + 7:at + 9], "big")
-            return (height, width) if data[at + 4] == 8 and data[at + 9] in (1, 3) and height and width else None
+            height, width = (
+                int.from_bytes(data[at + 5 : at + 7], "big"),
+                int.from_bytes(data[at + 7 : at + 9], "big"),
+            )
+            return (
+                (height, width) if data[at + 4] == 8 and data[at + 9] in (1, 3) and height and width else None
+            )
         else:
-            at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
 
 

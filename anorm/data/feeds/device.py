@@ -33,7 +33,9 @@ class DeviceFeed(Feed):
 
     def _load(self, workers: int) -> None:
         limit, parts, shapes, used = FREE_SHARE * _free_memory(self._device), [], [], 0
-        chunks = DataLoader(_Whole(self._dataset), batch_size=None, num_workers=workers, generator=torch.Generator())
+        chunks = DataLoader(
+            _Whole(self._dataset), batch_size=None, num_workers=workers, generator=torch.Generator()
+        )
         for pixels, sizes, bad in chunks:
             if bad and self._dataset.on_error == "error":
                 raise ValueError(bad[0][1])
@@ -44,7 +46,8 @@ class DeviceFeed(Feed):
                 raise ValueError(
                     f"data.loader=device: {len(shapes)} of {len(self._dataset)} images already take {used / 1e9:.1f} GB, and "
                     f"{self._device} has {limit / 1e9:.1f} GB for them: use data.loader=torch, or smaller images "
-                    "(tools/prepare_imagenet.py --short-side)")
+                    "(tools/prepare_imagenet.py --short-side)"
+                )
             parts.append(pixels.clone())  # what a worker sent keeps a file open as long as it lives
         if len(self.bad) == len(shapes):
             raise ValueError(f"every one of the {len(shapes)} images is unreadable; the first: {self.bad[0]}")
@@ -63,8 +66,13 @@ class DeviceFeed(Feed):
                 indices = [self._good(i) for i in request.indices.tolist()]
                 cuts = [self._training(*self._shapes[i], rng) for i, rng in zip(indices, rngs, strict=True)]
             index = torch.tensor(indices, dtype=torch.int64)
-            images = self._resized(index, torch.tensor(cuts, dtype=torch.int64).view(-1, CUT)) if indices else \
-                torch.empty((0, 3, self._dataset.image_size, self._dataset.image_size), dtype=torch.uint8)
+            images = (
+                self._resized(index, torch.tensor(cuts, dtype=torch.int64).view(-1, CUT))
+                if indices
+                else torch.empty(
+                    (0, 3, self._dataset.image_size, self._dataset.image_size), dtype=torch.uint8
+                )
+            )
             yield Fetched(images, self._dataset.labels[index], index, [])
 
     def _good(self, index: int) -> int:
@@ -74,7 +82,19 @@ class DeviceFeed(Feed):
 
     def _training(self, height: int, width: int, rng: torch.Generator) -> tuple[int, ...]:
         window, size = self._dataset.crop.window(height, width, rng), self._dataset.image_size
-        return (height, width, window.top, window.left, window.height, window.width, size, size, 0, 0, window.mirror)
+        return (
+            height,
+            width,
+            window.top,
+            window.left,
+            window.height,
+            window.width,
+            size,
+            size,
+            0,
+            0,
+            window.mirror,
+        )
 
     def _evaluation(self, height: int, width: int) -> tuple[int, ...]:
         (tall, wide), (top, left) = self._dataset.crop.evaluation(height, width)

@@ -46,9 +46,15 @@ class WorkerFeed(Feed):
         self._loader = None
         if workers:
             self._loader = DataLoader(
-                self._answers, batch_size=None, sampler=self._requests, num_workers=workers, pin_memory=self._pin,
-                persistent_workers=True, worker_init_fn=_start,
-                generator=torch.Generator())  # else every epoch takes a draw from the model's global generator
+                self._answers,
+                batch_size=None,
+                sampler=self._requests,
+                num_workers=workers,
+                pin_memory=self._pin,
+                persistent_workers=True,
+                worker_init_fn=_start,
+                generator=torch.Generator(),
+            )  # else every epoch takes a draw from the model's global generator
 
     def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         # no name for the iterator: in the frame of a traceback it would outlive close(), and its workers with it

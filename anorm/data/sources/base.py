@@ -104,30 +104,50 @@ class Store(Protocol):
 class EncodedImages(Dataset):
     """Image files of any store, decoded and cropped when fetched."""
 
-    def __init__(self, store: Store, crop: Crop, on_error: str, loader: str = "torch",
-                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
+    def __init__(
+        self,
+        store: Store,
+        crop: Crop,
+        on_error: str,
+        loader: str = "torch",
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ):
         if on_error not in ON_ERROR:
-            raise ValueError(f"data.on_error={on_error!r} is unknown: choose error (stop) or skip (count and list)")
+            raise ValueError(
+                f"data.on_error={on_error!r} is unknown: choose error (stop) or skip (count and list)"
+            )
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"data.mean={list(mean)} and data.std={list(std)} need three values each, std above zero")
+            raise ValueError(
+                f"data.mean={list(mean)} and data.std={list(std)} need three values each, std above zero"
+            )
         self.store, self.crop, self.on_error, self.loader = store, crop, on_error, loader
-        self.labels, self.image_size, self.mean, self.std = store.labels, crop.image_size, tuple(mean), tuple(std)
+        self.labels, self.image_size, self.mean, self.std = (
+            store.labels,
+            crop.image_size,
+            tuple(mean),
+            tuple(std),
+        )
         self.identity = store.digest()
 
     def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
         size = self.image_size
         # the layout that the resize kernel writes, so that this is one plain copy an image
-        images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
+        images = torch.empty(
+            (len(indices), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last
+        )
         kept, bad = [], []
         for position, index in enumerate(indices):
             found = self._decoded(int(index), search=rngs is not None, bad=bad)
             if found is None:
                 continue
             image, at = found
-            images[len(kept)] = self.crop.evaluate(image) if rngs is None else self.crop.train(image, rngs[position])
+            images[len(kept)] = (
+                self.crop.evaluate(image) if rngs is None else self.crop.train(image, rngs[position])
+            )
             kept.append(at)
         kept = torch.tensor(kept, dtype=torch.int64)
-        return Fetched(images[:len(kept)], self.labels[kept], kept, bad)
+        return Fetched(images[: len(kept)], self.labels[kept], kept, bad)
 
     def decoded(self, index: int) -> Tensor:
         """The whole image, uint8 (3,H,W). Raises BadImage."""
@@ -143,5 +163,7 @@ class EncodedImages(Dataset):
                     raise
                 bad.append((at, str(error)))
         if search:
-            raise BadImage(f"every one of the {len(self)} training images is unreadable; the first: {bad[0][1]}")
+            raise BadImage(
+                f"every one of the {len(self)} training images is unreadable; the first: {bad[0][1]}"
+            )
         return None

@@ -57,14 +57,16 @@ def digits(image_size: int = 32, max_shift: int = 3, val_share: float = 0.2) -> 
 
     small, labels = load_digits(return_X_y=True)
     small, labels = torch.from_numpy(small).float().reshape(-1, 1, 8, 8), torch.from_numpy(labels).long()
-    images = torch.nn.functional.interpolate(small * (255 / 16), size=image_size, mode="bilinear", align_corners=False)
+    images = torch.nn.functional.interpolate(
+        small * (255 / 16), size=image_size, mode="bilinear", align_corners=False
+    )
     images = images.squeeze(1).round().to(torch.uint8)
 
     is_val = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(10):
         members = torch.nonzero(labels == digit).flatten()
         shuffled = members[torch.randperm(len(members), generator=stream(SPLIT_SEED, "digits split", digit))]
-        is_val[shuffled[:max(1, round(val_share * len(members)))]] = True
+        is_val[shuffled[: max(1, round(val_share * len(members)))]] = True
     mean, std = images[~is_val].double().mean().item() / 255, images[~is_val].double().std().item() / 255
     train = ShiftedImages(images[~is_val], labels[~is_val], max_shift, mean, std)
     val = ShiftedImages(images[is_val], labels[is_val], max_shift, mean, std)

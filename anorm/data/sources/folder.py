@@ -35,11 +35,22 @@ class FolderStore:
         return self.index.digest()
 
 
-def imagefolder(root: str | None = None, train: str = "train", val: str = "val", image_size: int = 224,
-                eval_resize: int | None = None, interpolation: str = "bilinear",
-                crop_scale: Sequence[float] = (0.08, 1.0), crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
-                flip: bool = True, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
-                on_error: str = "error", cache: bool = True, loader: str = "torch") -> Source:
+def imagefolder(
+    root: str | None = None,
+    train: str = "train",
+    val: str = "val",
+    image_size: int = 224,
+    eval_resize: int | None = None,
+    interpolation: str = "bilinear",
+    crop_scale: Sequence[float] = (0.08, 1.0),
+    crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+    flip: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    on_error: str = "error",
+    cache: bool = True,
+    loader: str = "torch",
+) -> Source:
     """Any number of classes and images. train, val: the two folders, in root. The rest: `Crop`, `EncodedImages`.
 
     Class names come from ROOT/classes.txt or ROOT/LOC_synset_mapping.txt where one is there (a line a class, either
@@ -47,19 +58,26 @@ def imagefolder(root: str | None = None, train: str = "train", val: str = "val",
     Raises ValueError where train and val differ in their class folders, and where `index_folder` does.
     """
     if root is None:
-        raise ValueError("data.root is not set: give the folder that holds train and val "
-                         "(data=imagenet also reads it from $IMAGENET_DIR)")
+        raise ValueError(
+            "data.root is not set: give the folder that holds train and val "
+            "(data=imagenet also reads it from $IMAGENET_DIR)"
+        )
     folder = Path(root).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"data.root={root} is not a folder: set it (or $IMAGENET_DIR) to the one with train and val")
+        raise ValueError(
+            f"data.root={root} is not a folder: set it (or $IMAGENET_DIR) to the one with train and val"
+        )
     crop = Crop(image_size, eval_resize, interpolation, tuple(crop_scale), tuple(crop_ratio), flip)
     train_index = index_folder(folder / train, on_error, cache)
     val_index = index_folder(folder / val, on_error, cache)
     _check_same_classes(train_index, val_index)
     digest = hashlib.blake2b((train_index.digest() + val_index.digest()).encode(), digest_size=16).hexdigest()
-    return Source(EncodedImages(FolderStore(train_index), crop, on_error, loader, mean, std),
-                  EncodedImages(FolderStore(val_index), crop, on_error, loader, mean, std),
-                  class_names(folder, train_index.classes), f"files-{digest}")
+    return Source(
+        EncodedImages(FolderStore(train_index), crop, on_error, loader, mean, std),
+        EncodedImages(FolderStore(val_index), crop, on_error, loader, mean, std),
+        class_names(folder, train_index.classes),
+        f"files-{digest}",
+    )
 
 
 @functools.wraps(imagefolder, assigned=())  # the same options
@@ -67,8 +85,10 @@ def imagenet(*args, **options) -> Source:
     """ImageNet-1k as an `imagefolder`; raises ValueError unless there are 1,000 classes."""
     source = imagefolder(*args, **options)
     if source.num_classes != IMAGENET_CLASSES:
-        raise ValueError(f"data=imagenet expects {IMAGENET_CLASSES} class folders, found {source.num_classes}: "
-                         "use data=imagefolder for another set")
+        raise ValueError(
+            f"data=imagenet expects {IMAGENET_CLASSES} class folders, found {source.num_classes}: "
+            "use data=imagefolder for another set"
+        )
     return source
 
 
@@ -80,8 +100,10 @@ def _check_same_classes(train: FileIndex, val: FileIndex) -> None:
             shown = ", ".join(only[:3]) + (f" and {len(only) - 3} more" if len(only) > 3 else "")
             differences.append(f"only in {here.folder}: {shown}")
     if differences:
-        raise ValueError("the class folders of train and val differ, so their labels would not agree: "
-                         + "; ".join(differences))
+        raise ValueError(
+            "the class folders of train and val differ, so their labels would not agree: "
+            + "; ".join(differences)
+        )
 
 
 def class_names(folder: Path, classes: list[str]) -> list[str]:
@@ -100,8 +122,10 @@ def _read_names(path: Path, classes: list[str]) -> list[str]:
         return [named[folder] for folder in classes]
     if len(lines) == len(classes):
         return lines
-    raise ValueError(f"{path} names {len(lines)} classes, but there are {len(classes)} class folders: "
-                     "write 'folder name' on each line, one line a class, or remove the file")
+    raise ValueError(
+        f"{path} names {len(lines)} classes, but there are {len(classes)} class folders: "
+        "write 'folder name' on each line, one line a class, or remove the file"
+    )
 
 
 SOURCES = {"imagefolder": imagefolder, "imagenet": imagenet}

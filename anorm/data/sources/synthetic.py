@@ -30,10 +30,16 @@ class PooledNoise(Dataset):
         return Fetched(images, self.labels[index], index, [])
 
 
-def synthetic(image_size: int = 224, num_classes: int = 1000, train_images: int = 12800, val_images: int = 1000) -> Source:
+def synthetic(
+    image_size: int = 224, num_classes: int = 1000, train_images: int = 12800, val_images: int = 1000
+) -> Source:
     """Noise in ImageNet's shape. Raises ValueError for sizes below one."""
-    for name, value in (("image_size", image_size), ("num_classes", num_classes),
-                        ("train_images", train_images), ("val_images", val_images)):
+    for name, value in (
+        ("image_size", image_size),
+        ("num_classes", num_classes),
+        ("train_images", train_images),
+        ("val_images", val_images),
+    ):
         if value < 1:
             raise ValueError(f"data.{name}={value} must be at least 1")
     rng = stream(0, "synthetic images", image_size, num_classes)
@@ -42,8 +48,12 @@ def synthetic(image_size: int = 224, num_classes: int = 1000, train_images: int 
     pool = (noise + colours[torch.arange(POOL) % num_classes]).to(torch.uint8)
     pool = pool.permute(0, 2, 3, 1).contiguous()
     identity = f"synthetic-{image_size}-{num_classes}-{train_images}-{val_images}"
-    return Source(PooledNoise(pool, train_images, num_classes), PooledNoise(pool, val_images, num_classes),
-                  [f"class {k}" for k in range(num_classes)], identity)
+    return Source(
+        PooledNoise(pool, train_images, num_classes),
+        PooledNoise(pool, val_images, num_classes),
+        [f"class {k}" for k in range(num_classes)],
+        identity,
+    )
 
 
 SOURCES = {"synthetic": synthetic}

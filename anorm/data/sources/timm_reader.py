@@ -52,11 +52,22 @@ def _labels(reader) -> Sequence[int]:
     return [label for _, label in reader.samples]
 
 
-def timm(reader: str | None = None, root: str | None = None, train: str = "train", val: str = "validation",
-         image_size: int = 224, eval_resize: int | None = None, interpolation: str = "bilinear",
-         crop_scale: Sequence[float] = (0.08, 1.0), crop_ratio: Sequence[float] = (3 / 4, 4 / 3), flip: bool = True,
-         mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, on_error: str = "error",
-         loader: str = "torch") -> Source:
+def timm(
+    reader: str | None = None,
+    root: str | None = None,
+    train: str = "train",
+    val: str = "validation",
+    image_size: int = 224,
+    eval_resize: int | None = None,
+    interpolation: str = "bilinear",
+    crop_scale: Sequence[float] = (0.08, 1.0),
+    crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+    flip: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    on_error: str = "error",
+    loader: str = "torch",
+) -> Source:
     """reader: timm's name of a data set, "hfds/OWNER/NAME" (needs the package datasets; root is its cache, optional) or
     "folder" (root/train, root/val: folders, or tars, given by train and val). Other options as of `imagefolder`.
 
@@ -70,8 +81,10 @@ def timm(reader: str | None = None, root: str | None = None, train: str = "train
         raise ValueError("data.reader is not set: give timm's name of a data set, such as hfds/OWNER/NAME")
     prefix = reader.partition("/")[0].lower()
     if prefix in STREAMS:
-        raise ValueError(f"data.reader={reader} only streams, so epochs and resume would not be exact: use hfds/... for "
-                         "Hugging Face sets, data=imagenet_shards for WebDataset tars")
+        raise ValueError(
+            f"data.reader={reader} only streams, so epochs and resume would not be exact: use hfds/... for "
+            "Hugging Face sets, data=imagenet_shards for WebDataset tars"
+        )
     if prefix not in ("hfds", "folder"):
         raise ValueError(f"data.reader={reader} is unknown: use hfds/OWNER/NAME or folder")
     if prefix == "folder" and not root:
@@ -85,16 +98,21 @@ def timm(reader: str | None = None, root: str | None = None, train: str = "train
         try:
             found = create_reader("" if prefix == "folder" else reader, root=place, split=split)
         except ImportError as error:
-            raise ValueError(f"data.reader={reader} needs a package that is not installed ({error.name}): "
-                             "pip install datasets") from error
+            raise ValueError(
+                f"data.reader={reader} needs a package that is not installed ({error.name}): "
+                "pip install datasets"
+            ) from error
         stores.append(TimmStore(found, f"{reader} {split}"))
     if stores[0].classes() != stores[1].classes():
         raise ValueError(f"the classes of data.train={train} and data.val={val} differ in {reader}")
     digest = hashlib.blake2b(reader.encode(), digest_size=16)
     for store in stores:
         digest.update(store.labels.numpy().tobytes())
-    return Source(*(EncodedImages(store, crop, on_error, loader, mean, std) for store in stores), stores[0].classes(),
-                  f"timm-{digest.hexdigest()}")
+    return Source(
+        *(EncodedImages(store, crop, on_error, loader, mean, std) for store in stores),
+        stores[0].classes(),
+        f"timm-{digest.hexdigest()}",
+    )
 
 
 SOURCES = {"timm": timm}
