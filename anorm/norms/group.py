@@ -20,7 +20,10 @@ SMALL = 64
 
 
 def resolve_groups(groups: int | str, channels: int, at_most: int = 32) -> int:
-    """The number of groups: "auto" is the largest divisor of C up to 32; a number must divide C (ValueError names the nearest that do)."""
+    """The number of groups: "auto" is the largest divisor of C up to 32; a number must divide C.
+
+    Raises ValueError, which names the nearest that do.
+    """
     if groups == "auto":
         return max(g for g in range(1, min(at_most, channels) + 1) if channels % g == 0)
     if not isinstance(groups, int) or groups < 1 or channels % groups:
