@@ -235,7 +235,7 @@ def test_a_signal_saves_at_a_step_boundary_and_the_run_continues_from_there(unin
     while process.poll() is None and not events(folder, "train"):
         time.sleep(0.02)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 128 + number, err
     assert "everything is saved" in err
     step = weights(folder)["step"]

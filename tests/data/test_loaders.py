@@ -277,6 +277,6 @@ def test_workers_outlive_a_signal_to_the_group_but_not_their_rank(tmp_path):
 def test_a_program_that_forgets_to_close_its_loader_still_ends(tmp_path):
     process = start(write_folder(tmp_path / "set"), "finish")
     workers = children(process.pid)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert gone(workers, 10)

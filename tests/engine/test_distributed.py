@@ -115,7 +115,7 @@ def test_a_kill_is_noticed_and_the_same_command_continues(uninterrupted, tmp_pat
         os.killpg(process.pid, signal.SIGKILL)
     else:
         os.kill({"launcher": process.pid, "rank 0": ranks[0], "rank 1": ranks[1]}[victim], signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     wait_until_gone(ranks)
     if victim.startswith("rank"):
         assert process.returncode == 1
@@ -133,7 +133,7 @@ def test_a_signal_to_the_launcher_stops_all_at_one_step(uninterrupted, tmp_path,
     process = start_train(*LONG, "checkpoint.every_steps=0", f"run_dir={folder}")
     wait_for_step(process, folder, 3)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 128 + number, err
     assert "everything is saved" in out + err
     assert weights(folder)["step"] >= 3
