@@ -88,6 +88,7 @@ class Part(Dataset):
         self.whole, self.indices = whole, torch.as_tensor(indices, dtype=torch.int64)
         self.labels, self.image_size = whole.labels[self.indices], whole.image_size
         self.mean, self.std, self.in_memory = whole.mean, whole.std, whole.in_memory
+        self.identity = f"{len(self.indices)} images of {whole.identity}"
 
     def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
         return self.whole.fetch(self.indices[torch.as_tensor(indices)].tolist(), rngs)

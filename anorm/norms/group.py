@@ -78,7 +78,7 @@ class GroupNorm(Norm):
             and x.dim() == 4
             and x.shape[1] == self.channels
             and x.numel() > 0
-            and x.shape[2] * x.shape[3] <= SMALL
+            and 1 < x.shape[2] * x.shape[3] <= SMALL  # torch's refuses a single value
             and x.dtype in (torch.float32, torch.bfloat16)
             and (self.weight is None or self.weight.dtype == torch.float32)
             and x.is_contiguous()
