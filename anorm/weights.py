@@ -19,12 +19,13 @@ from torch import Tensor, nn
 __all__ = ["LoadReport", "compare", "load_weights", "read_state", "translate"]
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "network")
+# DataParallel, FP16Model, torch.compile, Lightning
 WRAPPERS = (
     "module.",
     "network.",
     "_orig_mod.",
     "model.",
-)  # DataParallel, FP16Model, torch.compile, Lightning
+)
 
 
 @dataclass
@@ -76,9 +77,8 @@ def load_weights(
     if head not in ("match", "replace"):
         raise ValueError(f"head={head!r} is neither 'match' nor 'replace'")
     state = read_state(path, entry)
-    for prefix in _wrapper_prefixes(
-        model.state_dict()
-    ):  # as the file's: DDP, torch.compile, another library's network
+    # as the file's: DDP, torch.compile, another library's network
+    for prefix in _wrapper_prefixes(model.state_dict()):
         model = model.get_submodule(prefix.removesuffix("."))
     target = model.state_dict(keep_vars=True)
     report, fits, names = compare(target, state, path)
@@ -152,9 +152,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> object:
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # training scripts save their arguments in one
+        # training scripts save their arguments in one
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         objects = re.search(r".*(GLOBAL|allowlisted).*", str(error))

@@ -40,12 +40,13 @@ from tools.naive_norms import NaiveAN, WithAct, naive
 from tools.timing import MALLOC, Contender, Timing, interleaved, kept_bytes, machine, peak_bytes
 
 BATCH = 16
+# channels, side and K of ResNet-50's AN layers
 MAPS = [
     (64, 56, 10),
     (128, 28, 10),
     (256, 14, 20),
     (512, 7, 20),
-]  # channels, side and K of ResNet-50's AN layers
+]
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAWS = ("bn", "an", "gn", "sn", "se")

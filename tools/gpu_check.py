@@ -28,6 +28,7 @@ from anorm import create_model, create_norm, ops
 from anorm.norms.placement import Placement
 from anorm.ops import reference, triton
 
+# ResNet-50
 MAPS = [
     (64, 112),
     (64, 56),
@@ -38,7 +39,7 @@ MAPS = [
     (1024, 14),
     (512, 7),
     (2048, 7),
-]  # ResNet-50
+]
 AN_MAPS = [(64, 56), (128, 28), (256, 14), (512, 7)]  # where ResNet-50 has AN
 BATCH = 256
 LAST = torch.channels_last

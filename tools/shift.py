@@ -135,9 +135,8 @@ def images_of(name: str, folder: Path, config: dict, resize: int | None = None) 
     if not folder.is_dir():
         raise ValueError(f"--shift {name}: {folder} is not a folder")
     data = config["data"]
-    index = index_folder(
-        folder, "skip", data.get("cache", True)
-    )  # the archives hold a README beside the class folders
+    # the archives hold a README beside the class folders
+    index = index_folder(folder, "skip", data.get("cache", True))
     store = FolderStore(index)
     store.labels = _labels(name, folder, index.classes)[store.labels]
     crop = Crop(

@@ -164,9 +164,8 @@ def find_sites(model: nn.Module, norms: Iterable[str], example: object = None) -
                 role = "stem"
             elif home[name] not in blocks:
                 within = sum(block.startswith(f"{home[name]}.") for block in members)
-                trunk = (
-                    not home[name] or not within or 2 * within > len(members)
-                )  # else a part of a branching block
+                # else a part of a branching block
+                trunk = not home[name] or not within or 2 * within > len(members)
                 if _depthwise(conv) and call.source:
                     focus.add(name)
                 elif trunk and (not ends or order[name] < min(ends)):

@@ -18,11 +18,12 @@ TRAIN_TAR, VAL_TAR, DEVKIT = (
     "ILSVRC2012_img_val.tar",
     "ILSVRC2012_devkit_t12.tar.gz",
 )
+# as torchvision's ImageNet data set lists them
 MD5 = {
     TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_TAR: "29b22e2961454d5413ddabcf34fc5622",
     DEVKIT: "fa75699e90414af021442c21a62c3abf",
-}  # as torchvision's ImageNet data set lists them
+}
 
 
 class Item(NamedTuple):

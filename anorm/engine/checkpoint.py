@@ -43,9 +43,8 @@ def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
     older = [path, *(path.with_name(f"{path.stem}-{age}{path.suffix}") for age in range(1, keep))]
     for newer, old in reversed(list(zip(older, older[1:], strict=False))):
         if newer.exists():
-            if (
-                newer == path
-            ):  # never without a last.ckpt: the new name first, the old content goes when it is replaced
+            # never without a last.ckpt: the new name first, the old content goes when it is replaced
+            if newer == path:
                 old.unlink(missing_ok=True)
                 os.link(newer, old)
             else:

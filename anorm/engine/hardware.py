@@ -180,9 +180,8 @@ def distributed(network: nn.Module, device: torch.device) -> nn.Module:
     not overwritten at every step by those of rank 0, as DDP does by default.
     """
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    no_overwriting = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # its name until torch 2.14
+    # its name until torch 2.14
+    no_overwriting = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return nn.parallel.DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,

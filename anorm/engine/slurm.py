@@ -184,15 +184,14 @@ def submit(script: Path, frozen: str, runs: Path, wishes: Wishes) -> str:
     file = folder / f"{hashlib.blake2b(frozen.encode(), digest_size=8).hexdigest()}.yaml"
     file.write_text(frozen)
     executor = submitit.SlurmExecutor(folder, max_num_timeout=1000)
+    # srun_args: since Slurm 22.05 srun does not take sbatch's number of processors
     executor.update_parameters(
         job_name="-".join([*(config["choices"][group] for group in ("arch", "norm")), f"s{config['seed']}"]),
         time=wishes.time,
         nodes=wishes.nodes,
         ntasks_per_node=1,
         cpus_per_task=wishes.cpus_per_task,
-        srun_args=[
-            f"--cpus-per-task={wishes.cpus_per_task}"
-        ],  # since Slurm 22.05 srun does not take sbatch's
+        srun_args=[f"--cpus-per-task={wishes.cpus_per_task}"],
         signal_delay_s=WARNING,
         stderr_to_stdout=True,
         additional_parameters={"requeue": True, **wishes.other},

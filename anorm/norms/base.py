@@ -249,9 +249,8 @@ class RunningNorm(Norm):
                 "least 2 per process (batch_size=2), or a norm without batch statistics (norm=gn, norm=an_gn; for "
                 "AN over BN also norm.attention=a1)"
             )
-        pooled = pool_batch(
-            moments, self.sync and self.learning
-        )  # processes evaluate unequal numbers of batches
+        # processes evaluate unequal numbers of batches
+        pooled = pool_batch(moments, self.sync and self.learning)
         if self.learning and (isinstance(pooled.count, Tensor) or pooled.count > 0):
             var = pooled.var * (pooled.count / (pooled.count - 1)) if self.unbiased else pooled.var
             self.track(pooled.mean, var)
@@ -269,9 +268,8 @@ class RunningNorm(Norm):
         self.running_var.lerp_(var.to(self.running_var.dtype), rate)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        if (
-            self.tracked
-        ):  # checkpoints from before torch 0.4.1 have no counter; nn.BatchNorm2d fills it in too
+        # checkpoints from before torch 0.4.1 have no counter; nn.BatchNorm2d fills it in too
+        if self.tracked:
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0, dtype=torch.long))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

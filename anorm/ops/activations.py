@@ -56,8 +56,7 @@ def masked(act: str, grad: Tensor, z: Tensor) -> Tensor:
     if act == "relu":
         return ops.aten.threshold_backward(grad, z, 0)
     if act == "relu6":
-        return torch.where(
-            (z <= 0) | (z >= 6), 0.0, grad
-        )  # torch's own drops it at a NaN where it is vectorised
+        # torch's own drops it at a NaN where it is vectorised
+        return torch.where((z <= 0) | (z >= 6), 0.0, grad)
     assert act == "none", act
     return grad

@@ -109,9 +109,8 @@ class _Moments(Function):
         x, mean = ctx.saved_tensors
         count = x.shape[2] * x.shape[3]
         act = ctx.act
-        if (
-            dy is None
-        ):  # the moments alone took part: second-order gradients reach them through the first backward
+        # the moments alone took part: second-order gradients reach them through the first backward
+        if dy is None:
             act, dy = "none", x.new_zeros(()).expand(x.shape)
             centre = scale = shift = torch.zeros_like(mean)
         dmean1 = None if dmean is None else dmean / count

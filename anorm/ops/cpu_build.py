@@ -26,10 +26,11 @@ import torch
 __all__ = ["BuildError", "cache_folder", "compiled_library", "library_path"]
 
 _HERE = Path(__file__).parent
+# the passes are vectors by hand, the laws' loops are not
 _SOURCES = {
     "cpu.cpp": "-O2",
     "cpu_laws.cpp": "-O3",
-}  # the passes are vectors by hand, the laws' loops are not
+}
 _HEADERS = ("cpu_isa.h", "cpu_vector.h", "cpu_passes.h", "cpu_laws.h")
 # Neither -ffast-math nor -march: see cpu.cpp. The two -fno are about errno and floating-point traps only.
 _FLAGS = (

@@ -113,9 +113,8 @@ def moments_kernel(
         tl.store(offset + out, rest, mask=there)
     if VAR:
         biased = tl.sum(square, 0) / count - rest * rest
-        tl.store(
-            var + out, tl.where(biased < 0, 0.0, biased), mask=there
-        )  # rounding of a constant plane; NaN stays
+        # rounding of a constant plane; NaN stays
+        tl.store(var + out, tl.where(biased < 0, 0.0, biased), mask=there)
 
 
 @triton.jit
@@ -132,9 +131,8 @@ def merge_moments_kernel(
     at = split[:, None] * NC + cell[None, :]
     weight = (tl.maximum(tl.minimum(HW - split * ROWS, ROWS), 0).to(acc) / HW)[:, None]
     first = tl.load(part_mean + cell, mask=there, other=0.0)
-    d = (
-        tl.load(part_mean + at, mask=inside, other=0.0) - first[None, :]
-    )  # exact: the means are close to each other
+    # exact: the means are close to each other
+    d = tl.load(part_mean + at, mask=inside, other=0.0) - first[None, :]
     d = tl.where(inside, d + tl.load(part_offset + at, mask=inside, other=0.0), 0.0)
     rest = tl.sum(d * weight, 0)
     tl.store(mean + cell, first + rest, mask=there)

@@ -26,10 +26,11 @@ __all__ = [
     "gn_coefficients_backward",
 ]
 
+# a tile of an (N, C) tensor: narrow, so that few channels still make several programs
 _ROWS, _COLUMNS = (
     32,
     16,
-)  # a tile of an (N, C) tensor: narrow, so that few channels still make several programs
+)
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 

@@ -95,9 +95,8 @@ def test_wide_block_is_preactivated():
     model = anorm.create_model("wrn_16_4", num_classes=10).eval()
     first, second = model.layer1
     x = torch.randn(2, 16, 8, 8)
-    h = nn.functional.relu(
-        first.bn1.weight[:, None, None] * x / (1 + 1e-5) ** 0.5
-    )  # fresh running statistics: 0, 1
+    # fresh running statistics: 0, 1
+    h = nn.functional.relu(first.bn1.weight[:, None, None] * x / (1 + 1e-5) ** 0.5)
     torch.testing.assert_close(first.bn1(x), h)
     torch.testing.assert_close(first(x), first.conv2(first.bn2(first.conv1(h))) + first.shortcut(h))
     y = torch.randn(2, 64, 8, 8)

@@ -34,9 +34,8 @@ def test_mixup_with_label_smoothing_equals_the_reference_with_its_gradient(refer
 def test_mixup_mixes_images_and_labels_with_one_weight():
     images, labels = torch.randn(6, 3, 4, 5, dtype=torch.float64), torch.arange(6)
     mixed, target = Mixing(mixup=1.0, num_classes=6).mix(images, labels, stream(0, "mix", 0, 0))
-    expected = (
-        target.weight * images + (1 - target.weight) * images[target.partners]
-    )  # labels are positions here
+    # labels are positions here
+    expected = target.weight * images + (1 - target.weight) * images[target.partners]
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-14)
     assert 0 < target.weight < 1
     assert sorted(target.partners.tolist()) == list(range(6))

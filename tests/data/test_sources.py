@@ -352,9 +352,8 @@ def test_non_images_are_skipped_and_listed_where_asked(folder, caplog):
             "list.txt",
             "notes.txt",
         ]
-    with pytest.raises(
-        ValueError, match="list.txt"
-    ):  # the index of on_error=skip does not serve on_error=error
+    # the index of on_error=skip does not serve on_error=error
+    with pytest.raises(ValueError, match="list.txt"):
         create("imagefolder", root=str(folder))
 
 

@@ -100,9 +100,8 @@ def test_sgd_is_torchs_and_not_nesterov_unless_asked():
             weight.grad = twin.grad = torch.randn(7)
             optim.step(ours, torch.amp.GradScaler("cpu", enabled=False), None)
             theirs.step()
-        torch.testing.assert_close(
-            weight, twin, rtol=1e-6, atol=1e-7
-        )  # fused and plain kernels round differently
+        # fused and plain kernels round differently
+        torch.testing.assert_close(weight, twin, rtol=1e-6, atol=1e-7)
 
 
 def test_clipping_and_a_gradient_that_is_not_finite():

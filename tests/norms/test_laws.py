@@ -288,8 +288,7 @@ def test_group_norm_of_small_maps_is_one_function_by_either_way(dtype):
             y = layer(leaf)
         assert y.dtype == dtype
         found[layout] = y, *torch.autograd.grad(y, [leaf, layer.weight, layer.bias], dy)
-    digits = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[
-        dtype
-    ]  # a bfloat16 has 8 bits: rounding of y and of dx
+    # a bfloat16 has 8 bits: rounding of y and of dx
+    digits = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for a, b in zip(*found.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=digits, atol=digits * 4)

@@ -208,9 +208,8 @@ def test_nan_and_inf(hw, layout, dtype):
         dy[0, 5] = inf
         dy[0, 6] = nan
         dx = cpu.moments_backward(dy, x, zero, one, zero, None, None, None, act)
-        blocked = (x <= 0) & (act != "none") | (x >= 6) & (
-            act == "relu6"
-        )  # false for NaN: the gradient passes
+        # false for NaN: the gradient passes
+        blocked = (x <= 0) & (act != "none") | (x >= 6) & (act == "relu6")
         assert torch.equal(dx.nan_to_num(123.0), torch.where(blocked, 0, dy).nan_to_num(123.0))
 
 

@@ -222,9 +222,8 @@ def test_checkpointing_changes_nothing(backend, law):
     x, r, dy = tensors(backend, 3)
     expected = step(layer, layer, x, r, dy)
     found = step(twin, lambda *a: checkpoint(twin, *a, use_reentrant=False), x, r, dy)
-    statistics = {
-        name for name, _ in layer.named_buffers()
-    }  # taken in twice, as by nn.BatchNorm2d: see below
+    # taken in twice, as by nn.BatchNorm2d: see below
+    statistics = {name for name, _ in layer.named_buffers()}
     assert_same(
         *({k: v for k, v in side.items() if k not in statistics} for side in (found, expected)),
         rtol=0,
@@ -313,9 +312,8 @@ def test_gradients_of_gradients(backend, law):
             torch.autograd.grad((dx * direction).sum(), [leaf, upstream, *learned], allow_unused=True)
         )
     for found, expected in zip(*results, strict=True):
-        zero = (
-            torch.zeros(()) if found is None else torch.zeros_like(found)
-        )  # None stands for a zero gradient
+        # None stands for a zero gradient
+        zero = torch.zeros(()) if found is None else torch.zeros_like(found)
         torch.testing.assert_close(zero if found is None else found, zero if expected is None else expected)
 
 

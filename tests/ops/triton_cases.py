@@ -16,9 +16,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 ACTS = ("none", "relu", "relu6")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim:DeprecationWarning"
-)  # Triton 3.6, numpy
+# Triton 3.6, numpy
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 # odd sizes, prime channels, 1x1, one instance; the last two have reductions in several splits in both layouts
 SHAPES = [(2, 7, 5, 3), (3, 67, 4, 4), (5, 24, 1, 1), (1, 3, 40, 37), (2, 40, 16, 12)]
 
@@ -150,9 +149,8 @@ def test_affine(layout, dtype, act):
         assert y.dtype == dtype and y.stride() == x.stride()
         added = 0 if residual is None else residual.double()
         exact = spread(s) * (x.double() - spread(c)) + spread(b) + added
-        size = (
-            (spread(s) * (x.double() - spread(c))).abs() + spread(b).abs() + abs(added)
-        )  # roundings of each term
+        # roundings of each term
+        size = (spread(s) * (x.double() - spread(c))).abs() + spread(b).abs() + abs(added)
         bound = size if acc(dtype) == dtype else exact.abs() + 1e-3 * size
         assert_near(y, {"none": exact, "relu": exact.relu(), "relu6": exact.clamp(0, 6)}[act], dtype, bound)
 
@@ -252,9 +250,8 @@ def test_nan_passes_and_infinities_do_not_stop_a_gradient(act):
     dy[0, 5] = float("inf")
     x[0, 5] = 1.0
     dx = triton.moments_backward(dy, x, c, s, b, None, None, None, act)
-    assert (
-        dx[0, 3, 1, 1] == 1 and (dx[0, 5] == float("inf")).all()
-    )  # as torch's threshold_backward; GradScaler sees it
+    # as torch's threshold_backward; GradScaler sees it
+    assert dx[0, 3, 1, 1] == 1 and (dx[0, 5] == float("inf")).all()
     assert triton.affine_backward(dy, x, c, s, b, None, act)[1][0, 5] == float("inf")
 
 
@@ -353,9 +350,8 @@ def test_a_layer_and_its_gradient(layout, with_residual):
             y.backward(dy)
         results.append([y.detach(), x.grad] + ([r.grad] if with_residual else []))
     for result, exact in zip(*results, strict=True):
-        torch.testing.assert_close(
-            result.double(), exact, rtol=1e-4, atol=1e-5
-        )  # float32 through a whole layer
+        # float32 through a whole layer
+        torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -380,12 +376,13 @@ def test_a_layer_under_torch_compile(layout):
 
 # ---- coefficients of the hot laws: against float64 autograd through the definition ----------------------------------
 
+# N, C, groups, K, HW
 LAW_SHAPES = [
     (5, 12, 3, 4, 9),
     (70, 40, 8, 20, 49),
     (1, 16, 1, 10, 1),
     (3, 7, 7, 3, 196),
-]  # N, C, groups, K, HW
+]
 EPS_BN, EPS_RSD = 1e-5, 1e-3
 
 

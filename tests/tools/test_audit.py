@@ -199,9 +199,8 @@ def test_markdown_and_csv_parse_back(audited):
 def test_tables_are_complete(name):
     table = tables.load(name)
     assert table.rows and table.title and table.source and table.section and table.metric == "error"
-    assert (
-        len({(r.group, r.label, r.overrides) for r in table.rows}) >= len(table.rows) - 1
-    )  # SE twice: quoted and trained
+    # SE twice: quoted and trained
+    assert len({(r.group, r.label, r.overrides) for r in table.rows}) >= len(table.rows) - 1
     for r in table.rows:
         assert r.params.endswith("M") and (r.flops is None or r.flops.endswith("G"))
         assert 15 < r.top1 < 30 and 4 < r.top5 < 10

@@ -125,9 +125,8 @@ def test_resampling_covers_images_and_seeds():
     # copies of one run: seeds add nothing, so the interval is that of the images alone
     copies = judgement.resample(np.repeat(a, 3, 0), np.repeat(b, 3, 0), paired=True, resamples=4000)
     alone = judgement.compare_pair(a[0], b[0]).difference
-    assert (copies.low, copies.high) == pytest.approx(
-        (alone.low, alone.high), abs=0.25
-    )  # standard error 1.0, Monte Carlo 0.04 of it
+    # standard error 1.0, Monte Carlo 0.04 of it
+    assert (copies.low, copies.high) == pytest.approx((alone.low, alone.high), abs=0.25)
     # seeds that differ: no image is drawn differently, so resampled means take only the values of drawn seeds
     ones, zeros = np.ones((2, 50), bool), np.zeros((2, 50), bool)
     mixed = np.array([[True] * 50, [False] * 50])
@@ -162,9 +161,8 @@ def test_power_is_that_of_simulated_tests():
     rng = np.random.default_rng(5)
     draws = rng.normal(0.3, 0.2, (4000, 4))
     found = np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05)
-    assert judgement.power(0.3, 4, 0.2, paired=True) == pytest.approx(
-        found, abs=0.03
-    )  # 4 standard errors of a share of 4000
+    # 4 standard errors of a share of 4000
+    assert judgement.power(0.3, 4, 0.2, paired=True) == pytest.approx(found, abs=0.03)
 
 
 @pytest.mark.parametrize(("shift", "freedom"), [(0.5, 2), (3.0, 4), (2.0, 30)])

@@ -317,9 +317,8 @@ def test_on_a_phone_in_light_and_dark(page_file, tmp_path, dark):
     page = chromium.Page(tmp_path / "profile", 390, 844, dark, mobile=True)
     page.open(page_file)
     assert page.run("innerWidth") == 390 and page.run("document.documentElement.scrollWidth") == 390
-    assert (
-        page.run("Math.min(...[...document.images].map(i => i.clientWidth))") > 300
-    )  # as wide as the page: 8 pt is readable
+    # as wide as the page: 8 pt is readable
+    assert page.run("Math.min(...[...document.images].map(i => i.clientWidth))") > 300
     assert page.run("Math.max(...[...document.images].map(i => i.getBoundingClientRect().right))") <= 390
     assert (page.run("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)") == dark
     picture = base64.b64decode(page.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])

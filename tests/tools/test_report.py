@@ -174,9 +174,8 @@ def test_in_chromium(page_file, tmp_path):
 def test_on_a_phone_in_light_and_dark(page_file, tmp_path, dark):
     page = chromium.Page(tmp_path / "profile", 360, 740, dark, mobile=True)
     page.open(page_file)
-    assert (
-        page.run("innerWidth") == 360 and page.run("document.documentElement.scrollWidth") == 360
-    )  # the table scrolls by itself
+    # the table scrolls by itself
+    assert page.run("innerWidth") == 360 and page.run("document.documentElement.scrollWidth") == 360
     assert page.run("document.querySelector('.wide').scrollWidth") > 360
     assert (
         page.run(

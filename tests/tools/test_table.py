@@ -539,9 +539,8 @@ def test_two_workers_and_a_killed_one(tmp_path):
         assert {name: len(e) for name, e in events(runs, kind).items()} == dict.fromkeys(
             events(runs, kind), times
         ), kind
-    assert (
-        sorted(len(e) for e in events(runs, "start").values())[-1] <= 2
-    )  # at most the one that was stopped began twice
+    # at most the one that was stopped began twice
+    assert sorted(len(e) for e in events(runs, "start").values())[-1] <= 2
     last = start(*arguments)
     out, _ = last.communicate(timeout=240)
     assert last.returncode == 0 and "2 finished, 0 failed" in out and "Missing" not in out

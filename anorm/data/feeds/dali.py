@@ -144,9 +144,8 @@ class DaliFeed(Feed):
         shape = jpeg_shape(memoryview(data)) if is_jpeg(encoded) else None
         if shape is not None and data[-2:].tobytes() == b"\xff\xd9":
             return data, *shape
-        image = decode(
-            encoded, name
-        )  # no colour JPEG, or one that may be cut off, which decoding a region need not notice
+        # no colour JPEG, or one that may be cut off, which decoding a region need not notice
+        image = decode(encoded, name)
         return _bitmap(image), image.shape[1], image.shape[2]
 
     def _cut(self, height: int, width: int, rng: torch.Generator | None) -> tuple[numpy.ndarray, ...]:

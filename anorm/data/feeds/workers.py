@@ -45,6 +45,7 @@ class WorkerFeed(Feed):
         self._pin = device.type == "cuda"
         self._loader = None
         if workers:
+            # else every epoch takes a draw from the model's global generator
             self._loader = DataLoader(
                 self._answers,
                 batch_size=None,
@@ -54,7 +55,7 @@ class WorkerFeed(Feed):
                 persistent_workers=True,
                 worker_init_fn=_start,
                 generator=torch.Generator(),
-            )  # else every epoch takes a draw from the model's global generator
+            )
 
     def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         # no name for the iterator: in the frame of a traceback it would outlive close(), and its workers with it
