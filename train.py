@@ -74,10 +74,10 @@ def frozen(arguments: Arguments, machine=None) -> str:
     """The complete configuration as text for --config, checked for the machine that it is meant for."""
     import yaml
 
-    from anorm.build import settle
+    from anorm.build import resolve_for
 
     found = composed(arguments)
-    config = settle(found.config, machine) if machine else found.config
+    config = resolve_for(found.config, machine) if machine else found.config
     return yaml.safe_dump({"choices": found.choices} | config, sort_keys=False)
 
 

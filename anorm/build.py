@@ -122,7 +122,7 @@ def resolve(config: dict, world: World | None = None, machine: Machine | None = 
     return config | {"hardware": dataclasses.asdict(hardware)}
 
 
-def settle(config: dict, machine: Machine) -> dict:
+def resolve_for(config: dict, machine: Machine) -> dict:
     """``config`` with device and precision (part of its signature) decided for a machine elsewhere."""
     decided = resolve(config, machine=machine)["hardware"]
     kept = {key: decided[key] for key in ("device", "dtype")}

@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,12 @@ def test_importing_anorm_needs_torch_alone():
 
 def test_no_drawers():
     assert not [p for p in FILES if p.stem in ("utils", "common", "helpers", "misc")]
+
+
+def test_files_outside_the_package_share_no_name():
+    """tools/ and the folders of tests/ meet on one sys.path, where the first of a name hides all others."""
+    found = [p for part in ("tools", "tests", "scripts") for p in (PACKAGE.parent / part).rglob("*.py")]
+    names = Counter(path.stem for path in found if path.stem != "conftest")  # pytest loads these by path
+    assert [name for name, times in names.items() if times > 1] == []
+    installed = sys.stdlib_module_names | set(packages_distributions())
+    assert [name for name in names if name in installed] == []

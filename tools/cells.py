@@ -25,7 +25,7 @@ import yaml
 from grid import ROOT, Grid, Line
 from records import find_runs
 
-from anorm.build import create_source, resolve, settle
+from anorm.build import create_source, resolve, resolve_for
 from anorm.engine import slurm
 from anorm.engine.hardware import Machine
 from anorm.engine.signature import signature
@@ -46,7 +46,7 @@ class Cell:
 
     def frozen(self, machine: Machine) -> str:
         """The configuration as text for train.py --config, on a machine elsewhere."""
-        config = settle(self.line.config | {"seed": self.seed, "run_dir": str(self.folder)}, machine)
+        config = resolve_for(self.line.config | {"seed": self.seed, "run_dir": str(self.folder)}, machine)
         return yaml.safe_dump({"choices": self.line.composed[1]} | config, sort_keys=False)
 
 

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anorm.algebra import Affine, Moments, pool_groups, standardize
 from anorm.norms.base import Norm, Parts
-from anorm.ops import reference, resolve
-from anorm.ops.activations import lookup
 from anorm.ops.hot import HotLaw, hot_gn
 
 __all__ = ["NORMS", "GroupNorm", "InstanceNorm", "LayerNorm", "resolve_groups"]
-
-
-SMALL = 64
-"""H * W up to which torch's own group_norm is the faster one for contiguous maps on a CPU."""
 
 
 def resolve_groups(groups: int | str, channels: int, at_most: int = 32) -> int:
@@ -63,28 +55,6 @@ class GroupNorm(Norm):
         self.groups = resolve_groups(groups, channels)
         self.eps = eps
         self._make_affine(affine)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if mask is not None or residual is not None or not self._torchs_is_faster(x):
-            return super().forward(x, residual, mask)
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-            return lookup(self.act).function(y)
-
-    def _torchs_is_faster(self, x: Tensor) -> bool:
-        """On small contiguous maps on a CPU: the same function by one call instead of six (benchmarks/)."""
-        return (
-            x.device.type == "cpu"
-            and x.dim() == 4
-            and x.shape[1] == self.channels
-            and x.numel() > 0
-            and 1 < x.shape[2] * x.shape[3] <= SMALL  # torch's refuses a single value
-            and x.dtype in (torch.float32, torch.bfloat16)
-            and (self.weight is None or self.weight.dtype == torch.float32)
-            and x.is_contiguous()
-            and resolve("cpu") is not reference
-            and not torch.compiler.is_compiling()
-        )
 
     def law(self, moments: Moments) -> Affine:
         return self._then_affine(self._standardized(moments))

@@ -87,6 +87,8 @@ def _run(
         return _plain(x, law, act, residual, needs)
     backend = resolve(x.device.type)
     if hot is not None and not torch.compiler.is_compiling() and backend.laws(x.dtype) is not None:
+        if hot.torchs is not None and residual is None and backend.prefers_torch(x):
+            return lookup(act).function(hot.torchs(x))
         return normalize_hot(x, hot, act, residual, backend)
     if needs == "none":
         return fixed_affine(x, *_dense(law(None)), residual, act, backend)

@@ -45,7 +45,11 @@ __all__ = [
     "laws",
     "moments",
     "moments_backward",
+    "prefers_torch",
 ]
+
+SMALL = 64
+"""H * W up to which ``prefers_torch`` holds."""
 
 _ACTS = {"none": 0, "relu": 1, "relu6": 2}
 
@@ -205,6 +209,15 @@ _LAWS = SimpleNamespace(
 def laws(dtype: torch.dtype) -> SimpleNamespace:
     """The coefficient operators for maps of a dtype (any), as ``hot.py`` calls them."""
     return _LAWS
+
+
+def prefers_torch(x: Tensor) -> bool:
+    """Whether one function of torch, where a law has one, beats six calls here: small contiguous maps (benchmarks/).
+
+    Its group_norm refuses single values; other dtypes were not measured.
+    """
+    small = 1 < x.shape[2] * x.shape[3] <= SMALL and x.numel() > 0
+    return small and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous()
 
 
 # ---- the four passes -----------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class HotLaw:
     backward: (laws, dscale, dshift, mean, made, parameters, count) -> (about, dvar2, dmean1, *parameter gradients).
     law: (moments, parameters) -> coefficients: the same in PyTorch without side effects, for gradients of gradients.
     track: takes made; running statistics.
+    torchs: torch's own function for the same, x -> y before the activation, where there is one; a backend may prefer it.
     """
 
     parameters: Tensors
@@ -44,6 +45,7 @@ class HotLaw:
     backward: Callable[[ModuleType, Tensor, Tensor, Tensor, Tensors, Tensors, int], Tensors]
     law: Callable[[Moments, Tensors], Affine]
     track: Callable[[Tensors], None] | None = None
+    torchs: Callable[[Tensor], Tensor] | None = None
 
 
 def normalize_hot(x: Tensor, hot: HotLaw, act: str, residual: Tensor | None, backend: ModuleType) -> Tensor:
@@ -141,6 +143,7 @@ def hot_gn(weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) 
             *laws.gn_coefficients_backward(dscale, dshift, made[1], made[2], groups, count),
         ),
         law=lambda moments, p: then(standardize(*pool_groups(moments, groups)[:2], eps), *p),
+        torchs=lambda x: F.group_norm(x, groups, *(None if p is None else p.float() for p in (weight, bias)), eps),
     )
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["affine", "affine_backward", "available", "laws", "moments", "moments_backward"]
+__all__ = ["affine", "affine_backward", "available", "laws", "moments", "moments_backward", "prefers_torch"]
 
 TILE = 4096  # cells of a tile: 16 a thread, two 16-byte loads of 2-byte numbers
 FILL = 512  # programs that fill a large GPU: about 4 on each of its 132 to 148 processors
@@ -80,6 +80,11 @@ class Plan(NamedTuple):
 def laws(dtype: torch.dtype) -> ModuleType | None:
     """The coefficient operators for maps of a dtype; None for float64, whose laws run as they are written."""
     return None if dtype == torch.float64 else importlib.import_module("anorm.ops.triton_laws")
+
+
+def prefers_torch(x: Tensor) -> bool:
+    """Nothing was measured here for which torch's own function would be the faster one."""
+    return False
 
 
 @lru_cache(maxsize=4096)

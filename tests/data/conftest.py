@@ -1,5 +1,5 @@
 import pytest
-from pictures import write_folder
+from photographs import write_folder
 
 
 @pytest.fixture(autouse=True)

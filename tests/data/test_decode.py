@@ -3,7 +3,7 @@ import io
 import numpy
 import pytest
 import torch
-from pictures import difference, picture
+from photographs import difference, picture
 from PIL import Image
 
 from anorm.data.decode import BadImage, decode

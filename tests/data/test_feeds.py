@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from pictures import write_folder
+from photographs import write_folder
 from PIL import Image
 
 from anorm.data.feeds import device as device_feed

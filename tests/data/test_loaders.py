@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from pictures import write_folder
+from photographs import write_folder
 
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.sources import create

@@ -15,7 +15,7 @@ import numpy
 import pytest
 import scipy.io
 import torch
-from pictures import difference, picture
+from photographs import difference, picture
 from PIL import Image
 
 from anorm.data import archives, shards

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pictures import age, difference, picture, write_folder
+from photographs import age, difference, picture, write_folder
 from PIL import Image
 
 from anorm.data import index, sources

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from pictures import difference, picture
+from photographs import difference, picture
 
 from anorm.data.random import stream
 from anorm.data.sources import create

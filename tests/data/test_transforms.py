@@ -1,7 +1,7 @@
 import numpy
 import pytest
 import torch
-from pictures import difference, picture
+from photographs import difference, picture
 from PIL import Image
 from scipy import stats
 from torchvision.transforms import v2

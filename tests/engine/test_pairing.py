@@ -15,7 +15,7 @@ from anorm.norms.base import Norm
 sys.path[1:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data")]
 
 from commands import ROOT  # noqa: E402
-from pictures import write_folder  # noqa: E402
+from photographs import write_folder  # noqa: E402
 
 
 @pytest.fixture(scope="module")
