@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from anorm.algebra import Affine, Moments, pool_groups, standardize
 from anorm.norms.base import Choice, ParamNeeds, Parts, RunningNorm
+from anorm.ops.hot import HotLaw, hot_sn
 
 __all__ = ["NORMS", "SwitchableNorm"]
 
@@ -68,10 +69,22 @@ class SwitchableNorm(RunningNorm):
         shares = dict(zip(("means", "variances"), (Choice("shares", w, names) for w in weights), strict=True))
         return Parts(self._standardized(moments, *weights), self.weight, self.bias, shares)
 
+    def hot(self, x: Tensor) -> HotLaw | None:
+        if type(self) is not SwitchableNorm or not self.use_bn or not self.from_batch or self.sync:
+            return None
+        if x.numel() <= self.channels:
+            return None
+        parameters = self.weight, self.bias, self.mean_weight, self.var_weight
+        unbias = self._unbias(x.shape[2] * x.shape[3])
+        return hot_sn(parameters, unbias, self.eps, self.track if self.learning else None)
+
+    def _unbias(self, count: int) -> float:
+        """Factor of an instance's variance over so many values."""
+        return count / (count - 1) if self.variance == "unbiased" and count > 1 else 1.0
+
     def _standardized(self, moments: Moments, w_mean: Tensor, w_var: Tensor) -> Affine:
         mean, var, count = moments
-        if self.variance == "unbiased" and count > 1:
-            var = var * (count / (count - 1))
+        var = var * self._unbias(count)
         instance = Moments(mean, var, count)
         branches = [(mean, var), pool_groups(instance, 1)[:2]]
         if self.use_bn:

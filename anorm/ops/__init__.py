@@ -86,7 +86,7 @@ def _run(
     if torch.compiler.is_exporting():
         return _plain(x, law, act, residual, needs)
     backend = resolve(x.device.type)
-    if hot is not None and not torch.compiler.is_compiling() and backend.laws(x.dtype) is not None:
+    if hot is not None and not _traced() and hasattr(backend.laws(x.dtype), hot.name):
         if hot.torchs is not None and residual is None and backend.prefers_torch(x):
             return lookup(act).function(hot.torchs(x))
         return normalize_hot(x, hot, act, residual, backend)
@@ -96,6 +96,11 @@ def _run(
     mean, var, slots = moments_and_slots(x, needs == "mean_var", mask_from_x, backend)
     coefficients = _dense(law(Moments(mean, var, x.shape[2] * x.shape[3])))
     return slotted_affine(x, *coefficients, slots, residual, act, backend)
+
+
+def _traced() -> bool:
+    """Whether torch.compile or torch.func looks into what is called: they take the law as it is written."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _dense(affine: Affine) -> tuple[Tensor, ...]:

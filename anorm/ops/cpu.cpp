@@ -5,8 +5,11 @@
 // build runs on every machine of its architecture. No -ffast-math (inf and nan have rules here), and no contraction to
 // FMA by the compiler: a mask that is recomputed from x must round exactly as the forward pass did.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <tuple>

@@ -1,4 +1,4 @@
-"""The C++ backend for CPU tensors: the four passes, and the coefficients of BN, GN and AN over BN in one call each.
+"""The C++ backend for CPU tensors: the four passes, and the coefficients of BN, GN, AN over BN and SN in one call each.
 
 The passes are the backend's interface (see ``reference.py`` for their definition). The coefficient operators replace a
 law and its autograd for training mode, so that a layer is six calls:
@@ -10,7 +10,7 @@ law and its autograd for training mode, so that a layer is six calls:
     dvar2, dmean1, ... = an_coefficients_backward(dscale, dshift, ...)
     dx = moments_backward(dy or g, x, centre, scale, shift, about, dvar2, dmean1, act)
 
-(``about`` is what dvar2 multiplies x's distance from: the centre for BN and GN, the instance's mean for AN.) Everything
+(``about`` is what dvar2 multiplies x's distance from: the centre for BN and GN, the instance's mean for AN and SN.) Everything
 between the passes has the statistics' dtype (float32; float64 for float64 maps); parameters of another dtype are
 converted, and parameter gradients come in the statistics' dtype and the parameter's shape. Results are the same for
 any number of threads. Operators are functional, their kernels live in the compiled library (``cpu_build.py``).
@@ -31,6 +31,7 @@ from anorm.ops import cpu_build
 
 __all__ = [
     "ANCoefficients",
+    "SNCoefficients",
     "affine",
     "affine_backward",
     "an_coefficients",
@@ -46,6 +47,8 @@ __all__ = [
     "moments",
     "moments_backward",
     "prefers_torch",
+    "sn_coefficients",
+    "sn_coefficients_backward",
 ]
 
 SMALL = 64
@@ -196,6 +199,30 @@ _an_backward = _operator(
     _an_backward_fake,
 )
 
+
+
+def _sn_fake(mean, var, weight, mean_weight, var_weight, unbias, eps):
+    cells, channels = [_cells(mean) for _ in range(3)], [_channels(mean) for _ in range(2)]
+    instances, shares = [mean.new_empty(mean.shape[0]) for _ in range(2)], [mean.new_empty(3) for _ in range(2)]
+    return *cells, *instances, *channels, *shares
+
+
+_sn = _operator(
+    "sn_coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor mean_weight, Tensor var_weight, float unbias,"
+    " float eps) -> (Tensor centre, Tensor scale, Tensor rstd, Tensor layer_mean, Tensor layer_var, Tensor batch_mean,"
+    " Tensor batch_var, Tensor of_means, Tensor of_vars)",
+    _sn_fake,
+)
+_sn_backward = _operator(
+    "sn_coefficients_backward(Tensor dscale, Tensor dshift, Tensor mean, Tensor var, Tensor scale, Tensor rstd,"
+    " Tensor layer_mean, Tensor layer_var, Tensor batch_mean, Tensor batch_var, Tensor of_means, Tensor of_vars, int hw,"
+    " float unbias)"
+    " -> (Tensor dvar2, Tensor dmean1, Tensor dweight, Tensor dbias, Tensor dmean_weight, Tensor dvar_weight)",
+    lambda dscale, dshift, mean, *_: (
+        *(_cells(mean) for _ in range(2)), *(_channels(mean) for _ in range(2)), *(mean.new_empty(3) for _ in range(2)),
+    ),
+)  # fmt: skip
+
 _LAWS = SimpleNamespace(
     bn_coefficients=_bn,
     bn_coefficients_backward=_bn_backward,
@@ -203,6 +230,8 @@ _LAWS = SimpleNamespace(
     gn_coefficients_backward=_gn_backward,
     an_coefficients=_an,
     an_coefficients_backward=_an_backward,
+    sn_coefficients=_sn,
+    sn_coefficients_backward=_sn_backward,
 )
 
 
@@ -368,3 +397,44 @@ def an_coefficients_backward(
         dscale, dshift, mean, s.centre, s.scale, s.rstd, s.descriptor_scale, s.attention, s.standardized,
         s.attention_rstd, mix_weight, mix_bias, fc, gain, offset, hw,
     )  # fmt: skip
+
+
+class SNCoefficients(NamedTuple):
+    """What ``sn_coefficients`` returns: coefficients, what running statistics take in, and what backward reads."""
+
+    centre: Tensor  # (N, C) the mixed mean
+    scale: Tensor  # (N, C) weight * rstd (the shift is the bias itself)
+    rstd: Tensor  # (N, C)
+    layer_mean: Tensor  # (N,)
+    layer_var: Tensor  # (N,)
+    batch_mean: Tensor  # (C,) for the running mean
+    batch_var: Tensor  # (C,) for the running variance, as it is
+    of_means: Tensor  # (3,) the means' shares: softmax over IN, LN, BN
+    of_vars: Tensor  # (3,) the variances'
+
+
+def sn_coefficients(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    unbias: float,
+    eps: float,
+) -> SNCoefficients:
+    """SN over IN, LN and BN (Luo et al. 2019, eq. 3): centre = sum_k w_k mu_k, rstd = (sum_k w'_k var_k + eps)^(-1/2).
+
+    w and w' are the softmax of mean_weight and var_weight (3,). The instance's variance is ``unbias`` times var, and
+    those of LN and BN are pooled from it.
+    """
+    return SNCoefficients(*_sn(mean, var, weight, mean_weight, var_weight, unbias, eps))
+
+
+def sn_coefficients_backward(
+    dscale: Tensor, dshift: Tensor, mean: Tensor, var: Tensor, saved: SNCoefficients, hw: int, unbias: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dvar2 (N, C), dmean1 (N, C), dweight (C,), dbias (C,), dmean_weight (3,), dvar_weight (3,)).
+
+    dx = scale * g + dvar2 * (x - mean) + dmean1, with the instances' mean.
+    """
+    return _sn_backward(dscale, dshift, mean, var, *saved[1:], hw, unbias)

@@ -30,8 +30,11 @@ _HERE = Path(__file__).parent
 _SOURCES = {
     "cpu.cpp": "-O2",
     "cpu_laws.cpp": "-O3",
+    "cpu_switchable.cpp": "-O3",
 }
-_HEADERS = ("cpu_isa.h", "cpu_vector.h", "cpu_passes.h", "cpu_laws.h")
+_HEADERS = (
+    "cpu_isa.h", "cpu_vector.h", "cpu_passes.h", "cpu_cells.h", "cpu_channels.h", "cpu_laws.h", "cpu_switchable.h",
+)  # fmt: skip
 # Neither -ffast-math nor -march: see cpu.cpp. The two -fno are about errno and floating-point traps only.
 _FLAGS = (
     "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",

@@ -1,16 +1,14 @@
 // Coefficients of the laws that matter most (BN, GN with LN and IN, AN over BN), forward and backward in one call each,
 // for training mode. The equations are in README.md; the operators' signatures, shapes and meaning in cpu.py.
 
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-namespace anorm {
+#include "cpu_cells.h"
 
-using at::Tensor;
+namespace anorm {
 
 // Arguments of the kernels: row-major (N, C), (K, C), (N, K) and (C) arrays; A is float or double.
 template <class A>
@@ -85,53 +83,6 @@ const LawKernels<A>& kernels() {
   return ANORM_DISPATCH(law_kernels<A>);
 }
 
-// Items over threads, if together they are worth it: `work` is the number of multiply-adds an item costs.
-template <class Law>
-void run(void (*kernel)(const Law&, int64_t, int64_t), const Law& law, int64_t items, int64_t work) {
-  const int64_t grain = std::max<int64_t>(at::internal::GRAIN_SIZE / std::max<int64_t>(work, 1), 1);
-  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(law, begin, end); });
-}
-
-constexpr int64_t kChannels = 64;  // kBlock of the kernels
-
-int64_t blocks(int64_t c) { return (c + kChannels - 1) / kChannels; }
-
-// A dense tensor of the statistics' dtype with the expected number of values.
-Tensor dense(const Tensor& t, at::ScalarType type, int64_t count, const char* name) {
-  TORCH_CHECK_VALUE(t.numel() == count, name, ": expected ", count, " values, got a tensor of shape ", t.sizes());
-  return t.to(type).contiguous();
-}
-
-std::optional<Tensor> dense(const std::optional<Tensor>& t, at::ScalarType type, int64_t count, const char* name) {
-  return t ? std::optional<Tensor>(dense(*t, type, count, name)) : std::nullopt;
-}
-
-// Dtype and shape of (N, C) statistics.
-struct Cells {
-  int64_t n, c;
-  at::ScalarType type;
-  explicit Cells(const Tensor& t) : n(t.size(0)), c(t.size(1)), type(t.scalar_type()) {
-    TORCH_CHECK_VALUE(type == at::kFloat || type == at::kDouble, "statistics are float32 or float64, got ", type);
-  }
-  Tensor cells() const { return at::empty({n, c}, type); }
-  Tensor channels() const { return at::empty({c}, type); }
-  Tensor dense_cells(const Tensor& t, const char* name) const { return dense(t, type, n * c, name); }
-  Tensor dense_channels(const Tensor& t, const char* name) const { return dense(t, type, c, name); }
-};
-
-template <class A>
-const A* get(const Tensor& t) {
-  return t.const_data_ptr<A>();
-}
-template <class A>
-const A* get(const std::optional<Tensor>& t) {
-  return t ? t->const_data_ptr<A>() : nullptr;
-}
-template <class A>
-A* set(const Tensor& t) {
-  return t.mutable_data_ptr<A>();
-}
-
 // ---- BN --------------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_coefficients(const Tensor& mean_, const Tensor& var_,
@@ -198,8 +149,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gn_coefficients_backward(const Tensor
 }
 
 // ---- AN over BN ------------------------------------------------------------------------------------------------------
-
-double unbias(int64_t count) { return count > 1 ? double(count) / double(count - 1) : 1.0; }
 
 // lambda = hsigmoid(gain * h + offset), h = the logits standardized over the batch. (N, K) is small: one thread.
 template <class A>

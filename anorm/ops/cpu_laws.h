@@ -2,34 +2,7 @@
 //
 // Sums over the batch run in double or in short runs; sums over channels and over mixtures run in registers.
 
-constexpr int64_t kBlock = 64;  // channels that a batch statistic handles at a time
-
-// Calls body.at<V>(c) for the channels [begin, end), the last register overlapping the one before it if need be.
-template <class A, class Body>
-INLINE void cover(const Body& body, int64_t begin, int64_t end) {
-  using V = typename Register<A>::type;
-  constexpr int64_t W = lanes<V>;
-  int64_t c = begin;
-  for (; c + W <= end; c += W) body.template at<V>(c);
-  if (c < end && end - begin >= W) {
-    body.template at<V>(end - W);
-  } else {
-    for (; c < end; ++c) body.template at<A>(c);
-  }
-}
-
-// Sum over channels of what term.at<V>(c) adds to two sums.
-template <class A, class Term>
-INLINE void channel_sums(const Term& term, int64_t c, A& first, A& second) {
-  using V = typename Register<A>::type;
-  constexpr int64_t W = lanes<V>;
-  V a{}, b{};
-  int64_t i = 0;
-  for (; i + W <= c; i += W) term.template add<V>(i, a, b);
-  first = lane_sum<V>(a);
-  second = lane_sum<V>(b);
-  for (; i < c; ++i) term.template add<A>(i, first, second);
-}
+#include "cpu_channels.h"
 
 // ---- batch statistics: mu = E_n[m], var = E_n[v] + E_n[(m - mu)^2] ---------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Laws whose coefficients the compiled backends make in one call each way: BN, GN (LN, IN) and AN over BN, training.
+"""Laws whose coefficients compiled backends make in one call each way, in training: BN, GN (LN, IN), AN over BN, SN.
 
 A layer of one of these is a single autograd node of six calls (moments, coefficients, affine; affine_backward,
 coefficients_backward, moments_backward) instead of three nodes with the law's own small graph between them. On small
@@ -19,9 +19,8 @@ from torch.nn import functional as F
 from anorm.algebra import Affine, Moments, pool_batch, pool_groups, squeeze, standardize, then
 from anorm.ops import reference
 from anorm.ops.activations import masked
-from anorm.ops.autograd import in_order
 
-__all__ = ["HotLaw", "hot_an", "hot_bn", "hot_gn", "normalize_hot"]
+__all__ = ["HotLaw", "hot_an", "hot_bn", "hot_gn", "hot_sn", "normalize_hot"]
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -30,6 +29,7 @@ Tensors = tuple[Tensor | None, ...]
 class HotLaw:
     """How a compiled backend's module of laws computes a law; ``made`` is what its forward function returned.
 
+    name: of that function; a backend that has none runs the law as it is written.
     parameters: the law's.
     forward: (laws, mean, var, count, parameters) -> made.
     affine: (made, parameters) -> coefficients.
@@ -39,6 +39,7 @@ class HotLaw:
     torchs: torch's own function for the same, x -> y before the activation, where there is one; a backend may prefer it.
     """
 
+    name: str
     parameters: Tensors
     forward: Callable[[ModuleType, Tensor, Tensor, int, Tensors], Tensors]
     affine: Callable[[Tensors, Tensors], Affine]
@@ -49,34 +50,31 @@ class HotLaw:
 
 
 def normalize_hot(x: Tensor, hot: HotLaw, act: str, residual: Tensor | None, backend: ModuleType) -> Tensor:
-    """``normalize`` by a backend that has laws for x's dtype."""
-    y, _, *made = _Hot.apply(x, residual, act, backend, hot, *hot.parameters)
-    if hot.track is not None:
-        hot.track(made)
-    return y
+    """``normalize`` by a backend that has laws for x's dtype; not under torch.func."""
+    return _Hot.apply(x, residual, act, backend, hot, *hot.parameters)
 
 
 class _Hot(Function):
-    generate_vmap_rule = True
+    """Forward saves what it made on the way, and returns y alone: every further output of a node has its price.
+
+    That is not open to a Function of torch.func, which sees only what goes in and comes out.
+    """
 
     @staticmethod
-    @in_order
-    def forward(x, residual, act, backend, hot, *parameters):
+    def forward(ctx, x, residual, act, backend, hot, *parameters):
         mean, var = backend.moments(x, True)
         made = hot.forward(backend.laws(x.dtype), mean, var, x.shape[2] * x.shape[3], parameters)
-        return backend.affine(x, *hot.affine(made, parameters), residual, act), mean, *made
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, residual, ctx.act, ctx.backend, ctx.hot, *parameters = inputs
-        y, *rest = output
-        ctx.mark_non_differentiable(*rest)
-        ctx.set_materialize_grads(False)
+        y = backend.affine(x, *hot.affine(made, parameters), residual, act)
+        if hot.track is not None:
+            hot.track(made)
+        ctx.act, ctx.backend, ctx.hot = act, backend, hot
         ctx.has_residual, ctx.number = residual is not None, len(parameters)
-        ctx.save_for_backward(x, y if ctx.has_residual and ctx.act != "none" else None, *parameters, *rest)
+        ctx.save_for_backward(x, y if ctx.has_residual and act != "none" else None, *parameters, mean, *made)
+        ctx.set_materialize_grads(False)
+        return y
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx, dy):
         if dy is None:  # y took no part in the loss
             return (None,) * (5 + ctx.number)
         x, y, *rest = ctx.saved_tensors
@@ -96,7 +94,8 @@ class _Hot(Function):
         if ctx.needs_input_grad[0]:
             dx = backend.moments_backward(g, x, *coefficients, about, dvar2, dmean1, act)
         to_parameters = [
-            None if p is None else d.to(p.dtype) for p, d in zip(parameters, to_parameters, strict=True)
+            None if p is None else d if d.dtype == p.dtype else d.to(p.dtype)
+            for p, d in zip(parameters, to_parameters, strict=True)
         ]
         return dx, g if ctx.has_residual else None, None, None, None, *to_parameters
 
@@ -120,6 +119,7 @@ def _shift(bias: Tensor | None, like: Tensor) -> Tensor:
 def hot_bn(weight: Tensor | None, bias: Tensor | None, eps: float, track: Callable | None) -> HotLaw:
     """Batch normalization with the batch's statistics; ``track(mean, unbiased variance)``."""
     return HotLaw(
+        name="bn_coefficients",
         parameters=(weight, bias),
         forward=lambda laws, mean, var, count, p: laws.bn_coefficients(mean, var, p[0], count, eps),
         affine=lambda made, p: Affine(made[0], made[1], _shift(p[1], made[1])),
@@ -135,6 +135,7 @@ def hot_bn(weight: Tensor | None, bias: Tensor | None, eps: float, track: Callab
 def hot_gn(weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> HotLaw:
     """Group normalization."""
     return HotLaw(
+        name="gn_coefficients",
         parameters=(weight, bias),
         forward=lambda laws, mean, var, count, p: laws.gn_coefficients(mean, var, p[0], groups, eps),
         affine=lambda made, p: Affine(made[0], made[1], _shift(p[1], made[1])),
@@ -155,6 +156,7 @@ def hot_an(parameters: Tensors, eps: tuple[float, float, float], track: Callable
     base norm and of the attention norm.
     """
     return HotLaw(
+        name="an_coefficients",
         parameters=parameters,
         forward=lambda laws, mean, var, count, p: laws.an_coefficients(mean, var, *p, count, *eps),
         affine=lambda made, p: Affine(*made[:3]),
@@ -167,6 +169,41 @@ def hot_an(parameters: Tensors, eps: tuple[float, float, float], track: Callable
         law=lambda moments, p: _an(moments, p, eps),
         track=track and (lambda made: track(made[0], made[4], made[8], made[9])),
     )
+
+
+def hot_sn(parameters: Tensors, unbias: float, eps: float, track: Callable | None) -> HotLaw:
+    """Switchable normalization over IN, LN and BN.
+
+    parameters: weight and bias (C) or None, the logits of the means' and of the variances' shares (3). unbias: factor
+    of the instance's variance. ``track(mean, variance)``: of the batch.
+    """
+    return HotLaw(
+        name="sn_coefficients",
+        parameters=parameters,
+        forward=lambda laws, mean, var, count, p: (
+            *laws.sn_coefficients(mean, var, p[0], p[2], p[3], unbias, eps),
+            var,
+        ),
+        affine=lambda made, p: Affine(made[0], made[1], _shift(p[1], made[1])),
+        backward=lambda laws, dscale, dshift, mean, made, p, count: (
+            mean,
+            *laws.sn_coefficients_backward(dscale, dshift, mean, made[-1], *made[1:-1], count, unbias),
+        ),
+        law=lambda moments, p: _sn(moments, p, unbias, eps),
+        track=track and (lambda made: track(made[5], made[6])),
+    )
+
+
+def _sn(moments: Moments, parameters: Tensors, unbias: float, eps: float) -> Affine:
+    """Switchable normalization over IN, LN and BN, in PyTorch: eq. 3 of Luo et al. (2019)."""
+    weight, bias, *logits = parameters
+    instance = moments._replace(var=moments.var * unbias)
+    means, variances = zip(*(m[:2] for m in (instance, pool_groups(instance, 1), pool_batch(instance))), strict=True)
+    mixed = (
+        sum(share * t for share, t in zip(of.softmax(0), found, strict=True))
+        for of, found in zip(logits, (means, variances), strict=True)
+    )
+    return then(standardize(*mixed, eps), weight, bias)
 
 
 def _an(moments: Moments, parameters: Tensors, eps: tuple[float, float, float]) -> Affine:

@@ -327,6 +327,21 @@ def plain_an(x, mix_weight, mix_bias, fc, gain, offset):
     return scale[:, :, None, None] * plain_bn(x, one, 0 * one) + shift[:, :, None, None]
 
 
+def plain_sn(x, weight, bias, mean_weight, var_weight):
+    """Eq. 3 of Luo et al. (2019) with the official code's unbiased variance of instances, which the others pool."""
+    hw = x.shape[2] * x.shape[3]
+    m = x.mean((2, 3), keepdim=True)
+    v = (x - m).square().mean((2, 3), keepdim=True) * (hw / (hw - 1) if hw > 1 else 1.0)
+    means, variances = [m], [v]
+    for dim in (1, 0):
+        mu = m.mean(dim, keepdim=True)
+        means.append(mu)
+        variances.append((v + (m - mu).square()).mean(dim, keepdim=True))
+    mean = sum(w * t for w, t in zip(mean_weight.softmax(0), means, strict=True))
+    var = sum(w * t for w, t in zip(var_weight.softmax(0), variances, strict=True))
+    return normalized(x, mean, var, 1e-5) * weight[:, None, None] + bias[:, None, None]
+
+
 def fused(x, dy, act, law, coefficients, coefficients_backward):
     """y and the gradients (x, parameters) of six calls."""
     mean, var = cpu.moments(x)
@@ -334,7 +349,7 @@ def fused(x, dy, act, law, coefficients, coefficients_backward):
     y = cpu.affine(x, centre, scale, shift, None, act)
     dscale, dshift, _ = cpu.affine_backward(dy, x, centre, scale, shift, None, act)
     dvar2, dmean1, *parameters = coefficients_backward(dscale, dshift, mean, saved)
-    about = mean if law == "an" else centre
+    about = mean if law in ("an", "sn") else centre
     return y, cpu.moments_backward(dy, x, centre, scale, shift, about, dvar2, dmean1, act), *parameters
 
 
@@ -459,6 +474,26 @@ def test_attention_of_one_instance_is_finite():
     assert all(t.isfinite().all() for t in saved)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("shape", LAW_SHAPES)
+def test_sn_coefficients(shape, act, dtype):
+    g = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(2, shape[1], generator=g, dtype=dtype)
+    logits = torch.randn(2, 3, generator=g, dtype=dtype)
+    hw = shape[2] * shape[3]
+    unbias = hw / (hw - 1) if hw > 1 else 1.0
+
+    def forward(mean, var):
+        made = cpu.sn_coefficients(mean, var, weight, *logits, unbias, 1e-5)
+        return (made.centre, made.scale, bias), (var, made)
+
+    def backward(dscale, dshift, mean, saved):
+        return cpu.sn_coefficients_backward(dscale, dshift, mean, *saved, hw, unbias)
+
+    check_law("sn", shape, dtype, act, (weight, bias, *logits), plain_sn, forward, backward)
+
+
 # ---- operators and the build ---------------------------------------------------------------------------------------
 
 
@@ -498,6 +533,9 @@ def test_opcheck(layout):
         an.attention_rstd,
     )
     check("an_coefficients_backward", cells, cells, cells, *saved, *parameters, 12)
+    sn = ops.sn_coefficients(cells, cells, None, torch.rand(3), torch.rand(3), 1.1, 1e-5)
+    check("sn_coefficients", cells, cells, None, torch.rand(3), torch.rand(3), 1.1, 1e-5)
+    check("sn_coefficients_backward", cells, cells, cells, cells, *sn[1:], 12, 1.1)
 
 
 def run_python(code, **environment):
@@ -529,6 +567,8 @@ def test_narrower_instruction_sets_agree(isa, tmp_path):
         p = [torch.randn(4, 37, generator=g) for _ in range(3)] + [torch.rand(4, generator=g) for _ in range(2)]
         an = cpu.an_coefficients(k[0], k[1].abs(), *p, 99)
         results += [*an, *cpu.an_coefficients_backward(k[2], k[3], k[0], an, *p, 99)]
+        sn = cpu.sn_coefficients(k[0], k[1].abs(), k[2][0], k[3][0, :3], k[4][0, :3], 99 / 98, 1e-5)
+        results += [*sn, *cpu.sn_coefficients_backward(k[2], k[3], k[0], k[1].abs(), sn, 99, 99 / 98)]
         torch.save((cpu.instruction_set(), results), PATH)
     """
     saved = {}
