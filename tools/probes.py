@@ -6,8 +6,7 @@ Nothing here asks for the type of a layer: a law tells its parts (``Norm.parts``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -127,27 +126,27 @@ def look(model: nn.Module, batches: Iterable, autocast: Autocast) -> dict[str, L
         norm.register_forward_pre_hook(lambda norm, given, name=name: note(name, norm, given[0]))
         for name, norm in layers(model).items()
     ]
-    labels = []
-    with _removed(hooks):
-        for images, wanted, *_ in batches:
-            with autocast():
-                model(images)
-            labels.append(wanted.cpu())
+    labels = _run(model, batches, autocast, hooks)
     for name, seen in found.items():
-        seen.labels = torch.cat(labels)
+        seen.labels = labels
         for key, values in kept.get(name, {}).items():
             whole = torch.cat(values) if values[0].dim() == 2 else values[0]
             seen.choices[key] = seen.choices[key]._replace(values=whole)
     return found
 
 
-@contextmanager
-def _removed(hooks: list) -> Iterator[None]:
+def _run(model: nn.Module, batches: Iterable, autocast: Autocast, hooks: list) -> Tensor:
+    """The network over all batches, the hooks removed at the end; the labels."""
+    labels = []
     try:
-        yield
+        for images, wanted, *_ in batches:
+            with autocast():
+                model(images)
+            labels.append(wanted.cpu())
     finally:
         for hook in hooks:
             hook.remove()
+    return torch.cat(labels)
 
 
 BINS = 60
@@ -204,12 +203,7 @@ def responses(model: nn.Module, batches: Iterable, autocast: Autocast, most: int
     hooks = [
         norms[name].register_forward_hook(lambda norm, given, y, name=name: note(name, y)) for name in last
     ]
-    labels = []
-    with _removed(hooks):
-        for images, wanted, *_ in batches:
-            with autocast():
-                model(images)
-            labels.append(wanted.cpu())
+    labels = _run(model, batches, autocast, hooks)
     stages: dict[int, list[str]] = {}
     for name in found:  # in the order of calls
         site = norms[name].site
@@ -222,9 +216,7 @@ def responses(model: nn.Module, batches: Iterable, autocast: Autocast, most: int
             one = found[names[unit]]
             counts = torch.stack(one["rows"])
             density = counts / counts.sum(1, keepdim=True)
-            kept.append(
-                Responses(names[unit], stage, unit + 1, one["low"], one["high"], density, torch.cat(labels))
-            )
+            kept.append(Responses(names[unit], stage, unit + 1, one["low"], one["high"], density, labels))
     return kept
 
 

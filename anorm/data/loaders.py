@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anorm.data.feeds import Feed, Request, open_feed
+from anorm.data.feeds import Request, open_feed
 from anorm.data.random import stream
 from anorm.data.sources.base import Dataset, Source
 

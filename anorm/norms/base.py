@@ -82,8 +82,8 @@ class Parts(NamedTuple):
 class Norm(nn.Module):
     """A normalization layer over (N, C, H, W): y = act(mask * N(x) + residual).
 
-    A subclass is a law: ``law(moments)`` returns the affine map as a differentiable function of the moments, and
-    ``needs`` says which moments it reads. Everything else (passes, gradients, kernels, activation) is shared.
+    A subclass is a law: ``law(moments)`` returns the affine map as a differentiable function of the moments, or
+    ``parts(moments)`` returns it in its parts, and ``needs`` says which moments it reads. Everything else (passes, gradients, kernels, activation) is shared.
 
     Args:
         channels: C.
@@ -130,10 +130,13 @@ class Norm(nn.Module):
 
     def law(self, moments: Moments | None) -> Affine:
         """Moments -> coefficients (centre, scale, shift), each (C,) or (N, C)."""
-        raise NotImplementedError
+        parts = self.parts(moments)
+        if parts is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither a law nor its parts")
+        return then(*parts[:3])
 
     def parts(self, moments: Moments | None) -> Parts | None:
-        """``law(moments)`` in its parts, for tools that look inside; None where a law does not tell them."""
+        """The law in its parts, also for tools that look inside; None where it does not tell them."""
         return None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -187,9 +190,6 @@ class Norm(nn.Module):
         """weight (C) = 1 and bias (C) = 0, or neither."""
         for name, value in (("weight", torch.ones), ("bias", torch.zeros)):
             self.register_parameter(name, nn.Parameter(value(self.channels)) if affine else None)
-
-    def _then_affine(self, standardized: Affine) -> Affine:
-        return then(standardized, self.weight, self.bias)
 
 
 class RunningNorm(Norm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anorm.algebra import Affine, Moments, standardize
+from anorm.algebra import Moments, standardize
 from anorm.norms.base import Parts, RunningNorm
 from anorm.ops.hot import HotLaw, hot_bn
 
@@ -41,9 +41,6 @@ class BatchNorm(RunningNorm):
 
     def needs(self) -> str:
         return "mean_var" if self.from_batch else "none"
-
-    def law(self, moments: Moments | None) -> Affine:
-        return self._then_affine(standardize(*self.batch_statistics(moments), self.eps))
 
     def parts(self, moments: Moments | None) -> Parts:
         return Parts(standardize(*self.batch_statistics(moments), self.eps), self.weight, self.bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from anorm.algebra import Affine, Moments, mix, standardize
+from anorm.algebra import Moments, mix, standardize
 from anorm.norms.base import Choice, ParamNeeds, Parts, RunningNorm
 
 __all__ = ["NORMS", "BatchInstanceNorm"]
@@ -45,17 +45,11 @@ class BatchInstanceNorm(RunningNorm):
         self._make_buffers()
         self.gate = nn.Parameter(torch.ones(channels))
 
-    def law(self, moments: Moments) -> Affine:
-        return self._then_affine(self._standardized(moments))
-
     def parts(self, moments: Moments) -> Parts:
-        gate = {"share of BN": Choice("gates", self.gate)}
-        return Parts(self._standardized(moments), self.weight, self.bias, gate)
-
-    def _standardized(self, moments: Moments) -> Affine:
         batch = standardize(*self.batch_statistics(moments), self.eps)
         instance = standardize(moments.mean, moments.var, self.eps)
-        return mix(batch, instance, self.gate)
+        gate = {"share of BN": Choice("gates", self.gate)}
+        return Parts(mix(batch, instance, self.gate), self.weight, self.bias, gate)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

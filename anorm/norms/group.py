@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anorm.algebra import Affine, Moments, pool_groups, standardize
+from anorm.algebra import Moments, pool_groups, standardize
 from anorm.norms.base import Norm, Parts
 from anorm.ops.hot import HotLaw, hot_gn
 
@@ -56,15 +56,9 @@ class GroupNorm(Norm):
         self.eps = eps
         self._make_affine(affine)
 
-    def law(self, moments: Moments) -> Affine:
-        return self._then_affine(self._standardized(moments))
-
     def parts(self, moments: Moments) -> Parts:
-        return Parts(self._standardized(moments), self.weight, self.bias)
-
-    def _standardized(self, moments: Moments) -> Affine:
         mean, var, _ = pool_groups(moments, self.groups)
-        return standardize(mean, var, self.eps)
+        return Parts(standardize(mean, var, self.eps), self.weight, self.bias)
 
     def hot(self, x: Tensor) -> HotLaw:
         return hot_gn(self.weight, self.bias, self.groups, self.eps)

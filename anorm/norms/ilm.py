@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anorm.algebra import Affine, Moments, pool_groups, standardize, then
+from anorm.algebra import Moments, pool_groups, standardize
 from anorm.norms.base import Norm, ParamNeeds, Parts, fully_connected
 from anorm.norms.group import resolve_groups
 
@@ -80,9 +80,6 @@ class InstanceLevelMetaNorm(Norm):
         self.encoder = nn.Linear(self.keys, hidden, bias=False)
         self.weight_decoder = nn.Linear(hidden, self.keys, bias=False)
         self.bias_decoder = nn.Linear(hidden, self.keys, bias=False)
-
-    def law(self, moments: Moments) -> Affine:
-        return then(*self.parts(moments)[:3])
 
     def parts(self, moments: Moments) -> Parts:
         mean, var = self._statistics(moments, self.groups)

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, gate, squeeze, then
 from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, Site, fully_connected
+from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build_base
+from anorm.ops.hot import HotLaw, hot_se
 
 __all__ = ["NORMS", "SqueezeExcite"]
 
@@ -60,6 +62,11 @@ class SqueezeExcite(Norm):
     def law(self, moments: Moments) -> Affine:
         normalized = self.base.law(moments)
         return gate(normalized, self.weights(squeeze(normalized, moments.mean)))
+
+    def hot(self, x: torch.Tensor) -> HotLaw | None:
+        below = self.base.hot(x) if type(self.base) is BatchNorm else None
+        layers = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        return below and hot_se(below, layers, self.base.eps)
 
     def parts(self, moments: Moments) -> Parts | None:
         below = self.base.parts(moments)

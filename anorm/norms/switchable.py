@@ -61,9 +61,6 @@ class SwitchableNorm(RunningNorm):
         """Importance weights of the means and of the variances, in the order IN, LN[, BN]."""
         return self.mean_weight.softmax(0), self.var_weight.softmax(0)
 
-    def law(self, moments: Moments) -> Affine:
-        return self._then_affine(self._standardized(moments, *self.weights()))
-
     def parts(self, moments: Moments) -> Parts:
         weights, names = self.weights(), ("IN", "LN", "BN")[: len(self.mean_weight)]
         shares = dict(zip(("means", "variances"), (Choice("shares", w, names) for w in weights), strict=True))

@@ -200,10 +200,12 @@ _an_backward = _operator(
 )
 
 
-
 def _sn_fake(mean, var, weight, mean_weight, var_weight, unbias, eps):
     cells, channels = [_cells(mean) for _ in range(3)], [_channels(mean) for _ in range(2)]
-    instances, shares = [mean.new_empty(mean.shape[0]) for _ in range(2)], [mean.new_empty(3) for _ in range(2)]
+    instances, shares = (
+        [mean.new_empty(mean.shape[0]) for _ in range(2)],
+        [mean.new_empty(3) for _ in range(2)],
+    )
     return *cells, *instances, *channels, *shares
 
 

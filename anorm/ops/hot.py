@@ -1,4 +1,5 @@
-"""Laws whose coefficients compiled backends make in one call each way, in training: BN, GN (LN, IN), AN over BN, SN.
+"""Laws whose coefficients compiled backends make in one call each way, in training: BN, GN (LN, IN), AN over BN,
+SE over BN, SN.
 
 A layer of one of these is a single autograd node of six calls (moments, coefficients, affine; affine_backward,
 coefficients_backward, moments_backward) instead of three nodes with the law's own small graph between them. On small
@@ -16,11 +17,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from anorm.algebra import Affine, Moments, pool_batch, pool_groups, squeeze, standardize, then
+from anorm.algebra import Affine, Moments, gate, pool_batch, pool_groups, squeeze, standardize, then
 from anorm.ops import reference
 from anorm.ops.activations import masked
 
-__all__ = ["HotLaw", "hot_an", "hot_bn", "hot_gn", "hot_sn", "normalize_hot"]
+__all__ = ["HotLaw", "hot_an", "hot_bn", "hot_gn", "hot_se", "hot_sn", "normalize_hot"]
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -144,7 +145,9 @@ def hot_gn(weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) 
             *laws.gn_coefficients_backward(dscale, dshift, made[1], made[2], groups, count),
         ),
         law=lambda moments, p: then(standardize(*pool_groups(moments, groups)[:2], eps), *p),
-        torchs=lambda x: F.group_norm(x, groups, *(None if p is None else p.float() for p in (weight, bias)), eps),
+        torchs=lambda x: F.group_norm(
+            x, groups, *(None if p is None else p.float() for p in (weight, bias)), eps
+        ),
     )
 
 
@@ -169,6 +172,75 @@ def hot_an(parameters: Tensors, eps: tuple[float, float, float], track: Callable
         law=lambda moments, p: _an(moments, p, eps),
         track=track and (lambda made: track(made[0], made[4], made[8], made[9])),
     )
+
+
+def hot_se(base: HotLaw, layers: Tensors, eps: float) -> HotLaw:
+    """Squeeze-and-excitation on batch normalization: the base's coefficients in one call, the gate in PyTorch.
+
+    layers: weight (H, C) and bias (H) or None of the first, weight (C, H) and bias (C) or None of the second. eps: the
+    base's, which has weight and bias.
+    """
+    return HotLaw(
+        name=base.name,
+        parameters=(*base.parameters, *layers),
+        forward=lambda laws, mean, var, count, p: _gated(laws, mean, var, count, p, eps),
+        affine=lambda made, p: Affine(made[0], *made[4:6]),
+        backward=_gated_backward,
+        law=lambda moments, p: _se(moments, p, eps),
+        track=base.track,  # what it takes stands where the base's own coefficients would
+    )
+
+
+def _gated(
+    laws: ModuleType, mean: Tensor, var: Tensor, count: int, parameters: Tensors, eps: float
+) -> Tensors:
+    weight, bias, *layers = (None if p is None else p.to(mean.dtype) for p in parameters)
+    centre, base, rstd, unbiased = laws.bn_coefficients(mean, var, weight, count, eps)
+    squeezed = torch.addcmul(bias, mean - centre, base)
+    hidden = F.linear(squeezed, *layers[:2]).relu_()
+    gates = F.linear(hidden, *layers[2:]).sigmoid_()
+    return centre, base, rstd, unbiased, gates * base, gates * bias, squeezed, hidden, gates
+
+
+def _gated_backward(
+    laws: ModuleType,
+    dscale: Tensor,
+    dshift: Tensor,
+    mean: Tensor,
+    made: Tensors,
+    parameters: Tensors,
+    count: int,
+) -> Tensors:
+    centre, base, rstd, _, _, _, squeezed, hidden, gates = made
+    _, bias, first, first_bias, second, second_bias = (
+        None if p is None else p.to(mean.dtype) for p in parameters
+    )
+    dgates = torch.addcmul(dscale * base, dshift, bias)
+    dlogits = torch.ops.aten.sigmoid_backward(dgates, gates)
+    dhidden = torch.ops.aten.threshold_backward(dlogits @ second, hidden, 0)
+    dsqueezed = dhidden @ first
+    # the base norm sees both the map and its squeeze, which is its output at the instance's mean
+    dvar2, dmean1, dweight, dbias = laws.bn_coefficients_backward(
+        torch.addcmul(dscale * gates, dsqueezed, mean - centre),
+        torch.addcmul(dsqueezed, dshift, gates),
+        base,
+        rstd,
+        count,
+    )
+    dmean1 = torch.addcmul(dmean1, dsqueezed, base, value=1 / count)
+    layers = (
+        dhidden.t() @ squeezed, None if first_bias is None else dhidden.sum(0),
+        dlogits.t() @ hidden, None if second_bias is None else dlogits.sum(0),
+    )  # fmt: skip
+    return centre, dvar2, dmean1, dweight, dbias, *layers
+
+
+def _se(moments: Moments, parameters: Tensors, eps: float) -> Affine:
+    """Squeeze-and-excitation on batch normalization, in PyTorch: eq. 2 and 3 of Hu et al. (2018)."""
+    weight, bias, *layers = (None if p is None else p.to(moments.mean.dtype) for p in parameters)
+    base = then(standardize(*pool_batch(moments)[:2], eps), weight, bias)
+    hidden = F.relu(F.linear(squeeze(base, moments.mean), *layers[:2]))
+    return gate(base, torch.sigmoid(F.linear(hidden, *layers[2:])))
 
 
 def hot_sn(parameters: Tensors, unbias: float, eps: float, track: Callable | None) -> HotLaw:
@@ -198,7 +270,9 @@ def _sn(moments: Moments, parameters: Tensors, unbias: float, eps: float) -> Aff
     """Switchable normalization over IN, LN and BN, in PyTorch: eq. 3 of Luo et al. (2019)."""
     weight, bias, *logits = parameters
     instance = moments._replace(var=moments.var * unbias)
-    means, variances = zip(*(m[:2] for m in (instance, pool_groups(instance, 1), pool_batch(instance))), strict=True)
+    means, variances = zip(
+        *(m[:2] for m in (instance, pool_groups(instance, 1), pool_batch(instance))), strict=True
+    )
     mixed = (
         sum(share * t for share, t in zip(of.softmax(0), found, strict=True))
         for of, found in zip(logits, (means, variances), strict=True)

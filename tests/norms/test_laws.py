@@ -57,7 +57,38 @@ def test_gradcheck(name, act, with_residual, training, backend):
         assert torch.autograd.gradcheck(function, (x, r, *parameters.values()))
 
 
-@pytest.mark.parametrize("name", ["bn", "gn", "an"])
+CASES = [(name, {}) for name in NORMS] + [
+    ("se", {"bias": True}),
+    ("sn", {"variance": "biased"}),
+    ("sn", {"affine": False}),
+]
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("name, options", CASES)
+def test_the_compiled_backend_computes_the_law_as_it_is_written(name, options, with_residual):
+    """Output, every gradient and running statistics in float64; the difference is the order of sums."""
+    torch.manual_seed(2)
+    x, r, dy = torch.randn(3, 4, C, 5, 3, dtype=torch.double)
+    results = []
+    for backend in ("reference", "cpu"):
+        layer = make(name, "relu", **options)
+        leaf, residual = x.clone().requires_grad_(), r.clone().requires_grad_()
+        with ops.use_backend(backend):
+            y = layer(leaf, residual if with_residual else None)
+            y.backward(dy)
+        gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+        results.append(
+            gradients | dict(layer.named_buffers()) | {"y": y, "dx": leaf.grad, "dr": residual.grad}
+        )
+    assert results[0].keys() == results[1].keys()
+    for key, value in results[0].items():
+        torch.testing.assert_close(
+            results[1][key], value, rtol=1e-10, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", ["bn", "gn", "an", "se", "sn"])
 @pytest.mark.parametrize("act, with_residual", [("relu", True), ("relu", False), (None, True)])
 def test_gradients_of_gradients_on_the_compiled_backend(name, act, with_residual):
     layer = make(name, act)
