@@ -75,10 +75,9 @@ class Audited:
     flops: Verdict | None
 
 
-def size_of(arguments: Iterable[str]) -> Size:
-    """The size of the network that train.py builds for these arguments."""
-    arch, norm = _composed(tuple(arguments))
-    return _size(arch, norm)
+def size_of(arguments: Iterable[str], classes: int = 1000, pixels: int = 224) -> Size:
+    """The size of the network that train.py builds for these arguments, on images of pixels x pixels."""
+    return _size(*_composed(tuple(arguments)), classes, pixels)
 
 
 @cache
@@ -88,7 +87,7 @@ def _composed(arguments: tuple[str, ...]) -> tuple[str, str]:
 
 
 @cache
-def _size(arch_config: str, norm_config: str) -> Size:
+def _size(arch_config: str, norm_config: str, classes: int, pixels: int) -> Size:
     arch, place = json.loads(arch_config), Placement(**json.loads(norm_config))
     laws: list[LawOnly] = []
 
@@ -97,9 +96,9 @@ def _size(arch_config: str, norm_config: str) -> Size:
         return laws[-1]
 
     with torch.device("meta"), torch.no_grad():
-        model = create_model(arch.pop("name"), norm, **arch).eval()
+        model = create_model(arch.pop("name"), norm, num_classes=classes, **arch).eval()
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, 224, 224))
+            model(torch.empty(1, 3, pixels, pixels))
     macs = counter.get_total_flops() // 2
     leaves = (m for m in model.modules() if not list(m.children()))
     return Size(

@@ -21,10 +21,16 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _amount(value: int, digits: int, *units: tuple[float, str]) -> str:
+    """In the first unit that is not too large for it: a fifth of one still is not."""
+    size, unit = next((u for u in units if value >= u[0] / 5), units[-1])
+    return f"{value / size:.{digits}f} {unit}"
+
+
 COLUMNS: dict[str, Callable[[Entry], str]] = {
     "Method": lambda e: e.line.label,
-    "#Params": lambda e: f"{e.size.all / 1e6:.2f} M",
-    "multiply-adds": lambda e: f"{e.size.macs / 1e9:.3f} G",
+    "#Params": lambda e: _amount(e.size.all, 2, (1e6, "M"), (1e3, "k")),
+    "multiply-adds": lambda e: _amount(e.size.macs, 3, (1e9, "G"), (1e6, "M")),
     "printed top-1": lambda e: f"{e.line.printed.top1:.2f}" if e.line.printed else "-",
     "printed top-5": lambda e: f"{e.line.printed.top5:.2f}" if e.line.printed else "-",
     "ours top-1": lambda e: error(e.top1),

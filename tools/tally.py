@@ -159,7 +159,7 @@ def tally(
         entries.append(
             Entry(
                 line,
-                size_of(line.overrides),
+                _size(line, shown),
                 found,
                 tuple(s for s in range(seeds) if s not in found),
                 top1,
@@ -174,6 +174,13 @@ def tally(
     pairs = _pairs(entries, selections)
     compared = _compared(pairs, epoch, average)
     return Tally(grid, tuple(entries), shown, stamps, compared, faithful, epoch, seeds, selections)
+
+
+def _size(line: Line, shown: Stamp | None) -> Size:
+    """Of a paper's row as papers count: 1000 classes, 224 x 224. Of another line as it was run, if it was."""
+    if line.printed or shown is None:
+        return size_of(line.overrides)
+    return size_of(line.overrides, shown.classes, shown.image_size)
 
 
 def same_weights(gap: float) -> str:
@@ -256,7 +263,6 @@ def hours(entry: Entry, known: list[Entry]) -> tuple[float | None, str]:
     if entry.trained:
         return float(np.mean([run.device_hours for run in entry.trained])), "measured"
     config = entry.line.config
-    pixels = (config["data"].get("image_size", 224) / 224) ** 2
     for other in known:
         theirs = other.line.config
         if other.trained and theirs["data"] == config["data"]:
@@ -265,7 +271,8 @@ def hours(entry: Entry, known: list[Entry]) -> tuple[float | None, str]:
             return scale * theirs, f"from {other.line.label}"
     if not config["data"]["name"].startswith("imagenet"):
         return None, "unknown"
-    return 1_281_167 * config["epochs"] * entry.size.macs * pixels / V100_MACS / 3600, "rough, V100 with FP16"
+    macs = size_of(entry.line.overrides, pixels=config["data"].get("image_size", 224)).macs
+    return 1_281_167 * config["epochs"] * macs / V100_MACS / 3600, "rough, V100 with FP16"
 
 
 def total_hours(tally: Tally) -> tuple[float, int, str]:
