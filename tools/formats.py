@@ -44,13 +44,13 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
 
 
 def columns(tally: Tally) -> dict[str, Callable[[Entry], str]]:
-    """The columns of this table: those of a paper only where there is one."""
-    printed = any(e.line.printed for e in tally.entries)
-    return {
-        name: cell
-        for name, cell in COLUMNS.items()
-        if printed or name not in ("printed top-1", "printed top-5", "gap")
-    }
+    """The columns of this table: those of a paper, and GPUs, only where there is one."""
+    left_out = set()
+    if not any(e.line.printed for e in tally.entries):
+        left_out = {"printed top-1", "printed top-5", "gap"}
+        if any(e.trained and not e.on_gpu for e in tally.entries):
+            left_out.add("GPU-hours")
+    return {name: cell for name, cell in COLUMNS.items() if name not in left_out}
 
 
 HEADER = "error rates in percent, ± the 95 % interval over seeds (t); gap = ours - printed, positive is worse"
@@ -80,9 +80,9 @@ def text(tally: Tally) -> str:
             c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
         ).rstrip()
 
-    lines = [f"{tally.grid.name}: {tally.grid.title}", f"({HEADER})"]
+    lines = [tally.title, f"({HEADER})"]
     for group in dict.fromkeys(e.line.group for e in tally.entries):
-        lines += ["", group, aligned(list(names))]
+        lines += ["", *([group] if group != tally.grid.title else []), aligned(list(names))]
         lines += [aligned(rows[e.line]) for e in tally.entries if e.line.group == group]
     if tally.comparisons:
         lines += [
@@ -107,12 +107,11 @@ def text(tally: Tally) -> str:
 
 def markdown(tally: Tally) -> str:
     names = columns(tally)
-    lines = [f"## {tally.grid.name}: {tally.grid.title}", "", f"{HEADER[0].upper()}{HEADER[1:]}."]
+    lines = [f"## {tally.title}", "", f"{HEADER[0].upper()}{HEADER[1:]}."]
     for group in dict.fromkeys(e.line.group for e in tally.entries):
         lines += [
             "",
-            f"### {group}",
-            "",
+            *([f"### {group}", ""] if group != tally.grid.title else []),
             "| " + " | ".join(names) + " |",
             "| --- |" + " ---: |" * (len(names) - 1),
         ]
@@ -162,7 +161,7 @@ def latex(tally: Tally) -> str:
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{tex(tally.grid.title)}: {tex(HEADER)}.}}",
+        rf"\caption{{{tex(tally.title)}: {tex(HEADER)}.}}",
         rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
         r"\hline",
         " & ".join(map(tex, names)) + r" \\",

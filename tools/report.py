@@ -24,7 +24,7 @@ def html(tally: Tally) -> str:
     groups = list(dict.fromkeys(e.line.group for e in tally.entries))
     return page(
         {
-            "title": escape(f"{tally.grid.name}: {tally.grid.title}"),
+            "title": escape(tally.title),
             "head": "".join(
                 f'<p class="soft">{escape(line)}</p>' for line in (f"{HEADER}.", *tally.notes[:2])
             ),

@@ -15,6 +15,7 @@ from records import PREDICTIONS, Run, Stamp, images_of
 
 REPRODUCED_SEEDS = 3
 REPRODUCED_NOISE = 0.5  # points: above, an agreement proves too little
+LEARNED = 30  # percent top-1 that a baseline must reach before differences from it mean something
 AS_PRINTED = 0.1  # points: what another decoder and another resize change in the accuracy of the same weights
 V100_MACS = 800 * 4.089e9  # per second: 800 images/s of ResNet-50 with FP16 on a V100, for estimates only
 
@@ -95,6 +96,25 @@ class Tally:
     epoch: str
     seeds: int
     selections: tuple[Selection, ...] = ()
+
+    @property
+    def title(self) -> str:
+        weak = self.underpowered
+        return f"{f'underpowered, {weak}: ' if weak else ''}{self.grid.name}: {self.grid.title}"
+
+    @property
+    def underpowered(self) -> str | None:
+        """Why a finished grid of one's own tells no norms apart, if that is so; a reader must know it first."""
+        if not self.comparisons or any(e.missing or e.line.printed for e in self.entries):
+            return None
+        baselines = {c.base.line.label: c.base.top1.mean for c in self.comparisons}
+        for label, top1 in baselines.items():
+            if top1 < LEARNED:
+                return f"{label} reaches {top1:.2f} % top-1, less than {LEARNED} %"
+        differences = [c.found.difference for c in self.comparisons if c.found.difference.n > 1]
+        if all(d.low <= 0 <= d.high for d in differences):
+            return "the intervals cover every difference" if differences else "one run of each norm"
+        return None
 
     @property
     def notes(self) -> list[str]:

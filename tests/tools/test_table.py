@@ -638,3 +638,29 @@ def test_wrong_arguments(tmp_path, capsys):
         "±" in formats.error(Interval(70, 69, 71, 3))
         and formats.error(Interval(70, math.nan, math.nan, 1)) == "30.00"
     )
+
+
+@pytest.mark.parametrize(
+    "bn, gn, first",
+    [
+        ((60.0, 60.5), (50.0, 50.5), ""),  # ten points apart, equally in both seeds but for nothing
+        (
+            (60.0, 50.0),
+            (52.0, 58.0),
+            "underpowered, the intervals cover every difference: ",
+        ),  # 8 better, 8 worse
+        ((20.0, 20.5), (10.0, 10.5), "underpowered, bn reaches 20.25 % top-1, less than 30 %: "),
+    ],
+)
+def test_a_grid_that_tells_nothing_apart_says_so_first(bn, gn, first, tmp_path, trained):
+    runs = [
+        made(tmp_path / "runs" / f"{norm}-{seed}", trained / f"{norm}-{seed}", [10.0, value])
+        for norm, values in (("bn", bn), ("gn", gn))
+        for seed, value in enumerate(values)
+    ]
+    opened = grid.open_grid(str(written(tmp_path, {"norm": ["bn", "gn"]})))
+    found = tally.tally(opened, runs, 2)
+    assert formats.text(found).startswith(f"{first}{opened.name}: ")
+    assert formats.markdown(found).startswith(f"## {first}{opened.name}: ")
+    assert "GPU-hours" not in formats.markdown(found)  # they ran on a CPU
+    assert tally.tally(opened, runs, 3).underpowered is None  # not before it is complete
