@@ -53,7 +53,10 @@ def columns(tally: Tally) -> dict[str, Callable[[Entry], str]]:
     return {name: cell for name, cell in COLUMNS.items() if name not in left_out}
 
 
-HEADER = "error rates in percent, ± the 95 % interval over seeds (t); gap = ours - printed, positive is worse"
+def header(tally: Tally) -> str:
+    """What the numbers are."""
+    gap = "; gap = ours - printed, positive is worse" if "gap" in columns(tally) else ""
+    return f"error rates in percent, ± the 95 % interval over seeds (t){gap}"
 
 
 def missing(tally: Tally) -> list[str]:
@@ -80,7 +83,7 @@ def text(tally: Tally) -> str:
             c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
         ).rstrip()
 
-    lines = [tally.title, f"({HEADER})"]
+    lines = [tally.title, f"({header(tally)})"]
     for group in dict.fromkeys(e.line.group for e in tally.entries):
         lines += ["", *([group] if group != tally.grid.title else []), aligned(list(names))]
         lines += [aligned(rows[e.line]) for e in tally.entries if e.line.group == group]
@@ -107,7 +110,7 @@ def text(tally: Tally) -> str:
 
 def markdown(tally: Tally) -> str:
     names = columns(tally)
-    lines = [f"## {tally.title}", "", f"{HEADER[0].upper()}{HEADER[1:]}."]
+    lines = [f"## {tally.title}", "", f"E{header(tally)[1:]}."]
     for group in dict.fromkeys(e.line.group for e in tally.entries):
         lines += [
             "",
@@ -161,7 +164,7 @@ def latex(tally: Tally) -> str:
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{tex(tally.title)}: {tex(HEADER)}.}}",
+        rf"\caption{{{tex(tally.title)}: {tex(header(tally))}.}}",
         rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
         r"\hline",
         " & ".join(map(tex, names)) + r" \\",

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from formats import HEADER, columns, comparison, missing
+from formats import columns, comparison, header, missing
 from tally import Comparison, Entry, Tally
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 58, 8, 12, 40
@@ -26,7 +26,7 @@ def html(tally: Tally) -> str:
         {
             "title": escape(tally.title),
             "head": "".join(
-                f'<p class="soft">{escape(line)}</p>' for line in (f"{HEADER}.", *tally.notes[:2])
+                f'<p class="soft">{escape(line)}</p>' for line in (f"{header(tally)}.", *tally.notes[:2])
             ),
             "groups": "".join(f"<option>{escape(group)}</option>" for group in groups),
             "heading": "Table",
