@@ -11,7 +11,7 @@ from tally import Comparison, Entry, Tally
 
 
 def error(top: Interval | None) -> str:
-    """An accuracy interval as an error rate in percent: "21.59 +- 0.31", or "-"."""
+    """An accuracy interval as an error rate in percent: "21.59 ± 0.31", or "-"."""
     if top is None:
         return "-"
     return f"{100 - top.mean:.2f}" + (f" ± {top.half:.2f}" if top.n > 1 else "")

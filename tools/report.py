@@ -15,6 +15,7 @@ from tally import Comparison, Entry, Tally
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 58, 8, 12, 40
 COLOURS = 8
+SIZES = {"k": 1e3, "M": 1e6, "G": 1e9}
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 Point = tuple[float, float]
 
@@ -77,7 +78,8 @@ def _sorted_by(name: str, text: str) -> str:
     """The number that a cell is sorted by, where it shows more than that."""
     if name in ("Method", "verdict", "group") or text == "-":
         return ""
-    return f' data-value="{float(text.split()[0])}"'
+    number, *unit = text.split()
+    return f' data-value="{float(number) * SIZES.get("".join(unit), 1)}"'
 
 
 def _curves(tally: Tally) -> str:

@@ -3,7 +3,7 @@
     python tools/table.py table2                              the table; the command of every missing cell at its end
     python tools/table.py table2 --run data.root=/imagenet    run what is missing; repeat it to continue
     python tools/table.py table2 --run --submit slurm slurm.partition=gpu    each cell a job of a Slurm cluster
-    python tools/table.py table2 --dry                        which cells, how many GPU-hours
+    python tools/table.py table2 --dry                        which cells, how many device-hours
     python tools/table.py table3 --only resnet50-an --seeds 5
     python tools/table.py table2 --scale proxy --run          a smaller protocol (configs/scale)
     python tools/table.py digits --run                        a grid of configs/grid, or a yaml file with axes

@@ -154,7 +154,7 @@ class AttentiveNorm(Norm):
             and (attention.input, attention.activation, self.source) == ("rsd", "hsigmoid", "input")
             and not self.separate
         )
-        if not published or x.shape[0] < 2:
+        if not published or x.shape[0] < 2 or x.numel() == 0:
             return None
         norms = base, attention.norm
         if (

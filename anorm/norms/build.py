@@ -60,6 +60,10 @@ def build_base(base: str | dict, channels: int, affine: bool) -> Norm:
     name = options.pop("name", None)
     if name is None:
         raise ValueError(f"base={base!r} needs a name, as in base={{name: gn, groups: 16}}")
+    if "affine" in options:
+        raise ValueError(
+            f"base={base!r}: whether a base norm has an affine of its own is up to the law above it"
+        )
     if "affine" not in inspect.signature(lookup_norm(name)).parameters:
         raise ValueError(
             f"norm {name!r} cannot be the base of another law: it has no plain affine to replace"

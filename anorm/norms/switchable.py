@@ -59,7 +59,7 @@ class SwitchableNorm(RunningNorm):
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Importance weights of the means and of the variances, in the order IN, LN[, BN]."""
-        return self.mean_weight.softmax(0), self.var_weight.softmax(0)
+        return tuple(_at_least_float32(w).softmax(0) for w in (self.mean_weight, self.var_weight))
 
     def parts(self, moments: Moments) -> Parts:
         weights, names = self.weights(), ("IN", "LN", "BN")[: len(self.mean_weight)]
@@ -93,6 +93,11 @@ class SwitchableNorm(RunningNorm):
     def param_needs(self) -> dict[str, ParamNeeds]:
         control = {name: ParamNeeds("control") for name in ("mean_weight", "var_weight")}
         return super().param_needs() | control
+
+
+def _at_least_float32(weight: Tensor) -> Tensor:
+    """Shares that are rounded to a half-precision model's dtype do not sum to one."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 NORMS = {"sn": SwitchableNorm}

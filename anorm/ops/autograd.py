@@ -29,7 +29,7 @@ from torch.autograd import Function
 from anorm.ops import reference
 from anorm.ops.activations import masked
 
-__all__ = ["fixed_affine", "in_order", "moments_and_slots", "slotted_affine"]
+__all__ = ["fixed_affine", "moments_and_slots", "slotted_affine"]
 
 Slots = tuple[Tensor, Tensor, Tensor, Tensor]
 

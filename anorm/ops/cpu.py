@@ -67,7 +67,7 @@ def build(rebuild: bool = False) -> str:
     Raises cpu_build.BuildError with the reason where that is not possible.
     """
     path = cpu_build.compiled_library(
-        rebuild, lambda: _log.warning("compiling the C++ kernels, once (about a minute)")
+        rebuild, lambda: _log.warning("compiling the C++ kernels, once (a minute or two)")
     )
     _load(str(path))
     return str(path)

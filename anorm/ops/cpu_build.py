@@ -2,7 +2,7 @@
 
 The library holds kernels for several instruction sets and chooses when it is loaded, so one build serves every machine
 of its architecture. It lies in a cache folder (``ANORM_CACHE``, else ``anorm`` in ``XDG_CACHE_HOME`` or ``~/.cache``)
-under a name that holds torch's version and a digest of sources, flags and compiler. Processes that start together wait for
+under a name that holds torch's version and a digest of sources, flags and CXX. Processes that start together wait for
 the one that builds; a build that was killed leaves nothing behind that another would wait for or load.
 
 The compiler is called directly. ``torch.utils.cpp_extension.load`` would also need ninja, which torch does not
@@ -64,7 +64,7 @@ def library_path() -> Path:
 
 
 def compiled_library(rebuild: bool = False, on_start=None) -> Path:
-    """Path of the compiled library, built if it is not in the cache (about 40 s of one core).
+    """Path of the compiled library, built if it is not in the cache (about a minute and a half of one core).
 
     ``on_start()`` is called before a compiler is started. Raises BuildError with the reason and, where a compiler
     failed, the path of its messages.

@@ -22,9 +22,9 @@ void run(void (*kernel)(const Law&, int64_t, int64_t), const Law& law, int64_t i
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(law, begin, end); });
 }
 
-constexpr int64_t kChannels = 64;  // kBlock of the kernels
+constexpr int64_t kBlock = 64;  // channels that a batch statistic handles at a time
 
-inline int64_t blocks(int64_t c) { return (c + kChannels - 1) / kChannels; }
+inline int64_t blocks(int64_t c) { return (c + kBlock - 1) / kBlock; }
 
 // A dense tensor of the statistics' dtype with the expected number of values.
 inline Tensor dense(const Tensor& t, at::ScalarType type, int64_t count, const char* name) {
@@ -46,7 +46,6 @@ struct Cells {
   Tensor cells() const { return at::empty({n, c}, type); }
   Tensor channels() const { return at::empty({c}, type); }
   Tensor dense_cells(const Tensor& t, const char* name) const { return dense(t, type, n * c, name); }
-  Tensor dense_channels(const Tensor& t, const char* name) const { return dense(t, type, c, name); }
 };
 
 template <class A>

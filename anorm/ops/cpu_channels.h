@@ -1,6 +1,5 @@
-// Loops over the channels of (N, C) coefficients. Included once per instruction set, after cpu_vector.h.
-
-constexpr int64_t kBlock = 64;  // channels that a batch statistic handles at a time
+// Loops over the channels of (N, C) coefficients. Included once per instruction set, after cpu_cells.h
+// and cpu_vector.h.
 
 // Calls body.at<V>(c) for the channels [begin, end), the last register overlapping the one before it if need be.
 template <class A, class Body>
@@ -27,4 +26,23 @@ INLINE void channel_sums(const Term& term, int64_t c, A& first, A& second) {
   first = lane_sum<V>(a);
   second = lane_sum<V>(b);
   for (; i < c; ++i) term.template add<A>(i, first, second);
+}
+
+// Mean and biased variance over the batch of the channels [c0, c0 + width), a block; instances' variances times `unbias`.
+template <class A>
+INLINE void pool_block(const A* mean_, const A* var_, double unbias, int64_t n, int64_t c, int64_t c0, int64_t width,
+                       double* mean, double* var) {
+  std::fill_n(mean, width, 0.0);
+  std::fill_n(var, width, 0.0);
+  for (int64_t i = 0; i < n; ++i) {
+    const A *m = mean_ + i * c + c0, *v = var_ + i * c + c0;
+    for (int64_t j = 0; j < width; ++j) mean[j] += m[j];
+    for (int64_t j = 0; j < width; ++j) var[j] += unbias * v[j];
+  }
+  for (int64_t j = 0; j < width; ++j) mean[j] /= n;
+  for (int64_t i = 0; i < n; ++i) {
+    const A* m = mean_ + i * c + c0;
+    for (int64_t j = 0; j < width; ++j) var[j] += (m[j] - mean[j]) * (m[j] - mean[j]);
+  }
+  for (int64_t j = 0; j < width; ++j) var[j] /= n;
 }

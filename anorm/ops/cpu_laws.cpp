@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_coefficients(const Tensor& mean_, 
     using A = scalar_t;
     const BatchLaw<A> law{s.n,           s.c,           hw,          eps,          get<A>(mean),    get<A>(var),
                           get<A>(weight), set<A>(centre), set<A>(scale), set<A>(rstd), set<A>(unbiased)};
-    run(kernels<A>().batch, law, blocks(s.c), 3 * s.n * kChannels);
+    run(kernels<A>().batch, law, blocks(s.c), 3 * s.n * kBlock);
   });
   return {centre, scale, rstd, unbiased};
 }
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_coefficients_backward(const Tensor
     using A = scalar_t;
     const BatchLawBackward<A> law{s.n,           s.c,          hw,            get<A>(dscale), get<A>(dshift), get<A>(scale),
                                   get<A>(rstd), set<A>(dvar2), set<A>(dmean1), set<A>(dweight), set<A>(dbias)};
-    run(kernels<A>().batch_backward, law, blocks(s.c), 2 * s.n * kChannels);
+    run(kernels<A>().batch_backward, law, blocks(s.c), 2 * s.n * kBlock);
   });
   return {dvar2, dmean1, dweight, dbias};
 }
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gn_coefficients_backward(const Tensor
     const GroupLawBackward<A> law{s.n,           s.c,          groups,        hw,             get<A>(dscale),  get<A>(dshift),
                                   get<A>(scale), get<A>(rstd), set<A>(dvar2), set<A>(dmean1), set<A>(dweight), set<A>(dbias)};
     run(kernels<A>().group_backward, law, s.n * groups, 4 * s.c / groups + 16);
-    run(kernels<A>().group_parameters_backward, law, blocks(s.c), 2 * s.n * kChannels);
+    run(kernels<A>().group_parameters_backward, law, blocks(s.c), 2 * s.n * kBlock);
   });
   return {dvar2, dmean1, dweight, dbias};
 }
@@ -216,7 +216,7 @@ AttentiveCoefficients an_coefficients(const Tensor& mean_, const Tensor& var_, c
     using A = scalar_t;
     const BatchLaw<A> batch{s.n,     s.c,           hw,      eps,          get<A>(mean),    get<A>(var),
                             nullptr, set<A>(centre), nullptr, set<A>(rstd), set<A>(unbiased)};
-    run(kernels<A>().batch, batch, blocks(s.c), 3 * s.n * kChannels);
+    run(kernels<A>().batch, batch, blocks(s.c), 3 * s.n * kBlock);
     const AttentiveLaw<A> law{s.n,
                               s.c,
                               k,
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> an_coefficien
     run(kernels<A>().attention_backward, law, s.n, s.c * k);
     attention_norm_backward<A>(get<A>(dattention), get<A>(standardized), get<A>(gain), get<A>(offset),
                                get<A>(attention_rstd), s.n, k, set<A>(dlogits), set<A>(dgain), set<A>(doffset));
-    run(kernels<A>().mixture_backward, law, blocks(s.c), 4 * s.n * k * kChannels);
+    run(kernels<A>().mixture_backward, law, blocks(s.c), 4 * s.n * k * kBlock);
   });
   return {dvar2, dmean1, dmix_weight, dmix_bias, dfc, dgain, doffset};
 }

@@ -10,23 +10,13 @@ template <class A>
 void batch_statistics(const BatchLaw<A>& p, int64_t begin, int64_t end) {
   for (int64_t c0 = begin * kBlock; c0 < std::min(end * kBlock, p.c); c0 += kBlock) {
     const int64_t width = std::min(kBlock, p.c - c0);
-    double mean[kBlock] = {}, var[kBlock] = {};
-    for (int64_t n = 0; n < p.n; ++n) {
-      const A *m = p.mean + n * p.c + c0, *v = p.var + n * p.c + c0;
-      for (int64_t j = 0; j < width; ++j) mean[j] += m[j];
-      for (int64_t j = 0; j < width; ++j) var[j] += v[j];
-    }
-    for (int64_t j = 0; j < width; ++j) mean[j] /= p.n;
-    for (int64_t n = 0; n < p.n; ++n) {
-      const A* m = p.mean + n * p.c + c0;
-      for (int64_t j = 0; j < width; ++j) var[j] += (m[j] - mean[j]) * (m[j] - mean[j]);
-    }
+    double mean[kBlock], var[kBlock];
+    pool_block<A>(p.mean, p.var, 1, p.n, p.c, c0, width, mean, var);
     const double count = double(p.n) * p.hw, unbias = count > 1 ? count / (count - 1) : 1;
     for (int64_t j = 0; j < width; ++j) {
-      const double variance = var[j] / p.n;
       p.centre[c0 + j] = A(mean[j]);
-      p.rstd[c0 + j] = A(1 / std::sqrt(variance + p.eps));
-      p.unbiased[c0 + j] = A(variance * unbias);
+      p.rstd[c0 + j] = A(1 / std::sqrt(var[j] + p.eps));
+      p.unbiased[c0 + j] = A(var[j] * unbias);
       if (p.scale != nullptr) p.scale[c0 + j] = p.weight == nullptr ? p.rstd[c0 + j] : p.rstd[c0 + j] * p.weight[c0 + j];
     }
   }

@@ -117,7 +117,7 @@ SwitchCoefficients sn_coefficients(const Tensor& mean_, const Tensor& var_, cons
                            set<A>(scale),
                            set<A>(rstd)};
     run(kernels<A>().layer, law, s.n, 4 * s.c);
-    run(kernels<A>().batch, law, blocks(s.c), 3 * s.n * kChannels);
+    run(kernels<A>().batch, law, blocks(s.c), 3 * s.n * kBlock);
     run(kernels<A>().mix, law, s.n, 8 * s.c);
   });
   return {centre, scale, rstd, layer_mean, layer_var, batch_mean, batch_var, of_means, of_vars};
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sn_coefficients_backw
                                    set<A>(dvar2),
                                    set<A>(dmean1)};
     run(kernels<A>().layer_backward, law, s.n, 8 * s.c);
-    run(kernels<A>().batch_backward, law, blocks(s.c), 6 * s.n * kChannels);
+    run(kernels<A>().batch_backward, law, blocks(s.c), 6 * s.n * kBlock);
     run(kernels<A>().instance_backward, law, s.n, 12 * s.c);
     softmax_backward<A>(get<A>(of_means),
                         {sum<A>(law.instance_dmean, s.n), dot<A>(law.layer_dmean, get<A>(layer_mean), s.n),

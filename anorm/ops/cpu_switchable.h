@@ -46,20 +46,11 @@ template <class A>
 void batch_statistics(const SwitchLaw<A>& p, int64_t begin, int64_t end) {
   for (int64_t c0 = begin * kBlock; c0 < std::min(end * kBlock, p.c); c0 += kBlock) {
     const int64_t width = std::min(kBlock, p.c - c0);
-    double mean[kBlock] = {}, var[kBlock] = {};
-    for (int64_t n = 0; n < p.n; ++n) {
-      const A *m = p.mean + n * p.c + c0, *v = p.var + n * p.c + c0;
-      for (int64_t j = 0; j < width; ++j) mean[j] += m[j];
-      for (int64_t j = 0; j < width; ++j) var[j] += p.unbias * v[j];
-    }
-    for (int64_t j = 0; j < width; ++j) mean[j] /= p.n;
-    for (int64_t n = 0; n < p.n; ++n) {
-      const A* m = p.mean + n * p.c + c0;
-      for (int64_t j = 0; j < width; ++j) var[j] += (m[j] - mean[j]) * (m[j] - mean[j]);
-    }
+    double mean[kBlock], var[kBlock];
+    pool_block<A>(p.mean, p.var, p.unbias, p.n, p.c, c0, width, mean, var);
     for (int64_t j = 0; j < width; ++j) {
       p.batch_mean[c0 + j] = A(mean[j]);
-      p.batch_var[c0 + j] = A(var[j] / p.n);
+      p.batch_var[c0 + j] = A(var[j]);
     }
   }
 }

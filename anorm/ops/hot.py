@@ -1,9 +1,9 @@
-"""Laws whose coefficients compiled backends make in one call each way, in training: BN, GN (LN, IN), AN over BN,
-SE over BN, SN.
+"""Laws whose coefficients compiled backends make in one call each way: BN, GN (LN, IN), AN over BN, SE over BN, SN.
 
-A layer of one of these is a single autograd node of six calls (moments, coefficients, affine; affine_backward,
-coefficients_backward, moments_backward) instead of three nodes with the law's own small graph between them. On small
-maps that graph costs more than the passes. Every other law goes through ``autograd.py`` and needs nothing from here.
+A layer of one of these that takes its statistics from its input is a single autograd node of six calls (moments,
+coefficients, affine; affine_backward, coefficients_backward, moments_backward) instead of three nodes with the law's
+own small graph between them, which on small maps costs more than the passes. SE adds its two matrices in PyTorch. Every
+other law goes through ``autograd.py`` and needs nothing from here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Tensors = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class HotLaw:
-    """How a compiled backend's module of laws computes a law; ``made`` is what its forward function returned.
+    """How a compiled backend's module of laws helps to compute a law; ``made`` is what forward returned.
 
-    name: of that function; a backend that has none runs the law as it is written.
+    name: of the function of that module which forward calls; a backend that has none runs the law as it is written.
     parameters: the law's.
     forward: (laws, mean, var, count, parameters) -> made.
     affine: (made, parameters) -> coefficients.
@@ -102,13 +102,17 @@ class _Hot(Function):
 
 
 def _differentiable(hot: HotLaw, act: str, dy: Tensor, x: Tensor, y: Tensor | None, parameters: list):
-    """(dx, g, parameter gradients) as differentiable functions: the definition, run again under autograd."""
+    """(dx, g, parameter gradients) as differentiable functions: the definition, run again under autograd.
+
+    On aliases of x and the parameters: their own history, in which the parameters may stand again, is autograd's part.
+    """
+    x, *parameters = (None if t is None else t.view_as(t) for t in (x, *parameters))
     z = reference.affine(
         x, *hot.law(Moments(*reference.moments(x), x.shape[2] * x.shape[3]), parameters), None, "none"
     )
     g = masked(act, dy, z if y is None else y)
     wanted = [t for t in (x, *parameters) if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(z, wanted, g, create_graph=True))
+    found = iter(torch.autograd.grad(z, wanted, g, create_graph=True) if wanted else ())
     dx, *rest = (next(found) if t is not None and t.requires_grad else None for t in (x, *parameters))
     return dx, g, rest
 
@@ -274,7 +278,7 @@ def _sn(moments: Moments, parameters: Tensors, unbias: float, eps: float) -> Aff
         *(m[:2] for m in (instance, pool_groups(instance, 1), pool_batch(instance))), strict=True
     )
     mixed = (
-        sum(share * t for share, t in zip(of.softmax(0), found, strict=True))
+        sum(share * t for share, t in zip(of.to(instance.mean.dtype).softmax(0), found, strict=True))
         for of, found in zip(logits, (means, variances), strict=True)
     )
     return then(standardize(*mixed, eps), weight, bias)

@@ -211,28 +211,21 @@ def an_project_kernel(
 @triton.jit
 def an_attention_kernel(
     logits, gain, offset, mean_out, unbiased_out, rstd_out, standardized, attention, N, K, unbias, eps,
-    BATCH: tl.constexpr, NP: tl.constexpr,
+    NP: tl.constexpr,
 ):  # fmt: skip
-    """One program a component: standardize its logits over the N instances, hsigmoid.
-
-    Not BATCH: mean_out and rstd_out are read.
-    """
+    """One program a component: standardize its logits over the N instances, hsigmoid."""
     k = tl.program_id(0)
     n = tl.arange(0, NP)
     there = n < N
     value = tl.load(logits + n * K + k, mask=there, other=0.0)
-    if BATCH:
-        first = tl.load(logits + k)
-        mean = first + tl.sum(tl.where(there, value - first, 0.0), 0) / N
-        d = tl.where(there, value - mean, 0.0)
-        var = tl.sum(d * d, 0) / N
-        r = tl.rsqrt(var + eps)
-        tl.store(mean_out + k, mean)
-        tl.store(unbiased_out + k, var * unbias)
-        tl.store(rstd_out + k, r)
-    else:
-        mean = tl.load(mean_out + k)
-        r = tl.load(rstd_out + k)
+    first = tl.load(logits + k)
+    mean = first + tl.sum(tl.where(there, value - first, 0.0), 0) / N
+    d = tl.where(there, value - mean, 0.0)
+    var = tl.sum(d * d, 0) / N
+    r = tl.rsqrt(var + eps)
+    tl.store(mean_out + k, mean)
+    tl.store(unbiased_out + k, var * unbias)
+    tl.store(rstd_out + k, r)
     h = (value - mean) * r
     z = h * tl.load(gain + k).to(tl.float32) + tl.load(offset + k).to(tl.float32) + 3.0
     tl.store(standardized + n * K + k, h, mask=there)

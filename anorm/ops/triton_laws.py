@@ -19,7 +19,6 @@ from anorm.ops.triton import operator
 __all__ = [
     "an_coefficients",
     "an_coefficients_backward",
-    "an_coefficients_running",
     "bn_coefficients",
     "bn_coefficients_backward",
     "gn_coefficients",
@@ -54,6 +53,11 @@ def _dense(*statistics: Tensor) -> list[Tensor]:
     return [t.contiguous() for t in statistics]
 
 
+def _rows(*parameters: Tensor | None) -> list[Tensor | None]:
+    """Parameters as the kernels index them."""
+    return [p if p is None else p.contiguous() for p in parameters]
+
+
 def _new(like: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
@@ -77,7 +81,7 @@ def _mix_tile(k: int) -> dict[str, int | bool]:
 
 
 def _bn(mean: Tensor, var: Tensor, weight: Tensor | None, hw: int, eps: float) -> tuple[Tensor, ...]:
-    mean, var = _dense(mean, var)
+    (mean, var), (weight,) = _dense(mean, var), _rows(weight)
     n, c = mean.shape
     out = _new(mean, (c,), (c,), (c,), (c,))
     with torch.cuda.device_of(mean):
@@ -99,7 +103,7 @@ def _bn_backward(dscale: Tensor, dshift: Tensor, scale: Tensor, rstd: Tensor, hw
 
 
 def _gn(mean: Tensor, var: Tensor, weight: Tensor | None, groups: int, eps: float) -> tuple[Tensor, ...]:
-    mean, var = _dense(mean, var)
+    (mean, var), (weight,) = _dense(mean, var), _rows(weight)
     n, c = mean.shape
     out = _new(mean, (n, c), (n, c), (n, c))
     if n:
@@ -133,6 +137,7 @@ def _an(
     hw: int, eps: float, descriptor_eps: float, attention_eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mean, var = _dense(mean, var)
+    mix_weight, mix_bias, fc, gain, offset = _rows(mix_weight, mix_bias, fc, gain, offset)
     (n, c), k = mean.shape, gain.numel()
     (
         centre,
@@ -157,7 +162,7 @@ def _an(
         if n:
             _kernels().an_attention_kernel[(k,)](
                 logits, gain, offset, a_mean, a_unbiased, a_rstd, standardized, attention, n, k, _unbias(n),
-                attention_eps, BATCH=True, NP=_power(n), **_OPTIONS,
+                attention_eps, NP=_power(n), **_OPTIONS,
             )  # fmt: skip
             _kernels().an_mix_kernel[(_blocks(n, _ROWS), pools)](
                 attention, mix_weight, mix_bias, rstd, scale, shift, n, c, k, **_mix_tile(k)
@@ -171,6 +176,7 @@ def _an_backward(
     mix_weight: Tensor, mix_bias: Tensor, fc: Tensor, gain: Tensor, offset: Tensor, hw: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dscale, dshift, mean = _dense(dscale, dshift, mean)
+    mix_weight, mix_bias, fc, gain, offset = _rows(mix_weight, mix_bias, fc, gain, offset)
     (n, c), k = mean.shape, gain.numel()
     dvar2, dmean1, dmix_weight, dmix_bias, dfc, dgain, doffset = out = _new(
         mean, (n, c), (n, c), (k, c), (k, c), (k, c), (k,), (k,)
@@ -202,31 +208,6 @@ def _an_backward(
             float(hw), _unbias(hw), **_mix_tile(k),
         )  # fmt: skip
     return out
-
-
-def _an_running(
-    mean: Tensor, var: Tensor, mix_weight: Tensor, mix_bias: Tensor, fc: Tensor, gain: Tensor, offset: Tensor,
-    rstd: Tensor, attention_mean: Tensor, attention_rstd: Tensor, hw: int, descriptor_eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    mean, var, rstd = _dense(mean, var, rstd)
-    (n, c), k = mean.shape, gain.numel()
-    scale, shift, descriptor_scale, logits, standardized, attention = _new(
-        mean, (n, c), (n, c), (n, c), (n, k), (n, k), (n, k)
-    )
-    if n:
-        with torch.cuda.device_of(mean):
-            _kernels().an_project_kernel[(_blocks(n, _ROWS),)](
-                mean, var, fc, rstd, rstd, rstd, descriptor_scale, logits, n, c, k, 1.0, 0.0, _unbias(hw),
-                descriptor_eps, 0, **_mix_tile(k),
-            )  # fmt: skip
-            _kernels().an_attention_kernel[(k,)](
-                logits, gain, offset, attention_mean, attention_mean, attention_rstd, standardized, attention, n, k,
-                1.0, 0.0, BATCH=False, NP=_power(n), **_OPTIONS,
-            )  # fmt: skip
-            _kernels().an_mix_kernel[(_blocks(n, _ROWS), _blocks(c, _COLUMNS))](
-                attention, mix_weight, mix_bias, rstd, scale, shift, n, c, k, **_mix_tile(k)
-            )
-    return scale, shift
 
 
 def _shaped(shapes: str, offset: int | None = None):
@@ -286,12 +267,4 @@ an_coefficients_backward = operator(
     " -> (Tensor dvar2, Tensor dmean1, Tensor dmix_weight, Tensor dmix_bias, Tensor dfc, Tensor dgain, Tensor doffset)",
     _an_backward,
     _shaped("NC NC KC KC KC K K", offset=14),
-)
-# With the running statistics, for inference: rstd (C,) of the base, mean and rstd (K,) of the attention.
-an_coefficients_running = operator(
-    "an_coefficients_running",
-    "(Tensor mean, Tensor var, Tensor mix_weight, Tensor mix_bias, Tensor fc, Tensor gain, Tensor offset, Tensor rstd,"
-    " Tensor attention_mean, Tensor attention_rstd, int hw, float descriptor_eps) -> (Tensor scale, Tensor shift)",
-    _an_running,
-    _shaped("NC NC"),
 )

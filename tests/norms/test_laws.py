@@ -88,6 +88,46 @@ def test_the_compiled_backend_computes_the_law_as_it_is_written(name, options, w
         )
 
 
+def test_gradients_with_a_graph_where_the_input_depends_on_the_layer():
+    """A layer used twice, with a hook between: what lies before x is differentiated once, with a graph as without."""
+    torch.manual_seed(2)
+    x, dy = torch.randn(2, 4, C, 3, 2, dtype=torch.double)
+    found = []
+    for create_graph in (False, True):
+        layer = make("bn")
+        between = layer(x).tanh()
+        between.register_hook(lambda g: 2 * g)
+        with ops.use_backend("cpu"):
+            found.append(
+                torch.autograd.grad(layer(between), [*layer.parameters()], dy, create_graph=create_graph)
+            )
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_gradients_with_a_graph_of_the_residual_alone():
+    layer = make("bn", "relu", affine=False)
+    x, r, dy = torch.randn(3, 4, C, 3, 2, dtype=torch.double)
+    with ops.use_backend("cpu"):
+        y = layer(x, r.requires_grad_())
+        (dr,) = torch.autograd.grad(y, r, dy, create_graph=True)
+    torch.testing.assert_close(dr, torch.where(y > 0, dy, 0.0))
+
+
+def test_the_shares_of_a_half_precision_model_sum_to_one():
+    layer = anorm.create_norm("sn", C).bfloat16()
+    for share in layer.weights():
+        torch.testing.assert_close(share.sum(), torch.tensor(1.0))
+    x = 50 + torch.randn(8, C, 5, 3, dtype=torch.float32)
+    for backend in ("reference", "cpu"):
+        with ops.use_backend(backend):  # shares of a sum of 1.002 would move the mean by a tenth
+            assert layer(x).mean().abs() < 1e-3
+
+
+def test_a_base_norm_keeps_no_affine_of_its_own_by_request():
+    with pytest.raises(ValueError, match="up to the law above it"):
+        anorm.create_norm("an", C, base={"name": "bn", "affine": False})
+
+
 @pytest.mark.parametrize("name", ["bn", "gn", "an", "se", "sn"])
 @pytest.mark.parametrize("act, with_residual", [("relu", True), ("relu", False), (None, True)])
 def test_gradients_of_gradients_on_the_compiled_backend(name, act, with_residual):

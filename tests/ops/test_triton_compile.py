@@ -82,7 +82,6 @@ def launch_laws(n, c, k, groups):
     triton_laws._gn_backward(cells, cells, cells, cells, groups, 49)
     triton_laws._an(cells, cells, *network, 49, 1e-5, 1e-3, 1e-5)
     triton_laws._an_backward(cells, cells, cells, row, cells, row, cells, square, square, short, *network, 49)
-    triton_laws._an_running(cells, cells, *network, row, short, short, 49, 1e-3)
 
 
 def source(kernel, args, named):
