@@ -463,10 +463,10 @@ def attention_network(c, k):
     )
 
 
-def attention(mean, var, fc, gain, offset, hw, batch=None):
+def attention(mean, var, fc, gain, offset, hw):
     """-> (logits' mean, biased variance, hsigmoid of the standardized logits)."""
     a = (mean * torch.rsqrt(var * (hw / (hw - 1) if hw > 1 else 1) + EPS_RSD)) @ fc.T
-    mu, spread = batch or (a.mean(0), a.var(0, correction=0))
+    mu, spread = a.mean(0), a.var(0, correction=0)
     return mu, spread, F.relu6((a - mu) * torch.rsqrt(spread + EPS_BN) * gain + offset + 3) / 6
 
 
@@ -494,20 +494,25 @@ def test_an_coefficients(n, c, groups, k, hw):
     assert_close(gradients, (2 * v.grad / hw, m.grad / hw, *parameters))
 
 
-@pytest.mark.parametrize("n, c, groups, k, hw", LAW_SHAPES)
-def test_an_coefficients_of_running_statistics(n, c, groups, k, hw):
+def test_parameters_of_any_strides():
+    """A view of every second column, as a parametrization may hand one over, is not read as if it were dense."""
+    n, c, k, hw = 5, 12, 4, 9
     mean, var, _, _ = moments_like(n, c)
     network = attention_network(c, k)
-    rstd, a_mean, a_var = (
-        torch.rand(c, device=DEVICE),
-        torch.randn(k, device=DEVICE),
-        torch.rand(k, device=DEVICE) + 1,
-    )
-    a_rstd = torch.rsqrt(a_var + EPS_BN)
-    scale, shift = triton_laws.an_coefficients_running(mean, var, *network, rstd, a_mean, a_rstd, hw, EPS_RSD)
-    m, v, weight, bias, fc, gain, offset = exact(mean, var, *network)
-    *_, gates = attention(m, v, fc, gain, offset, hw, (a_mean.double(), a_var.double()))
-    assert_close((scale, shift), ((gates @ weight) * rstd, gates @ bias))
+    strided = tuple(torch.stack((p, torch.full_like(p, 7.0)), -1)[..., 0] for p in network)
+    assert not any(p.is_contiguous() for p in strided)
+    expected = triton_laws.an_coefficients(mean, var, *network, hw, EPS_BN, EPS_RSD, EPS_BN)
+    found = triton_laws.an_coefficients(mean, var, *strided, hw, EPS_BN, EPS_RSD, EPS_BN)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    for law, rest in (
+        (triton_laws.bn_coefficients, (hw, EPS_BN)),
+        (triton_laws.gn_coefficients, (3, EPS_BN)),
+    ):
+        weight = torch.rand(c, 2, device=DEVICE)[:, 0]
+        for f, e in zip(
+            law(mean, var, weight, *rest), law(mean, var, weight.contiguous(), *rest), strict=True
+        ):
+            assert torch.equal(f, e)
 
 
 def test_the_coefficient_operators_are_well_formed():
@@ -527,6 +532,5 @@ def test_the_coefficient_operators_are_well_formed():
         (triton_laws.an_coefficients, (mean, var, *network, hw, EPS_BN, EPS_RSD, EPS_BN)),
         (triton_laws.an_coefficients_backward,
          (dscale, dshift, mean, row, var, row, var, square, square, short, *network, hw)),
-        (triton_laws.an_coefficients_running, (mean, var, *network, row, short, short, hw, EPS_RSD)),
     ):  # fmt: skip
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
