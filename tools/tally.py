@@ -99,8 +99,8 @@ class Tally:
 
     @property
     def title(self) -> str:
-        weak = self.underpowered
-        return f"{f'underpowered, {weak}: ' if weak else ''}{self.grid.name}: {self.grid.title}"
+        first = f"underpowered, {self.underpowered}: " if self.underpowered else ""
+        return f"{first}{self.grid.name}: {self.grid.title}"
 
     @property
     def underpowered(self) -> str | None:

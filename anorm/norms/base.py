@@ -83,7 +83,8 @@ class Norm(nn.Module):
     """A normalization layer over (N, C, H, W): y = act(mask * N(x) + residual).
 
     A subclass is a law: ``law(moments)`` returns the affine map as a differentiable function of the moments, or
-    ``parts(moments)`` returns it in its parts, and ``needs`` says which moments it reads. Everything else (passes, gradients, kernels, activation) is shared.
+    ``parts(moments)`` returns it in its parts, and ``needs`` says which moments it reads. Everything else (passes,
+    gradients, kernels, activation) is shared.
 
     Args:
         channels: C.

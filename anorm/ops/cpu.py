@@ -10,8 +10,8 @@ law and its autograd for training mode, so that a layer is six calls:
     dvar2, dmean1, ... = an_coefficients_backward(dscale, dshift, ...)
     dx = moments_backward(dy or g, x, centre, scale, shift, about, dvar2, dmean1, act)
 
-(``about`` is what dvar2 multiplies x's distance from: the centre for BN and GN, the instance's mean for AN and SN.) Everything
-between the passes has the statistics' dtype (float32; float64 for float64 maps); parameters of another dtype are
+(``about`` is what dvar2 multiplies x's distance from: the centre for BN and GN, the instance's mean for AN and SN.)
+Everything between the passes has the statistics' dtype (float32; float64 for float64 maps); parameters of another dtype are
 converted, and parameter gradients come in the statistics' dtype and the parameter's shape. Results are the same for
 any number of threads. Operators are functional, their kernels live in the compiled library (``cpu_build.py``).
 """
