@@ -361,12 +361,10 @@ def _describe(run: Run, source: Source) -> str:
     micro = settings.optim.global_batch // settings.batch_size // world.size
     return (
         f"{run.arch}: {sum(p.numel() for p in run.model.parameters()):,} parameters; {len(source.train):,} "
-        f"training and "
-        f"{len(source.val):,} evaluation images of {source.num_classes} classes; {settings.epochs} epochs of "
-        f"{run.train.steps_per_epoch} steps; global batch {settings.optim.global_batch} = "
-        f"{settings.batch_size} x {micro} "
-        f"accumulated x {world.size} process{'es' if world.size > 1 else ''}; peak rate "
-        f"{settings.optim.peak_lr:g}; "
+        f"training and {len(source.val):,} evaluation images of {source.num_classes} classes; "
+        f"{settings.epochs} epochs of {run.train.steps_per_epoch} steps; global batch "
+        f"{settings.optim.global_batch} = {settings.batch_size} x {micro} accumulated x {world.size} "
+        f"process{'es' if world.size > 1 else ''}; peak rate {settings.optim.peak_lr:g}; "
         f"{settings.hardware.dtype} on {world.device.type}"
         + (f"; continuing at step {run.progress.step} of {run.total_steps}" if run.progress.step else "")
     )

@@ -49,8 +49,8 @@ def responses(view: View) -> Section:
             found.numbers.setdefault(run, {})[unit.name] = {"within": within, "between": between}
         last = units[-1].similarity()
         found.said.append(
-            f"{run}: {len(units)} units; at the last, stage-{units[-1].stage}-unit-{units[-1].unit}, "
-            f"two images' histograms differ by {last[0]:.3f} within a class and {last[1]:.3f} between (total "
+            f"{run}: {len(units)} units; at the last, stage-{units[-1].stage}-unit-{units[-1].unit}, two "
+            f"images' histograms differ by {last[0]:.3f} within a class and {last[1]:.3f} between (total "
             "variation)"
         )
     return found

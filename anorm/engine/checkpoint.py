@@ -78,8 +78,7 @@ class FolderLock:
     end, however.
 
     Rank 0 takes all bytes (so it finds any process that outlived its launcher), then keeps its own. POSIX
-    record locks
-    belong to a process: the loader's workers do not inherit them.
+    record locks belong to a process: the loader's workers do not inherit them.
     """
 
     BYTES = 1 << 20

@@ -140,9 +140,8 @@ def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, st
         )
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return 1, (
-            "error: out of memory: lower batch_size (more micro-batches are accumulated, optim.global_batch "
-            "stays), "
-            "eval.batch_size or data.image_size, or use hardware.dtype=fp16"
+            "error: out of memory: lower batch_size (more micro-batches are accumulated, "
+            "optim.global_batch stays), eval.batch_size or data.image_size, or use hardware.dtype=fp16"
         )
     if (
         isinstance(error, OSError)

@@ -145,8 +145,8 @@ class Agreement:
     """Requests (stop, save) that all processes act on at the same step boundary.
 
     A signal, or rank 0's clock, sets a bit here; ``due()`` is called by all at every boundary and returns the
-    bits
-    that any process had set by the previous boundary: the exchange runs beside the step and costs it nothing.
+    bits that any process had set by the previous boundary: the exchange runs beside the step and costs it
+    nothing.
     """
 
     SAVE = 256

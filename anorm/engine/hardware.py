@@ -84,8 +84,7 @@ def decide(asked: Hardware, world: World | None = None, machine: Machine | None 
     if asked.device == "gpu" and gpus == 0:
         raise ValueError(
             "hardware=gpu, but torch sees no GPU here: set hardware=cpu, or install a torch build for this "
-            "GPU's driver "
-            "(python -m anorm says more)"
+            "GPU's driver (python -m anorm says more)"
         )
     gpu = asked.device == "gpu" or (asked.device == "auto" and gpus > 0)
     if gpu and machine.without_kernels:
@@ -169,8 +168,7 @@ def compiled(
     if not difference <= allowed:
         raise ValueError(
             f"hardware.compile=true changes this network's outputs by {100 * difference:.3g} % (explained "
-            f"would be "
-            f"{100 * allowed:g} %): set hardware.compile=false"
+            f"would be {100 * allowed:g} %): set hardware.compile=false"
         )
     return faster
 

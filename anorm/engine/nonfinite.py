@@ -28,9 +28,8 @@ def explain(run: Run, step: int) -> str:
     )
     epoch = step // run.train.steps_per_epoch + 1
     return (
-        f"the loss or its gradient is not finite at step {step} (epoch {epoch}); first: {first}. "
-        "Lower optim.lr, lengthen schedule.warmup_epochs, set optim.clip=1, or use hardware.dtype=fp32 or "
-        "bf16"
+        f"the loss or its gradient is not finite at step {step} (epoch {epoch}); first: {first}. Lower "
+        "optim.lr, lengthen schedule.warmup_epochs, set optim.clip=1, or use hardware.dtype=fp32 or bf16"
     )
 
 

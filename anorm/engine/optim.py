@@ -1,6 +1,5 @@
 """Parameters -> groups -> optimizer. What a parameter needs is declared by the module that makes it, never
-read off its
-name or shape: a K x C mixture is no weight matrix."""
+read off its name or shape: a K x C mixture is no weight matrix."""
 
 from __future__ import annotations
 
@@ -133,9 +132,8 @@ def _apex_sgd(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
         from apex.optimizers import FusedSGD
     except ImportError as error:
         raise ValueError(
-            "optim.impl=apex needs NVIDIA's apex, built from github.com/NVIDIA/apex (the package named apex "
-            "on "
-            "PyPI is another project); optim.impl=auto uses torch's own fused SGD"
+            "optim.impl=apex needs NVIDIA's apex, built from github.com/NVIDIA/apex (the package named "
+            "apex on PyPI is another project); optim.impl=auto uses torch's own fused SGD"
         ) from error
     return FusedSGD(
         groups,
@@ -185,9 +183,8 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
     """Stop learning what ``words`` name; returns a line a word that says what it froze.
 
     A word is a role (weight, bias, norm, mixture, attention, control), ``mixtures`` (AN's mixtures and the
-    statistics of
-    its base, attention free: section 3.3 of the paper), or a pattern of parameter names such as "layer1.*". A
-    norm whose parameters are all frozen by a role or pattern keeps its running statistics too.
+    statistics of its base, attention free: section 3.3 of the paper), or a pattern of parameter names such as
+    "layer1.*". A norm whose parameters are all frozen by a role or pattern keeps its running statistics too.
     """
     said, needs = [], declared_needs(model)
     roles = {need.role for need, _ in needs.values()}
@@ -199,8 +196,7 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
         if not named:
             raise ValueError(
                 f"freeze={word} matches nothing: give {MIXTURES}, a role ({', '.join(sorted(roles))}) or a "
-                f"pattern "
-                "of parameter names such as layer1.*"
+                "pattern of parameter names such as layer1.*"
             )
         parameters = dict(model.named_parameters())
         for name in named:
