@@ -80,7 +80,7 @@ def pool_groups(moments: Moments, groups: int) -> Moments:
         return moments
     cells = (n, groups, c // groups)
     mean, var = _pool(moments.mean.view(cells), moments.var.view(cells), 2)
-    spread = lambda t: t[:, :, None].expand(cells).reshape(n, c)  # noqa: E731
+    spread = lambda t: t[:, :, None].expand(cells).reshape(n, c)
     return Moments(spread(mean), spread(var), moments.count * (c // groups))
 
 

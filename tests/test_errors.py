@@ -191,8 +191,9 @@ def test_a_truncated_checkpoint_stops_the_run_that_would_continue_from_it(capsys
 
 
 def test_a_folder_in_use(capsys, tmp_path):
-    from anorm.engine.checkpoint import FolderLock
     import multiprocessing
+
+    from anorm.engine.checkpoint import FolderLock
 
     context = multiprocessing.get_context("fork")
     held, done = context.Event(), context.Event()

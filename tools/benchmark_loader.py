@@ -23,13 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from anorm.data.feeds import open_feed  # noqa: E402
-from anorm.data.feeds.base import Request  # noqa: E402
-from anorm.data.index import index_folder  # noqa: E402
-from anorm.data.shards import ShardStore  # noqa: E402
-from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, EncodedImages  # noqa: E402
-from anorm.data.sources.folder import FolderStore  # noqa: E402
-from anorm.data.transforms import Crop  # noqa: E402
+from anorm.data.feeds import open_feed
+from anorm.data.feeds.base import Request
+from anorm.data.index import index_folder
+from anorm.data.shards import ShardStore
+from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, EncodedImages
+from anorm.data.sources.folder import FolderStore
+from anorm.data.transforms import Crop
 
 SIZE = 224
 TO_DEVICE = "normalisation (uint8 is handed over)"

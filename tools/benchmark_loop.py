@@ -21,13 +21,13 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from anorm.build import accepted, build, complete, resolve  # noqa: E402
-from anorm.engine.commandline import user_errors  # noqa: E402
-from anorm.engine.compose import compose  # noqa: E402
-from anorm.engine.distributed import Agreement, enter  # noqa: E402
-from anorm.engine.fit import train_epoch  # noqa: E402
-from anorm.engine.meter import Clock, SaveTimer  # noqa: E402
-from anorm.engine.run import Run  # noqa: E402
+from anorm.build import accepted, build, complete, resolve
+from anorm.engine.commandline import user_errors
+from anorm.engine.compose import compose
+from anorm.engine.distributed import Agreement, enter
+from anorm.engine.fit import train_epoch
+from anorm.engine.meter import Clock, SaveTimer
+from anorm.engine.run import Run
 
 STEPS, ROUNDS = 8, 11
 DEFAULTS = [

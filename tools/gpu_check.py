@@ -125,7 +125,7 @@ def networks() -> dict[str, object]:
 def milliseconds(functions: dict, rounds: int, calls: int) -> dict[str, float]:
     """Median time of a call; the functions take turns, so that a drifting clock meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for name, function in functions.items():
+    for function in functions.values():
         for _ in range(3):
             function()
     for _ in range(rounds):
@@ -459,7 +459,9 @@ def main() -> int:
         print(f"{name}: {SECTIONS[name].__doc__.splitlines()[0]}", flush=True)
         try:
             SECTIONS[name]()
-        except Exception as error:  # noqa: BLE001 - a section that fails is reported and does not cost the others their figures
+        except (
+            Exception
+        ) as error:  # a section that fails is reported and does not cost the others their figures
             failed = True
             RESULTS.setdefault(name, {})["error"] = f"{type(error).__name__}: {error}"
             print(f"  FAILED: {type(error).__name__}: {error}", flush=True)

@@ -26,8 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from anorm.engine.commandline import user_errors  # noqa: E402
-from anorm.engine.names import nearest  # noqa: E402
+from anorm.engine.commandline import user_errors
+from anorm.engine.names import nearest
 
 NAMES = ("responses", "mixtures", "gammas", "shares", "gates", "ranks", "landscape", "surgery")
 DRAWN_BY_THE_PAGE = "curves"

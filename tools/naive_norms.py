@@ -129,5 +129,5 @@ def naive(layer: Norm) -> WithAct:
         twin = nn.GroupNorm(layer.groups, layer.channels)
     else:
         name = type(layer).__name__
-        raise ValueError(f"no naive form of {name}: add one to tools/naive_norms.py")  # noqa: TRY004
+        raise ValueError(f"no naive form of {name}: add one to tools/naive_norms.py")
     return WithAct(twin, layer.act)

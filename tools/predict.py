@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from anorm.engine.commandline import user_errors  # noqa: E402
+from anorm.engine.commandline import user_errors
 
 
 def main(argv: list[str]) -> int:

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from anorm.data import archives, shards  # noqa: E402
-from anorm.data.archives import Item  # noqa: E402
+from anorm.data import archives, shards
+from anorm.data.archives import Item
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
 CLASSES = 1000

@@ -53,7 +53,8 @@ def filled(text: str) -> str:
     """README's text with each part between <!-- name --> and <!-- /name --> made anew."""
     for name, make in SECTIONS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, found = re.subn(pattern, lambda m, body=make(): f"{m[1]}{body}\n{m[2]}", text, flags=re.S)
+        body = make()
+        text, found = re.subn(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S)
         assert found == 1, f"README.md needs exactly one pair of <!-- {name} --> markers"
     return text
 

@@ -31,17 +31,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from cells import Book, Cell, cells_of, run_cells  # noqa: E402
-from formats import FORMATS  # noqa: E402
-from grid import Grid, open_grid, select  # noqa: E402
-from published import Match, evaluate, match  # noqa: E402
-from records import EPOCHS, find_runs  # noqa: E402
-from report import html  # noqa: E402
-from tables import FAITHFUL  # noqa: E402
-from tally import Tally, hours, tally, total_hours  # noqa: E402
+from cells import Book, Cell, cells_of, run_cells
+from formats import FORMATS
+from grid import Grid, open_grid, select
+from published import Match, evaluate, match
+from records import EPOCHS, find_runs
+from report import html
+from tables import FAITHFUL
+from tally import Tally, hours, tally, total_hours
 
-from anorm.engine.commandline import user_errors  # noqa: E402
-from anorm.engine.slurm import submit, wishes_from  # noqa: E402
+from anorm.engine.commandline import user_errors
+from anorm.engine.slurm import submit, wishes_from
 
 
 def parser() -> argparse.ArgumentParser:

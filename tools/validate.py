@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from anorm.engine.commandline import user_errors  # noqa: E402
+from anorm.engine.commandline import user_errors
 
 
 def parser() -> argparse.ArgumentParser:

@@ -120,7 +120,12 @@ class Block(nn.Module):
         scales = [self.grammar.residual_scale(node, c) for c in node.children]
         op = res = join(children)
         if any(scale != 1 for scale in scales):
-            res = join([child if scale == 1 else child * scale for child, scale in zip(children, scales)])
+            res = join(
+                [
+                    child if scale == 1 else child * scale
+                    for child, scale in zip(children, scales, strict=True)
+                ]
+            )
         if node.lateral is not None:
             same, neighbour = res is op, outputs[node.lateral]
             op = op + neighbour

@@ -72,7 +72,7 @@ def trace(model: nn.Module, example: object = None) -> list[Call]:
                 # untied: torch puts the weights of a module that stands at two places back only once
                 call = partial(functional_call, model, state, (images,), tie_weights=False)
                 return _run(model, call)
-        except Exception as error:  # noqa: BLE001  whatever a forward raises; the first is told
+        except Exception as error:  # whatever a forward raises; the first is told
             failures.append(error)
     raise ValueError(
         f"{type(model).__name__} does not run on images of any size that was tried ({failures[0]}); give "

@@ -86,7 +86,7 @@ class FolderLock:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._file = open(folder / ".lock", "a+b")  # noqa: SIM115 - held until close()
+        self._file = open(folder / ".lock", "a+b")  # held until close()
 
     def take_all(self) -> None:
         """Raises ValueError when another process holds any byte."""

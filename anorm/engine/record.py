@@ -55,7 +55,7 @@ class Record:
         if not active:
             return
         path = folder / METRICS
-        self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - held until close()
+        self._file = open(path, "r+b" if path.exists() else "w+b")  # held until close()
         self._file.truncate(offset)
         self._file.seek(0, os.SEEK_END)
         if tensorboard:

@@ -76,7 +76,7 @@ class Parts(NamedTuple):
     standardized: Affine
     gamma: Tensor | None
     beta: Tensor | None
-    choices: dict[str, Choice] = {}  # noqa: RUF012 - never written to
+    choices: dict[str, Choice] = {}  # never written to
 
 
 class Norm(nn.Module):

@@ -95,7 +95,7 @@ class _Moments(Function):
     def forward(x: Tensor, var: bool, act: str, backend: ModuleType) -> tuple[Any, ...]:
         mean, variance = backend.moments(x, var)
         empty = mean.new_zeros(())
-        slot = lambda: empty.expand(mean.shape)  # noqa: E731
+        slot = lambda: empty.expand(mean.shape)
         return mean, variance, slot(), slot(), slot(), x.new_zeros(()).expand(x.shape)
 
     @staticmethod

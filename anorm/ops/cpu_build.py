@@ -80,7 +80,7 @@ def compiled_library(rebuild: bool = False, on_start=None) -> Path:
     except OSError as error:
         raise BuildError(
             f"cannot write to {path.parent} ({error}); set ANORM_CACHE to a folder that can be written"
-        )
+        ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it with the process, however that ends
         if rebuild or not path.exists():

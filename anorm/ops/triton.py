@@ -53,7 +53,7 @@ def _unfit(device: int) -> str | None:
     try:
         mean, _ = moments(x.to(memory_format=torch.channels_last))
         right = bool((mean == 1).all())
-    except Exception as error:  # noqa: BLE001 - whatever Triton's compiler, ptxas or the driver raise: it becomes the reason
+    except Exception as error:  # whatever Triton's compiler, ptxas or the driver raise: it becomes the reason
         return f"the installed Triton cannot compile for compute capability {capability[0]}.{capability[1]}: {error}"
     return (
         None

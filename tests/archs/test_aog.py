@@ -20,7 +20,7 @@ def test_published_graph(name):
     grammar = aog.build(dim, symmetry, bool(lateral))
     assert grammar.order == published["DFS"]
     assert len(grammar.nodes) == len(published["nodes"])
-    for node, want in zip(grammar.nodes, published["nodes"]):
+    for node, want in zip(grammar.nodes, published["nodes"], strict=True):
         split = [node.split, node.width - node.split] if node.split else None
         assert (node.id, node.kind, node.start, node.end, split) == tuple(
             want[k] for k in ("id", "type", "x1", "x2", "split")

@@ -8,10 +8,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import fake_slurm  # noqa: E402
-from commands import ROOT, SMALL, environment, run_train, start_train, train  # noqa: E402
+import fake_slurm
+from commands import ROOT, SMALL, environment, run_train, start_train, train
 
-from anorm.engine.record import read_metrics  # noqa: E402
+from anorm.engine.record import read_metrics
 
 __all__ = [
     "ROOT",

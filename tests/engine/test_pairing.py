@@ -14,8 +14,8 @@ from anorm.norms.base import Norm
 
 sys.path[1:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data")]
 
-from commands import ROOT  # noqa: E402
-from photographs import write_folder  # noqa: E402
+from commands import ROOT
+from photographs import write_folder
 
 
 @pytest.fixture(scope="module")

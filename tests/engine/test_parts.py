@@ -13,8 +13,8 @@ from anorm.engine.distributed import World
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import evaluate, statistics_from
 from anorm.engine.record import Record, final_metrics, read_metrics
-from anorm.engine.signature import EXCLUDED, flatten, signature
 from anorm.engine.settings import settings_from
+from anorm.engine.signature import EXCLUDED, flatten, signature
 
 
 def test_ema_averages_floats_and_copies_integers():

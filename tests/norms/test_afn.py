@@ -36,7 +36,7 @@ def written_out(layer, x, mu, sigma, *, free=False, residual=False, floor=0.1):
     sigma_hat = torch.where(sigma_hat < floor * sigma, floor * sigma, sigma_hat)
     gamma = l_gamma * gamma + layer.weight
     beta = l_beta * torch.tanh(a.bias_decoder(F.relu((a.bias_encoder or a.rescale_encoder)(mu)))) + layer.bias
-    spread = lambda t: t[:, None, None]  # noqa: E731
+    spread = lambda t: t[:, None, None]
     return (x - spread(mu_hat)) / spread(sigma_hat) * spread(gamma) + spread(beta)
 
 

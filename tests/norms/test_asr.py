@@ -39,7 +39,7 @@ def written_out(layer, x, *, unbiased=False, eps=1e-5, free=False, softplus=Fals
         l_gamma, l_beta = a.lambda_weight.sigmoid(), a.lambda_bias.sigmoid()
     gamma = l_gamma * torch.sigmoid(a.weight_decoder(F.relu(a.rescale_encoder(sigma)))) + layer.weight
     beta = l_beta * torch.tanh(a.bias_decoder(F.relu((a.bias_encoder or a.rescale_encoder)(mu)))) + layer.bias
-    spread = lambda t: t[..., None, None]  # noqa: E731
+    spread = lambda t: t[..., None, None]
     return (x - spread(mu_hat)) / spread(sigma_hat) * spread(gamma) + spread(beta)
 
 
@@ -100,7 +100,7 @@ def test_does_not_depend_on_the_batch_or_the_mode():
 
 
 def test_starts_of_the_lambdas():
-    start = lambda **options: anorm.create_norm("asrn", C, **options).adapt  # noqa: E731
+    start = lambda **options: anorm.create_norm("asrn", C, **options).adapt
     # sigmoid(-3) = 0.0474, sigmoid of that = 0.51185, sigmoid(-5) = 0.0067, to their printed digits
     assert abs(start().lambda_mean.sigmoid().item() - 0.0474) < 5e-5
     assert abs(start(mix_start="code").lambda_std.sigmoid().item() - 0.51185) < 5e-5

@@ -46,7 +46,7 @@ def test_equals_the_equation_written_on_the_map(training):
         bin_.gate.copy_(torch.rand(C))
     running = bin_.running_mean.clone(), bin_.running_var.clone()
     x = 2 * torch.randn(4, C, 5, 3, dtype=torch.double) + 7
-    spread = lambda t: t[:, None, None]  # noqa: E731
+    spread = lambda t: t[:, None, None]
     mean, var = running
     if training:
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)

@@ -32,7 +32,7 @@ def test_equals_the_equation_written_on_the_map(base, variance):
     groups = {"gn": 32, "ln": 1, "in": channels}[base]
     mean, var = (t.repeat_interleave(channels // groups, 1)[..., None, None] for t in statistics(groups))
     key_mean, key_var = statistics(4)
-    code = lambda key: F.relu(key @ layer.encoder.weight.T)  # noqa: E731
+    code = lambda key: F.relu(key @ layer.encoder.weight.T)
     omega = torch.sigmoid(code(key_var) @ layer.weight_decoder.weight.T)
     b = torch.tanh(code(key_mean) @ layer.bias_decoder.weight.T)
     omega, b = omega.repeat_interleave(16, 1) + layer.weight, b.repeat_interleave(16, 1) + layer.bias

@@ -135,7 +135,7 @@ def test_gradients_of_gradients_on_the_compiled_backend(name, act, with_residual
     torch.manual_seed(2)
     x, r = (torch.randn(3, C, 3, 2, dtype=torch.double, requires_grad=True) for _ in range(2))
     with ops.use_backend("cpu"):
-        function = lambda x, r: layer(x, r if with_residual else None)  # noqa: E731
+        function = lambda x, r: layer(x, r if with_residual else None)
         assert torch.autograd.gradgradcheck(function, (x, r), atol=1e-4)
 
 

@@ -46,7 +46,7 @@ def laid_out(t, layout):
 def case(shape, dtype, layout="contiguous", per_instance=True, seed=0):
     """x, dy, residual and (centre, scale, shift)."""
     g = torch.Generator().manual_seed(seed)
-    random = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
+    random = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
     maps = [laid_out((2 * random(*shape) + 1).to(dtype), layout) for _ in range(3)]
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     size = shape[:2] if per_instance else shape[1:2]
@@ -363,7 +363,7 @@ def check_law(
     errors = []
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
-        random = lambda *s: torch.randn(*s, generator=g)  # noqa: B023, E731
+        random = lambda *s: torch.randn(*s, generator=g)  # noqa: B023
         x = random(*shape) * random(shape[1], 1, 1) + random(shape[1], 1, 1)
         x, dy = laid_out(x.to(dtype), layout), random(*shape).to(dtype)
 
@@ -502,7 +502,7 @@ def test_opcheck(layout):
     x, dy, y, coefficients = case((2, 5, 4, 3), torch.float32, layout)
     cells = torch.rand(2, 5)
     ops = torch.ops.anorm_cpu
-    check = lambda name, *args: torch.library.opcheck(  # noqa: E731
+    check = lambda name, *args: torch.library.opcheck(
         getattr(ops, name).default, args, test_utils=("test_schema", "test_faketensor")
     )
     for m in (x, x[:, 1:4, 1:]):

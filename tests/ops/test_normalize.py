@@ -71,7 +71,7 @@ def counting(monkeypatch):
     calls = []
     for name in ("moments", "affine", "affine_backward", "moments_backward"):
         original = getattr(reference, name)
-        spy = lambda *a, _name=name, _original=original: (calls.append(_name), _original(*a))[1]  # noqa: E731
+        spy = lambda *a, _name=name, _original=original: (calls.append(_name), _original(*a))[1]
         monkeypatch.setattr(reference, name, spy)
     return calls
 
@@ -101,8 +101,8 @@ def test_a_law_without_needs_runs_no_reduction(monkeypatch):
 def test_fixed_coefficients_still_learn():
     c, s, b = (t.requires_grad_() for t in torch.randn(3, 3, dtype=torch.double))
     x = torch.randn(2, 3, 4, 4, dtype=torch.double, requires_grad=True)
-    law = lambda _, c=c, s=s, b=b: algebra.Affine(c, s, b)  # noqa: E731
-    function = lambda x, c, s, b: ops.normalize(x, lambda _: algebra.Affine(c, s, b), "relu", needs="none")  # noqa: E731
+    law = lambda _, c=c, s=s, b=b: algebra.Affine(c, s, b)
+    function = lambda x, c, s, b: ops.normalize(x, lambda _: algebra.Affine(c, s, b), "relu", needs="none")
     assert torch.autograd.gradcheck(function, (x, c, s, b))
     assert ops.normalize(x, law, needs="none").grad_fn is not None
 

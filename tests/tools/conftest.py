@@ -7,7 +7,7 @@ import pytest
 
 sys.path[1:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tools")]
 
-from commands import SMALL, train  # noqa: E402
+from commands import SMALL, train
 
 
 @pytest.fixture(scope="session")
