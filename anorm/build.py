@@ -48,9 +48,7 @@ from anorm.weights import load_weights
 
 
 def accepted(section: str, config: dict) -> set[str] | None:
-    """The keys that a section takes: the arguments of what it builds. None: any (a class that takes
-    ``**options``).
-    """
+    """The keys that a section takes: the arguments of what it builds. None: any (a class that takes ``**options``)."""
     if section in sections():
         return {field.name for field in dataclasses.fields(sections()[section])}
     arguments = _arguments(section, config[section])
@@ -152,9 +150,7 @@ def create_network(config: dict, num_classes: int) -> nn.Module:
 
 
 def outline(config: dict, source: Source) -> str:
-    """Parameters and multiply-adds, in words, of the network on the meta device: before any memory is
-    taken.
-    """
+    """Parameters and multiply-adds, in words, of the network on the meta device: before any memory is taken."""
     try:
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             model = create_network(config, source.num_classes).eval()
@@ -270,8 +266,7 @@ def evaluators(
 ) -> Callable[[Dataset], Evaluator]:
     """Like ``evaluator``, for whatever images: gives what evaluates one network on any data set.
 
-    source: the configuration's own data; looked for only where statistics are recalibrated on its training
-    images.
+    source: the configuration's own data; looked for only where statistics are recalibrated on its training images.
     """
     settings = settings_from(config)
     if settings.eval.stats == "recalibrated" and source is None:
@@ -330,9 +325,7 @@ def data_card(source: Source) -> dict:
 
 
 def predictor(folder: Path, config: dict) -> tuple[nn.Module, Callable[[Path], Tensor], list[str]]:
-    """(network in evaluation mode with the run's last weights, image file -> normalised (1, 3, S, S), class
-    names).
-    """
+    """(network in evaluation mode with the run's last weights, image file -> normalised (1, 3, S, S), class names)."""
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder} has no {CARD}: is it a run folder?")
     card = json.loads((folder / CARD).read_text())

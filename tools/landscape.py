@@ -1,5 +1,4 @@
-"""Loss and gradient along the step, as in Santurkar et al., "How Does Batch Normalization Help Optimization?"
-(2018).
+"""Loss and gradient along the step, as in Santurkar et al., "How Does Batch Normalization Help Optimization?" (2018).
 
 At a point of training, with gradient g of a batch's loss (section 3.1, Figure 4): the loss at w - t g for
 several t, the distance of the gradient there from g, and the effective beta-smoothness, the largest ratio of
@@ -58,9 +57,7 @@ def along_gradient(
     lengths: Sequence[float] = LENGTHS,
     step: int = 0,
 ) -> Point:
-    """Measure around the parameters' present values, which are put back. ``loss`` may be called any number of
-    times.
-    """
+    """Measure around the parameters' present values, which are put back. ``loss`` may be called any number of times."""
     start = [p.detach().clone() for p in parameters]
     value, gradient = _gradient(parameters, loss)
     losses, changes = [], []

@@ -11,8 +11,7 @@ Sections: responses (histograms of filter responses by class), mixtures (AN's we
 over instances), shares (SN's importance weights), gates (SE, BIN, the lambdas of AFN), ranks (running
 statistics of the processes), landscape (loss and gradient along the step), surgery (each layer's affine
 averaged). What does not apply to a run is said in a line. (This is not named inspect.py: a program's own
-folder comes first in Python's search for modules, so that it would stand in the way of Python's own
-``inspect``.)
+folder comes first in Python's search for modules, so that it would stand in the way of Python's own ``inspect``.)
 """
 
 from __future__ import annotations

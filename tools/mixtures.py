@@ -66,9 +66,7 @@ def by_class(weights: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
 
 
 def explained_by_class(weights: Tensor, labels: Tensor) -> float:
-    """Part of the weights' variance over instances that lies between classes (0 to 1); 0 where nothing
-    varies.
-    """
+    """Part of the weights' variance over instances that lies between classes (0 to 1); 0 where nothing varies."""
     weights = weights.double()
     groups = [weights[labels == k] for k in labels.unique()]
     centre = weights.mean(0)

@@ -1,6 +1,4 @@
-"""Pictures of what ``probes``, ``mixtures`` and ``landscape`` measured, narrow enough to be read on a
-phone.
-"""
+"""Pictures of what ``probes``, ``mixtures`` and ``landscape`` measured, narrow enough to be read on a phone."""
 
 from __future__ import annotations
 
@@ -190,9 +188,7 @@ def gates(seen: dict[str, Look], key: str) -> Picture:
 
 
 def gammas(of_runs: dict[str, dict[str, Look]]) -> Picture:
-    """How much gamma differs between instances and between channels; batch norm's does not between
-    instances.
-    """
+    """How much gamma differs between instances and between channels; batch norm's does not between instances."""
 
     def draw(axes: list[Axes]) -> None:
         for i, (run, seen) in enumerate(of_runs.items()):
@@ -231,9 +227,7 @@ def ranks(found: dict[str, dict[str, float]]) -> Picture:
 
 
 def landscape(name: str, of_runs: dict[str, list[Point]], where: str) -> Picture:
-    """Figure 4 of Santurkar et al.: range of the loss and of the gradient's change along the step, effective
-    beta.
-    """
+    """Figure 4 of Santurkar et al.: range of the loss and of the gradient's change along the step, effective beta."""
 
     def draw(axes: list[Axes]) -> None:
         for i, (run, points) in enumerate(of_runs.items()):

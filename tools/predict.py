@@ -1,7 +1,6 @@
 """Classify images with a run's last weights.
 
-python tools/predict.py RUN IMAGE...        the five likeliest classes of each image; the data set is not
-needed
+python tools/predict.py RUN IMAGE...        the five likeliest classes of each image; the data set is not needed
 """
 
 from __future__ import annotations

@@ -35,9 +35,7 @@ def layers(model: nn.Module) -> dict[str, Norm]:
 
 
 class Spread:
-    """Mean and standard deviation (population) over instances, for each channel; exactly 0 where nothing
-    varies.
-    """
+    """Mean and standard deviation (population) over instances, for each channel; exactly 0 where nothing varies."""
 
     def __init__(self) -> None:
         self.count, self.mean, self._squares = 0, torch.zeros(()), torch.zeros(())
@@ -85,9 +83,7 @@ class Look:
 
     @property
     def gamma_spread(self) -> float:
-        """Mean over channels of the standard deviation of gamma over instances, in units of gamma's mean
-        size.
-        """
+        """Mean over channels of the standard deviation of gamma over instances, in units of gamma's mean size."""
         return _relative(self.gamma.std.mean(), self.gamma.mean)
 
     @property

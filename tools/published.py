@@ -4,8 +4,7 @@ A file belongs to the row whose network takes every one of its tensors and needs
 they come (``anorm.load_weights``); its name does not matter. Where rows of several setups have one network,
 as AOGNet has in Table 2, a word of the path below the folder names the setup: ``sota/aognet12m_an.pth``,
 ``aognet12m-an-vanilla.pth``.
-An evaluation is kept beside the runs, in ``.published``, and is not repeated for the same file on the same
-images.
+An evaluation is kept beside the runs, in ``.published``, and is not repeated for the same file on the same images.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""One run as one HTML file: its numbers under their stamp, curves, layers, and the pictures of
-``look_inside``.
+"""One run as one HTML file: its numbers under their stamp, curves, layers, and the pictures of ``look_inside``.
 
 The page's frame is ``report.html``, as for a table; it opens from disk and asks nothing of a network.
 """
@@ -23,9 +22,7 @@ MOST = 200
 
 
 def html(run: Run, sections: Sequence[Section] = (), layers: dict[str, Look] | None = None) -> str:
-    """The page. layers: what the table shows a row each of, with the sections' columns; without, the
-    evaluations.
-    """
+    """The page. layers: what the table shows a row each of, with the sections' columns; without, the evaluations."""
     rows = _layers(sections, layers) if layers else _evaluations(run)
     groups = list(dict.fromkeys(row["stage"] for row in rows if "stage" in row))
     what = "{arch} with {norm} on {data}".format(**run.choices)

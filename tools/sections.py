@@ -24,9 +24,7 @@ __all__ = ["SECTIONS", "Section"]
 
 @dataclass
 class Section:
-    """title; said: lines of words; numbers: for inside.json; columns: for the table of layers, layer ->
-    text.
-    """
+    """title; said: lines of words; numbers: for inside.json; columns: for the table of layers, layer -> text."""
 
     title: str
     said: list[str] = field(default_factory=list)

@@ -80,9 +80,7 @@ def open_subject(folder: Path, overrides: Sequence[str] = (), weights: Path | No
 
 
 class Part(Dataset):
-    """Some images of a data set, in the order of ``indices``; read by torch whatever the data set's
-    loader.
-    """
+    """Some images of a data set, in the order of ``indices``; read by torch whatever the data set's loader."""
 
     def __init__(self, whole: Dataset, indices: Sequence[int]):
         self.whole, self.indices = whole, torch.as_tensor(indices, dtype=torch.int64)

@@ -17,8 +17,7 @@ its last error, and is run again with --retry.
 
 --weights: each file under DIR fills the row whose network takes all of its tensors, whatever the file is
 called; rows that differ in the setup alone (AOGNet) are told apart by the word vanilla or sota in its name or
-its folder's. Their numbers have a protocol of their own, "published weights", and share no column with
-those of runs.
+its folder's. Their numbers have a protocol of their own, "published weights", and share no column with those of runs.
 """
 
 from __future__ import annotations

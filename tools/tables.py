@@ -33,12 +33,10 @@ class Counted:
 
 @dataclass(frozen=True)
 class Row:
-    """One row as printed: ``params`` such as "25.76M", ``flops`` such as "4.09G" (None: a dash), errors in
-    percent.
+    """One row as printed: ``params`` such as "25.76M", ``flops`` such as "4.09G" (None: a dash), errors in percent.
 
     gap1, gap5: the printed distance to the table's best, where there is one. overrides: the arguments of
-    train.py, the group's included; code: what faithful=code changes beyond the recipe. mark: the printed
-    sign.
+    train.py, the group's included; code: what faithful=code changes beyond the recipe. mark: the printed sign.
     """
 
     label: str

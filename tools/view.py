@@ -18,9 +18,7 @@ __all__ = ["View"]
 
 @dataclass
 class View:
-    """A run, perhaps another to compare it with, and what is asked. What is seen of layers is measured
-    once.
-    """
+    """A run, perhaps another to compare it with, and what is asked. What is seen of layers is measured once."""
 
     run: Subject
     other: Subject | None = None

@@ -22,8 +22,7 @@ LIBRARIES = ("timm", "torchvision")
 class Foreign(nn.Module):
     """Another library's network, unchanged, in ``network``: images (N, C, H, W) -> logits (N, num_classes).
 
-    ``feature_info`` maps the name of a module to the channels and stride of its output, one for each
-    resolution.
+    ``feature_info`` maps the name of a module to the channels and stride of its output, one for each resolution.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -104,8 +103,7 @@ def _create(package: ModuleType, name: str, num_classes: int, in_channels: int, 
 
 
 def timm_norm(name: str, channels: int, act: nn.Module, drop: nn.Module, options: dict) -> nn.Module:
-    """timm's norm layer of that name, as it is; its norm + activation layer where the BN had an activation or
-    a drop.
+    """timm's norm layer of that name, as it is; its norm + activation layer where the BN had an activation or a drop.
 
     Raises ValueError for a name that timm does not have, for an option that the layer does not take, and for
     EvoNorm, which cannot do without its activation, where the BN had none.

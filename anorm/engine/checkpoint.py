@@ -12,9 +12,7 @@ import torch
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment, a kill or a full disk included, the old or the new one is whole
-    there.
-    """
+    """Write a file so that at every moment, a kill or a full disk included, the old or the new one is whole there."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -53,9 +51,7 @@ def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint's state on the CPU. Raises ValueError, naming what else there is, when the file is
-    damaged.
-    """
+    """A checkpoint's state on the CPU. Raises ValueError, naming what else there is, when the file is damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -74,8 +70,7 @@ def _first_line(error: Exception) -> str:
 
 
 class FolderLock:
-    """A run folder belongs to the processes that hold a byte each of its lock file; they let go when they
-    end, however.
+    """A run folder belongs to the processes that hold a byte each of its lock file; they let go when they end, however.
 
     Rank 0 takes all bytes (so it finds any process that outlived its launcher), then keeps its own. POSIX
     record locks belong to a process: the loader's workers do not inherit them.

@@ -85,8 +85,7 @@ def help_text(story: str, configs: Path) -> str:
 
 
 class user_errors:
-    """Within: an error that the user can mend becomes one or two lines on stderr and a status, not a
-    traceback.
+    """Within: an error that the user can mend becomes one or two lines on stderr and a status, not a traceback.
 
     That is a ValueError raised by this project's own code, a package that is missing, no memory, a full disk.
     Any other exception passes. ``ANORM_TRACEBACK=1`` lets all pass. words: a file for the message, for a

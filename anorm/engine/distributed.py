@@ -65,9 +65,7 @@ class World:
         )
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on rank 0, everywhere. When it raises there, the other processes exit with
-        status 2.
-        """
+        """What ``make`` returns on rank 0, everywhere. When it raises there, the other processes exit with status 2."""
         if self.size == 1:
             return make()
         box: list[Any] = [False, None]
@@ -99,8 +97,7 @@ def enter(world: World | None, device: str) -> Iterator[World]:
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; leave it at the
-    end.
+    """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; leave it at the end.
 
     GPU tensors travel over NCCL; CPU tensors, which need no device to wait for, over gloo. A peer that does
     not answer for ``TIMEOUT`` ends the process.
@@ -145,8 +142,7 @@ class Agreement:
     """Requests (stop, save) that all processes act on at the same step boundary.
 
     A signal, or rank 0's clock, sets a bit here; ``due()`` is called by all at every boundary and returns the
-    bits that any process had set by the previous boundary: the exchange runs beside the step and costs it
-    nothing.
+    bits that any process had set by the previous boundary: the exchange runs beside the step and costs it nothing.
     """
 
     SAVE = 256

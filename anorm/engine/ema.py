@@ -9,12 +9,10 @@ from torch import nn
 
 
 class Ema:
-    """average <- decay * average + (1 - decay) * model, for parameters and floating buffers; integers are
-    copied.
+    """average <- decay * average + (1 - decay) * model, for parameters and floating buffers; integers are copied.
 
     The decay warms up as min(decay, (1 + steps) / (10 + steps)), so that the start is forgotten. A norm's own
-    limits (``after_step``) hold for the average as well. torch's AveragedModel averages or copies all buffers
-    alike.
+    limits (``after_step``) hold for the average as well. torch's AveragedModel averages or copies all buffers alike.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -41,9 +39,7 @@ def _state(model: nn.Module) -> list[torch.Tensor]:
 
 
 def after_step(model: nn.Module, progress: float) -> None:
-    """What norms must do after an optimizer step (limits of gates, radii of schedules); progress runs from 0
-    to 1.
-    """
+    """What norms must do after an optimizer step (limits of gates, radii of schedules); progress runs from 0 to 1."""
     for module in model.modules():
         if hasattr(module, "after_step"):
             module.after_step(progress)

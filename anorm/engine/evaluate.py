@@ -18,8 +18,7 @@ from anorm.norms.base import RunningNorm
 
 @dataclass(frozen=True)
 class Result:
-    """top1 and top5 in percent (top5 of at most as many classes as there are), loss per image, images
-    counted.
+    """top1 and top5 in percent (top5 of at most as many classes as there are), loss per image, images counted.
 
     Per image of this process, in the order of the loader: index, label, the class that was first, whether
     the label was first, or among five, and the probability of the class that was first.

@@ -22,11 +22,9 @@ from anorm.engine.run import Run
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Train to the end of ``settings.epochs``, evaluating and saving where due. Returns the final event's
-    fields.
+    """Train to the end of ``settings.epochs``, evaluating and saving where due. Returns the final event's fields.
 
-    Raises Interrupted after saving when a signal asked to stop, FloatingPointError when the loss is no longer
-    finite.
+    Raises Interrupted after saving when a signal asked to stop, FloatingPointError when the loss is no longer finite.
     """
     settings, world, progress = run.settings, run.world, run.progress
     agreement, clock = Agreement(world), Clock(progress)
@@ -82,8 +80,7 @@ def train_epoch(
 
 
 def train_step(run: Run, step: int, step_batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """One optimizer step over this process's micro-batches; (its mean loss, norm of the gradient), on the
-    device.
+    """One optimizer step over this process's micro-batches; (its mean loss, norm of the gradient), on the device.
 
     The loss of a micro-batch is weighted by 1 / their number, so that gradients are those of the mean over
     the global batch.

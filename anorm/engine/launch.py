@@ -19,9 +19,7 @@ Rank = Callable[..., int]
 
 @contextmanager
 def joined_by_others() -> Iterator[World | None]:
-    """The world of this process when torchrun, or srun with several tasks, started it as one of several; else
-    None.
-    """
+    """The world of this process when torchrun, or srun with several tasks, started it as one of several; else None."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         pass
     elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:

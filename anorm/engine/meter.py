@@ -45,8 +45,7 @@ class SaveTimer:
 class Meter:
     """The numbers of training, summed on the device and read when reported; counts from the last report on.
 
-    ``run.sums`` is in the checkpoint, so that a resumed run's log has the same values as an uninterrupted
-    one's.
+    ``run.sums`` is in the checkpoint, so that a resumed run's log has the same values as an uninterrupted one's.
     """
 
     def __init__(self, run: Run, clock: Clock):

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 def explain(run: Run, step: int) -> str:
-    """One sentence with the step and the first layer whose output, or gradient, is not finite. Called by
-    every process.
+    """One sentence with the step and the first layer whose output, or gradient, is not finite. Called by every process.
 
     The step's own batch and dropout are drawn again. The weights are those of that step, as non-finite
     gradients were not applied (except by optimizers that cannot be told so on a GPU).

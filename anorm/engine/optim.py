@@ -153,8 +153,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip: float | None) -> Tensor:
     """Unscale, clip, step, in this order. Returns the norm of the whole gradient before clipping.
 
-    Non-finite gradients change nothing, and finding them does not wait for a GPU where the optimizer is
-    fused.
+    Non-finite gradients change nothing, and finding them does not wait for a GPU where the optimizer is fused.
     """
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -1,5 +1,4 @@
-"""What a run leaves behind: metrics.jsonl (written and read here only), TensorBoard, and what a person sees
-meanwhile.
+"""What a run leaves behind: metrics.jsonl (written and read here only), TensorBoard, and what a person sees meanwhile.
 
 Every line of metrics.jsonl is an object with "event": start, train (every log.every steps), eval, checkpoint,
 and, last and once, final.
@@ -35,8 +34,7 @@ def final_metrics(folder: Path) -> dict[str, Any] | None:
 
 
 class Record:
-    """Appends events to metrics.jsonl and TensorBoard and shows them; a silent stand-in on ranks other than
-    0.
+    """Appends events to metrics.jsonl and TensorBoard and shows them; a silent stand-in on ranks other than 0.
 
     offset: bytes of metrics.jsonl that belong to the state that the run continues from; the rest (steps that
     will be done again) is cut off, so that the log has neither gaps nor doubles.

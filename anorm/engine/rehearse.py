@@ -17,8 +17,7 @@ STEPS = 5
 
 
 def rehearse(run: Run, home: Path) -> None:
-    """A few steps on one batch kept, a few of reading alone, a few of both; prints the report. Called by
-    every process.
+    """A few steps on one batch kept, a few of reading alone, a few of both; prints the report. Called by every process.
 
     home: the folder that the run's own would lie in, for the space on its disk. Raises ValueError when that
     is too small.

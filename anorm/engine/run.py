@@ -21,9 +21,7 @@ from anorm.engine.settings import Settings
 
 @dataclass
 class Progress:
-    """Where a run stands; all of it is in a checkpoint. seconds: of training and evaluation, over all its
-    parts.
-    """
+    """Where a run stands; all of it is in a checkpoint. seconds: of training and evaluation, over all its parts."""
 
     step: int = 0
     evaluated: int = 0  # epochs evaluated

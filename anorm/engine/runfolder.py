@@ -57,9 +57,7 @@ def freeze(folder: Path, config: dict, choices: dict[str, str], signature: str) 
 
 
 def thaw(path: Path) -> tuple[dict, dict[str, str]]:
-    """(configuration, choices) that ``freeze`` wrote, given the file or its folder. Raises ValueError in
-    words.
-    """
+    """(configuration, choices) that ``freeze`` wrote, given the file or its folder. Raises ValueError in words."""
     path = path / CONFIG if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no {path}: give a run folder, or the config.yaml of one")
@@ -73,8 +71,7 @@ def thaw(path: Path) -> tuple[dict, dict[str, str]]:
 
 @contextmanager
 def occupied(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any] | None]]:
-    """Hold the folder for this run; gives it and the checkpoint to continue from, or None. Called by every
-    process.
+    """Hold the folder for this run; gives it and the checkpoint to continue from, or None. Called by every process.
 
     Raises ValueError when other processes hold it (also such as outlived a killed launcher), or its
     checkpoint is damaged.

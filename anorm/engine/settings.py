@@ -56,9 +56,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Mix:
-    """What happens to images and targets between the loader and the loss (alphas of Beta distributions; 0 is
-    off).
-    """
+    """What happens to images and targets between the loader and the loss (alphas of Beta distributions; 0 is off)."""
 
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -88,9 +86,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Dist:
-    """Processes. ``stats`` says how their running statistics are joined: mean, or rank0 (what most papers
-    did).
-    """
+    """Processes. ``stats`` says how their running statistics are joined: mean, or rank0 (what most papers did)."""
 
     stats: str = "mean"
 
@@ -253,9 +249,7 @@ _WORDS = {
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as one of the types in ``hint``; an int is accepted (and converted) where a float is asked
-    for.
-    """
+    """``value`` as one of the types in ``hint``; an int is accepted (and converted) where a float is asked for."""
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, (str, int)) and not isinstance(value, bool) and list in accepted:
         return [value]

@@ -26,14 +26,11 @@ EXCLUDED = (
     "hardware.threads",
     "hardware.deterministic",
 )
-"""Keys, or sections, that leave the mathematics as it is. ``hardware.dtype`` and ``hardware.loss_scale`` do
-not.
-"""
+"""Keys, or sections, that leave the mathematics as it is. ``hardware.dtype`` and ``hardware.loss_scale`` do not."""
 
 
 def signature(config: dict, data_identity: str, processes: int) -> str:
-    """Ten hexadecimal digits. ``config``: complete and resolved, so that a default counts like the same value
-    typed.
+    """Ten hexadecimal digits. ``config``: complete and resolved, so that a default counts like the same value typed.
 
     The number of processes counts only where statistics are pooled over them (norm.sync).
     """

@@ -122,9 +122,7 @@ def test_clipping_and_a_gradient_that_is_not_finite():
 
 
 def test_freeze_mixtures_leaves_the_attention_free():
-    """Section 3.3: mixtures and the statistics of the standardization are frozen, the attention is
-    fine-tuned.
-    """
+    """Section 3.3: mixtures and the statistics of the standardization are frozen, the attention is fine-tuned."""
     model = create_model("resnet18", "an", 10)
     [said] = optim.freeze(model, ["mixtures"])
     assert "8 norms" in said
