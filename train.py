@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
 
 def composed(arguments: Arguments) -> Composed:
     """The complete configuration of the command line, or the frozen one that it names."""
-    from anorm.build import accepted, complete
     from anorm.engine.runfolder import thaw
+    from anorm.options import accepted, complete
 
     if arguments.frozen:
         config, choices = thaw(arguments.frozen)
@@ -74,7 +74,7 @@ def frozen(arguments: Arguments, machine=None) -> str:
     """The complete configuration as text for --config, checked for the machine that it is meant for."""
     import yaml
 
-    from anorm.build import resolve_for
+    from anorm.options import resolve_for
 
     found = composed(arguments)
     config = resolve_for(found.config, machine) if machine else found.config
@@ -95,9 +95,10 @@ def run(arguments: Arguments) -> int:
 
 def plan(found: Composed, world=None) -> dict | None:
     """All that is decided before training: devices, batches, signature, folder. None: it is finished."""
-    from anorm.build import create_source, outline, resolve
+    from anorm.build import create_source, outline
     from anorm.engine.runfolder import folder_for, standing
     from anorm.engine.signature import signature
+    from anorm.options import resolve
 
     config = resolve(found.config, world)
     processes = config["hardware"]["processes"]

@@ -1,9 +1,8 @@
-"""Configuration -> objects: the only file of the package that knows the configuration's tree."""
+"""Complete configuration -> objects: data, network, a run, what evaluates it. With ``options`` the only file of the
+package that knows the configuration's tree."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from anorm.archs import foreign
 from anorm.data import sources
 from anorm.data.decode import decode
 from anorm.data.loaders import EvalLoader, TrainLoader
@@ -21,110 +19,19 @@ from anorm.data.random import seed_of
 from anorm.data.sources import Dataset, Source
 from anorm.data.transforms import Crop
 from anorm.engine import optim
-from anorm.engine.checkpoint import write_atomic
 from anorm.engine.distributed import World
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
-from anorm.engine.hardware import (
-    Machine,
-    autocast_of,
-    check_batches,
-    compiled,
-    decide,
-    distributed,
-    place,
-    set_backends,
-)
+from anorm.engine.hardware import autocast_of, compiled, distributed, place, set_backends
 from anorm.engine.keep import restore
 from anorm.engine.record import Record, environment
 from anorm.engine.run import Progress, Run
+from anorm.engine.runfolder import CARD, last_weights, write_data_card
 from anorm.engine.schedule import WarmupCosine
-from anorm.engine.settings import sections, settings_from
+from anorm.engine.settings import settings_from
 from anorm.norms.base import Norm
-from anorm.norms.build import norm_classes
-from anorm.norms.placement import Placement
-from anorm.registry import arch_builders, create_model
+from anorm.registry import create_model
 from anorm.weights import load_weights
-
-
-def accepted(section: str, config: dict) -> set[str] | None:
-    """The keys that a section takes: the arguments of what it builds. None: any (a class that takes ``**options``)."""
-    if section in sections():
-        return {field.name for field in dataclasses.fields(sections()[section])}
-    arguments = _arguments(section, config[section])
-    return None if arguments is None else set(arguments) | {"name"}
-
-
-def complete(config: dict) -> dict:
-    """The configuration with every default spelled out; a run's signature is taken over this.
-
-    Raises ValueError for a value of the wrong type or outside its limits.
-    """
-    full = dataclasses.asdict(settings_from(config))
-    for section in ("arch", "norm", "data"):
-        if "name" not in config[section]:
-            raise ValueError(f"{section}.name is missing: choose {section}=...")
-        full[section] = (
-            {"name": config[section]["name"]} | (_arguments(section, config[section]) or {}) | config[section]
-        )
-    if ":" in full["arch"]["name"]:
-        foreign.find(full["arch"]["name"])
-    elif ":" in full["norm"]["name"]:
-        raise ValueError(
-            f"norm={full['norm']['name']} goes with arch=timm:NAME or arch=torchvision:NAME; for "
-            f"arch={full['arch']['name']} take norm=module norm.target=CLASS"
-        )
-    if full["norm"]["name"] == "module" and not full["norm"].get("target"):
-        raise ValueError("norm=module needs the class of the layer: norm.target=package.module.Class")
-    return full
-
-
-def _arguments(section: str, node: dict) -> dict | None:
-    """Key -> default of what an arch, norm or data entry builds; None where any key may be given or nothing
-    is known.
-    """
-    name = node.get("name")
-    if section == "arch":
-        called, hidden = arch_builders().get(name), {"norm", "num_classes", "in_channels"}
-        signatures = [called] if called else []
-    elif section == "norm":
-        called, hidden = norm_classes().get(name), {"name", "channels", "act", "options"}
-        # last, as it wins: an option whose default depends on the site (AN's k, SE's reduction) is None
-        signatures, hidden = [Placement, called, called.at] if called else [], hidden | {"site"}
-    else:
-        assert section == "data", section
-        hidden = set()
-        signatures = [sources.signature_of(name)] if name in sources.list_sources() else []
-    found = {}
-    for called in signatures:
-        signature = called if isinstance(called, inspect.Signature) else inspect.signature(called)
-        for parameter in signature.parameters.values():
-            if parameter.kind is parameter.VAR_KEYWORD and called is not Placement and name == "module":
-                return None
-            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in hidden:
-                default = None if parameter.default is parameter.empty else parameter.default
-                found[parameter.name] = list(default) if isinstance(default, tuple) else default
-    return found if signatures else None
-
-
-def resolve(config: dict, world: World | None = None, machine: Machine | None = None) -> dict:
-    """``config`` with every "auto" of its hardware decided for ``machine`` (default: this one), and its
-    batches checked.
-
-    world: the processes that another launcher started. Raises ValueError where the machine lacks what is
-    asked for, or where the batches do not fit the processes.
-    """
-    settings = settings_from(config)
-    hardware = decide(settings.hardware, world, machine)
-    check_batches(settings.batch_size, settings.optim.global_batch, hardware.processes)
-    return config | {"hardware": dataclasses.asdict(hardware)}
-
-
-def resolve_for(config: dict, machine: Machine) -> dict:
-    """``config`` with device and precision (part of its signature) decided for a machine elsewhere."""
-    decided = resolve(config, machine=machine)["hardware"]
-    kept = {key: decided[key] for key in ("device", "dtype")}
-    return config | {"hardware": config["hardware"] | kept}
 
 
 def create_source(config: dict) -> Source:
@@ -300,30 +207,6 @@ def evaluators(
     return on
 
 
-CARD = "data.json"
-
-
-def write_data_card(folder: Path, source: Source) -> None:
-    """data.json: what a prediction needs to know about the data, so that it does not need the data; and which
-    images the run is evaluated on.
-    """
-    write_atomic(folder / CARD, json.dumps(data_card(source)).encode())
-
-
-def data_card(source: Source) -> dict:
-    """What ``write_data_card`` writes."""
-    crop = getattr(source.val, "crop", None)
-    return {
-        "classes": source.classes,
-        "images": source.val.identity,
-        "mean": source.mean,
-        "std": source.std,
-        "image_size": source.image_size,
-        "eval_resize": crop.short_side if crop else source.image_size,
-        "interpolation": crop.interpolation if crop else "bilinear",
-    }
-
-
 def predictor(folder: Path, config: dict) -> tuple[nn.Module, Callable[[Path], Tensor], list[str]]:
     """(network in evaluation mode with the run's last weights, image file -> normalised (1, 3, S, S), class names)."""
     if not (folder / CARD).is_file():
@@ -339,14 +222,6 @@ def predictor(folder: Path, config: dict) -> tuple[nn.Module, Callable[[Path], T
         return ((crop.evaluate(decode(encoded, str(path))) - mean) / std)[None]
 
     return model.eval(), read, card["classes"]
-
-
-def last_weights(folder: Path) -> Path:
-    """The newest weights of a run. Raises ValueError when it has none yet."""
-    for name in ("last.ckpt", "weights.safetensors"):
-        if (folder / name).exists():
-            return folder / name
-    raise ValueError(f"{folder} holds no weights yet: the run saves its first at the end of an epoch")
 
 
 def _describe(run: Run, source: Source) -> str:

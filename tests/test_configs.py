@@ -7,9 +7,10 @@ import torch
 import yaml
 from commands import ROOT
 
-from anorm.build import accepted, complete, create_network
+from anorm.build import create_network
 from anorm.engine.compose import GROUPS, choices, compose
 from anorm.engine.settings import Settings, sections
+from anorm.options import accepted, complete
 from anorm.registry import create_model
 
 CONFIGS = ROOT / "configs"

@@ -20,6 +20,7 @@ ORDER = [
     "weights",
     "data",
     "engine",
+    "options",
     "build",
     "__main__",
 ]

@@ -37,10 +37,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from anorm.algebra import Moments
-from anorm.build import accepted
 from anorm.engine.compose import compose
 from anorm.norms.base import Norm, Site
 from anorm.norms.placement import Placement
+from anorm.options import accepted
 from anorm.registry import create_model
 
 UNITS = {"M": 10**6, "G": 10**9}

@@ -21,13 +21,14 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from anorm.build import accepted, build, complete, resolve
+from anorm.build import build
 from anorm.engine.commandline import user_errors
 from anorm.engine.compose import compose
 from anorm.engine.distributed import Agreement, enter
 from anorm.engine.fit import train_epoch
 from anorm.engine.meter import Clock, SaveTimer
 from anorm.engine.run import Run
+from anorm.options import accepted, complete, resolve
 
 STEPS, ROUNDS = 8, 11
 DEFAULTS = [

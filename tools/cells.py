@@ -25,10 +25,11 @@ import yaml
 from grid import ROOT, Grid, Line
 from records import find_runs
 
-from anorm.build import create_source, resolve, resolve_for
+from anorm.build import create_source
 from anorm.engine import slurm
 from anorm.engine.hardware import Machine
 from anorm.engine.signature import signature
+from anorm.options import resolve, resolve_for
 
 
 @dataclass(frozen=True)

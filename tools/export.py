@@ -246,8 +246,9 @@ def network(what: str, norm: str, weights: str | None, classes: int) -> tuple[nn
     """(network, side of its images, folder for the files) of a run folder or an architecture's name."""
     folder = Path(what)
     if folder.is_dir():
-        from anorm.build import CARD, complete, predictor
-        from anorm.engine.runfolder import thaw
+        from anorm.build import predictor
+        from anorm.engine.runfolder import CARD, thaw
+        from anorm.options import complete
 
         model, _, _ = predictor(folder, complete(thaw(folder)[0]))
         return model, json.loads((folder / CARD).read_text())["image_size"], folder / "export"

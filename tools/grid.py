@@ -28,10 +28,10 @@ import tables
 import yaml
 from records import likeness
 
-from anorm.build import accepted, complete
 from anorm.engine.compose import compose
 from anorm.engine.runfolder import folder_for
 from anorm.engine.signature import EXCLUDED
+from anorm.options import accepted, complete
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"

@@ -43,9 +43,9 @@ def main(argv: list[str]) -> int:
 def convert(source: Path, target: Path | None, overrides: list[str], entry: str | None) -> None:
     from safetensors.torch import save
 
-    from anorm.build import accepted
     from anorm.engine.checkpoint import write_atomic
     from anorm.engine.compose import compose
+    from anorm.options import accepted
     from anorm.registry import create_model
     from anorm.weights import load_weights, read_state
 

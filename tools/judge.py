@@ -22,8 +22,8 @@ import numpy as np
 from judgement import changes_by_class, compare_methods, compare_pair, words
 from records import Run, images_of, one_stamp, open_run
 
-from anorm.build import CARD
 from anorm.engine.commandline import user_errors
+from anorm.engine.runfolder import CARD
 
 
 def report(a: list[Run], b: list[Run]) -> str:

@@ -21,8 +21,9 @@ def main(argv: list[str]) -> int:
             return 0 if argv[:1] in (["-h"], ["--help"]) else 2
         import torch
 
-        from anorm.build import complete, predictor
+        from anorm.build import predictor
         from anorm.engine.runfolder import thaw
+        from anorm.options import complete
 
         folder = Path(argv[0])
         model, read, classes = predictor(folder, complete(thaw(folder)[0]))

@@ -23,11 +23,13 @@ import torch
 from grid import Grid, Line
 from records import Images, Stamp, open_images, stamp_of
 
-from anorm.build import create_source, data_card, evaluators, resolve
+from anorm.build import create_source, evaluators
 from anorm.engine.checkpoint import write_atomic
 from anorm.engine.distributed import World
 from anorm.engine.keep import keep_predictions
+from anorm.engine.runfolder import data_card
 from anorm.engine.signature import file_digest
+from anorm.options import resolve
 from anorm.registry import create_model
 from anorm.weights import compare, read_state
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from anorm.build import CARD, complete
 from anorm.engine.keep import PREDICTIONS
 from anorm.engine.record import read_metrics
-from anorm.engine.runfolder import CONFIG, thaw
+from anorm.engine.runfolder import CARD, CONFIG, thaw
 from anorm.engine.signature import EXCLUDED, flatten
+from anorm.options import complete
 
 EPOCHS = ("last", "best")
 PLAIN = "plain weights"
@@ -48,7 +48,7 @@ class Stamp:
 def stamp_of(config: dict, card: dict, images: int, epoch: str, weights: str, processes: int = 1) -> Stamp:
     """The protocol of an evaluation of ``images`` images under a complete and resolved configuration.
 
-    card: what ``anorm.build.data_card`` says of the data.
+    card: what ``runfolder.data_card`` says of the data.
     """
     asked = config["eval"]
     statistics = f"{asked['stats']} statistics"

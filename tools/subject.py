@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anorm.build import accepted, complete, create_source, evaluator, last_weights, resolve
+from anorm.build import create_source, evaluator
 from anorm.data.loaders import EvalLoader
 from anorm.data.sources.base import Dataset, Fetched, Source
 from anorm.engine.compose import change
 from anorm.engine.evaluate import Evaluator, Result, evaluate, statistics_from
 from anorm.engine.names import nearest
-from anorm.engine.runfolder import thaw
+from anorm.engine.runfolder import last_weights, thaw
+from anorm.options import accepted, complete, resolve
 
 __all__ = ["Part", "Subject", "chosen_classes", "of_classes", "open_subject", "spread_out"]
 

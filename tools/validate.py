@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
     """Print top-1, top-5 (percent) and loss per image; the exit status."""
     with user_errors() as outcome:
         asked = parser().parse_intermixed_args(argv)
-        from anorm.build import evaluator, resolve
+        from anorm.build import evaluator
+        from anorm.options import resolve
 
         weights, config = what(asked.target, asked.arguments)
         config = resolve(config)
@@ -59,7 +60,8 @@ def under_shift(target: Path, weights: Path, config: dict, words: list[str]) -> 
     """Print a report for each shift that is asked for."""
     import shift
 
-    from anorm.build import CARD, evaluators
+    from anorm.build import evaluators
+    from anorm.engine.runfolder import CARD
 
     wanted = shift.asked(words)
     card = (target if target.is_dir() else target.parent) / CARD
@@ -75,9 +77,9 @@ def what(target: Path, overrides: list[str]) -> tuple[Path, dict]:
     """(file of weights, complete configuration) for a run folder, a file in one, or any file with train.py's
     arguments.
     """
-    from anorm.build import accepted, complete, last_weights
     from anorm.engine.compose import change, compose
-    from anorm.engine.runfolder import CONFIG, thaw
+    from anorm.engine.runfolder import CONFIG, last_weights, thaw
+    from anorm.options import accepted, complete
 
     folder = target if target.is_dir() else target.parent
     if target.is_dir() or (folder / CONFIG).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from typing import Any
 
 import yaml
 
+from anorm.data.sources import Source
 from anorm.engine import checkpoint
 from anorm.engine.distributed import World
 from anorm.engine.record import METRICS, final_metrics
 from anorm.engine.signature import EXCLUDED, flatten
 
-CONFIG = "config.yaml"
+CONFIG, CARD = "config.yaml", "data.json"
 
 
 def folder_for(config: dict, choices: dict[str, str], signature: str) -> Path:
@@ -67,6 +69,35 @@ def thaw(path: Path) -> tuple[dict, dict[str, str]]:
     choices = held.pop("choices")
     held.pop("signature", None)
     return held, choices
+
+
+def write_data_card(folder: Path, source: Source) -> None:
+    """data.json: what a prediction needs to know about the data, so that it does not need the data; and which
+    images the run is evaluated on.
+    """
+    checkpoint.write_atomic(folder / CARD, json.dumps(data_card(source)).encode())
+
+
+def data_card(source: Source) -> dict:
+    """What ``write_data_card`` writes."""
+    crop = getattr(source.val, "crop", None)
+    return {
+        "classes": source.classes,
+        "images": source.val.identity,
+        "mean": source.mean,
+        "std": source.std,
+        "image_size": source.image_size,
+        "eval_resize": crop.short_side if crop else source.image_size,
+        "interpolation": crop.interpolation if crop else "bilinear",
+    }
+
+
+def last_weights(folder: Path) -> Path:
+    """The newest weights of a run. Raises ValueError when it has none yet."""
+    for name in ("last.ckpt", "weights.safetensors"):
+        if (folder / name).exists():
+            return folder / name
+    raise ValueError(f"{folder} holds no weights yet: the run saves its first at the end of an epoch")
 
 
 @contextmanager

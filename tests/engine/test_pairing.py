@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from anorm.build import accepted, build, complete, resolve
+from anorm.build import build
 from anorm.engine.compose import compose
 from anorm.engine.distributed import World
 from anorm.engine.fit import fit
 from anorm.norms.base import Norm
+from anorm.options import accepted, complete, resolve
 
 sys.path[1:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data")]
 
