@@ -1,5 +1,5 @@
 // Coefficients of the laws that matter most (BN, GN with LN and IN, AN over BN), forward and backward in one call each,
-// for training mode. The equations are in README.md; the operators' signatures, shapes and meaning in cpu.py.
+// for training mode. The equations are in README.md; the operators' signatures, shapes and meaning in cpu_laws.py.
 
 #include <ATen/Dispatch.h>
 #include <torch/library.h>

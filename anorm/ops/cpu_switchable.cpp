@@ -1,5 +1,5 @@
 // Coefficients of switchable normalization over IN, LN and BN, forward and backward in one call each, for training
-// mode. The operators' signatures, shapes and meaning are in cpu.py.
+// mode. The operators' signatures, shapes and meaning are in cpu_laws.py.
 
 #include <ATen/Dispatch.h>
 #include <torch/library.h>

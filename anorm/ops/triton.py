@@ -77,6 +77,7 @@ class Plan(NamedTuple):
     warps: int
 
 
+@cache
 def laws(dtype: torch.dtype) -> ModuleType | None:
     """The coefficient operators for maps of a dtype; None for float64, whose laws run as they are written."""
     return None if dtype == torch.float64 else importlib.import_module("anorm.ops.triton_laws")

@@ -1,6 +1,6 @@
 """Coefficients of the laws that matter most on a GPU, forward and backward, in one to three launches each.
 
-Signatures, shapes and meaning are those of the CPU backend; statistics are float32 here (a float64 map goes through
+Signatures, shapes and meaning are those of ``cpu_laws``; statistics are float32 here (a float64 map goes through
 the law itself). All take the moments (N, C) and the sums dscale, dshift (N, C) of the passes; parameters may have any
 floating dtype, their gradients are float32. What a backward returns goes into
 ``moments_backward(dy, x, centre, scale, shift, mean, dvar2, dmean1, act)``, with ``mean`` = the moments' mean for AN
@@ -26,10 +26,7 @@ __all__ = [
 ]
 
 # a tile of an (N, C) tensor: narrow, so that few channels still make several programs
-_ROWS, _COLUMNS = (
-    32,
-    16,
-)
+_ROWS, _COLUMNS = 32, 16
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 

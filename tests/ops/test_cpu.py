@@ -6,12 +6,13 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from anorm.ops import cpu, cpu_build, reference
+from anorm.ops import cpu, cpu_build, cpu_laws, reference
 
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -292,7 +293,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="float16"):
         cpu.moments(x.int())
     with pytest.raises(ValueError, match="4 channels"):
-        cpu.gn_coefficients(torch.ones(2, 4), torch.ones(2, 4), None, 3, 1e-5)
+        cpu_laws.gn_coefficients(torch.ones(2, 4), torch.ones(2, 4), None, 3, 1e-5)
 
 
 # ---- coefficients --------------------------------------------------------------------------------------------------
@@ -395,11 +396,11 @@ def test_bn_coefficients(shape, act, dtype):
     hw = shape[2] * shape[3]
 
     def forward(mean, var):
-        centre, scale, rstd, unbiased = cpu.bn_coefficients(mean, var, weight, hw, 1e-5)
+        centre, scale, rstd, unbiased = cpu_laws.bn_coefficients(mean, var, weight, hw, 1e-5)
         return (centre, scale, bias), (scale, rstd)
 
     def backward(dscale, dshift, mean, saved):
-        return cpu.bn_coefficients_backward(dscale, dshift, *saved, hw)
+        return cpu_laws.bn_coefficients_backward(dscale, dshift, *saved, hw)
 
     check_law("bn", shape, dtype, act, (weight, bias), plain_bn, forward, backward)
 
@@ -412,13 +413,29 @@ def test_gn_coefficients(shape, groups, dtype):
     weight, bias = torch.randn(2, shape[1], generator=torch.Generator().manual_seed(1), dtype=dtype)
 
     def forward(mean, var):
-        centre, scale, rstd = cpu.gn_coefficients(mean, var, weight, groups, 1e-5)
+        centre, scale, rstd = cpu_laws.gn_coefficients(mean, var, weight, groups, 1e-5)
         return (centre, scale, bias), (scale, rstd)
 
     def backward(dscale, dshift, mean, saved):
-        return cpu.gn_coefficients_backward(dscale, dshift, *saved, groups, shape[2] * shape[3])
+        return cpu_laws.gn_coefficients_backward(dscale, dshift, *saved, groups, shape[2] * shape[3])
 
     check_law("gn", shape, dtype, "relu", (weight, bias), lambda *a: plain_gn(*a, groups), forward, backward)
+
+
+AN_EPS = (1e-5, 1e-3, 1e-5)  # of the base norm, the descriptor, the attention norm
+
+
+def named(operator, *arguments):
+    """What an operator returns, by the names in its schema."""
+    names = [returned.name for returned in operator._schema.returns]
+    return SimpleNamespace(**dict(zip(names, operator(*arguments), strict=True)))
+
+
+def kept(made):
+    """Those of an_coefficients' results that its backward takes."""
+    wanted = cpu_laws.an_coefficients_backward._schema.arguments[3:10]
+    names = [returned.name for returned in cpu_laws.an_coefficients._schema.returns]
+    return [made[names.index(argument.name)] for argument in wanted]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -437,11 +454,11 @@ def test_an_coefficients(shape, k, act, dtype):
     parameters = [t.to(dtype) for t in (*mixtures, *attention)]
 
     def forward(mean, var):
-        saved = cpu.an_coefficients(mean, var, *parameters, hw)
-        return saved[:3], saved
+        made = cpu_laws.an_coefficients(mean, var, *parameters, hw, *AN_EPS)
+        return made[:3], made
 
-    def backward(dscale, dshift, mean, saved):
-        return cpu.an_coefficients_backward(dscale, dshift, mean, saved, *parameters, hw)
+    def backward(dscale, dshift, mean, made):
+        return cpu_laws.an_coefficients_backward(dscale, dshift, mean, *kept(made), *parameters, hw)
 
     check_law("an", shape, dtype, act, parameters, plain_an, forward, backward)
 
@@ -451,27 +468,26 @@ def test_running_statistics():
     x = torch.randn(6, 20, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     bn = torch.nn.BatchNorm2d(20, momentum=1.0, dtype=torch.float64)
     bn(x)
-    centre, _, _, unbiased = cpu.bn_coefficients(*cpu.moments(x), None, 35, 1e-5)
+    centre, _, _, unbiased = cpu_laws.bn_coefficients(*cpu.moments(x), None, 35, 1e-5)
     torch.testing.assert_close(centre, bn.running_mean)
     torch.testing.assert_close(unbiased, bn.running_var)
 
     parameters = [torch.randn(3, 20, dtype=torch.float64) for _ in range(3)]
     gain, offset = torch.rand(2, 3, dtype=torch.float64)
-    saved = cpu.an_coefficients(*cpu.moments(x), *parameters, gain, offset, 35)
+    made = named(cpu_laws.an_coefficients, *cpu.moments(x), *parameters, gain, offset, 35, *AN_EPS)
     attention_bn = torch.nn.BatchNorm1d(3, momentum=1.0, dtype=torch.float64)
     attention_bn((x.mean((2, 3)) * torch.rsqrt(x.var((2, 3)) + 1e-3)) @ parameters[2].t())
-    torch.testing.assert_close(saved.unbiased, bn.running_var)
-    torch.testing.assert_close(saved.attention_mean, attention_bn.running_mean)
-    torch.testing.assert_close(saved.attention_unbiased, attention_bn.running_var)
+    torch.testing.assert_close(made.unbiased, bn.running_var)
+    torch.testing.assert_close(made.attention_mean, attention_bn.running_mean)
+    torch.testing.assert_close(made.attention_unbiased, attention_bn.running_var)
 
 
 def test_attention_of_one_instance_is_finite():
     """One value has no variance: the guards give 0 and the biased estimates, not 0/0."""
     x = torch.randn(1, 8, 1, 1)
-    saved = cpu.an_coefficients(
-        *cpu.moments(x), *[torch.randn(3, 8) for _ in range(3)], torch.ones(3), torch.zeros(3), 1
-    )
-    assert all(t.isfinite().all() for t in saved)
+    parameters = [torch.randn(3, 8) for _ in range(3)]
+    made = cpu_laws.an_coefficients(*cpu.moments(x), *parameters, torch.ones(3), torch.zeros(3), 1, *AN_EPS)
+    assert all(t.isfinite().all() for t in made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -485,11 +501,11 @@ def test_sn_coefficients(shape, act, dtype):
     unbias = hw / (hw - 1) if hw > 1 else 1.0
 
     def forward(mean, var):
-        made = cpu.sn_coefficients(mean, var, weight, *logits, unbias, 1e-5)
-        return (made.centre, made.scale, bias), (var, made)
+        made = cpu_laws.sn_coefficients(mean, var, weight, *logits, unbias, 1e-5)
+        return (*made[:2], bias), (var, *made[1:])
 
     def backward(dscale, dshift, mean, saved):
-        return cpu.sn_coefficients_backward(dscale, dshift, mean, *saved, hw, unbias)
+        return cpu_laws.sn_coefficients_backward(dscale, dshift, mean, *saved, hw, unbias)
 
     check_law("sn", shape, dtype, act, (weight, bias, *logits), plain_sn, forward, backward)
 
@@ -521,18 +537,9 @@ def test_opcheck(layout):
     check("gn_coefficients", cells, cells, None, 5, 1e-5)
     check("gn_coefficients_backward", cells, cells, gn[1], gn[2], 5, 12)
     parameters = [torch.rand(3, 5), torch.rand(3, 5), torch.rand(3, 5, 1, 1), torch.rand(3), torch.rand(3)]
-    an = cpu.an_coefficients(cells, cells, *parameters, 12)
-    check("an_coefficients", cells, cells, *parameters, 12, 1e-5, 1e-3, 1e-5)
-    saved = (
-        an.centre,
-        an.scale,
-        an.rstd,
-        an.descriptor_scale,
-        an.attention,
-        an.standardized,
-        an.attention_rstd,
-    )
-    check("an_coefficients_backward", cells, cells, cells, *saved, *parameters, 12)
+    an = ops.an_coefficients(cells, cells, *parameters, 12, *AN_EPS)
+    check("an_coefficients", cells, cells, *parameters, 12, *AN_EPS)
+    check("an_coefficients_backward", cells, cells, cells, *kept(an), *parameters, 12)
     sn = ops.sn_coefficients(cells, cells, None, torch.rand(3), torch.rand(3), 1.1, 1e-5)
     check("sn_coefficients", cells, cells, None, torch.rand(3), torch.rand(3), 1.1, 1e-5)
     check("sn_coefficients_backward", cells, cells, cells, cells, *sn[1:], 12, 1.1)
@@ -553,7 +560,7 @@ def test_narrower_instruction_sets_agree(isa, tmp_path):
     """The kernels of older machines, which this one would not choose by itself."""
     code = """if True:
         import torch
-        from anorm.ops import cpu
+        from anorm.ops import cpu, cpu_laws
         assert cpu.available() is None
         results = []
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -565,10 +572,11 @@ def test_narrower_instruction_sets_agree(isa, tmp_path):
                 results += cpu.affine_backward(dy, x, *k[:3], None, "relu6")[:2]
                 results += [cpu.moments_backward(dy, x, *k, "relu")]
         p = [torch.randn(4, 37, generator=g) for _ in range(3)] + [torch.rand(4, generator=g) for _ in range(2)]
-        an = cpu.an_coefficients(k[0], k[1].abs(), *p, 99)
-        results += [*an, *cpu.an_coefficients_backward(k[2], k[3], k[0], an, *p, 99)]
-        sn = cpu.sn_coefficients(k[0], k[1].abs(), k[2][0], k[3][0, :3], k[4][0, :3], 99 / 98, 1e-5)
-        results += [*sn, *cpu.sn_coefficients_backward(k[2], k[3], k[0], k[1].abs(), sn, 99, 99 / 98)]
+        an = cpu_laws.an_coefficients(k[0], k[1].abs(), *p, 99, 1e-5, 1e-3, 1e-5)
+        kept = [an[i] for i in (0, 1, 3, 5, 6, 7, 10)]
+        results += [*an, *cpu_laws.an_coefficients_backward(k[2], k[3], k[0], *kept, *p, 99)]
+        sn = cpu_laws.sn_coefficients(k[0], k[1].abs(), k[2][0], k[3][0, :3], k[4][0, :3], 99 / 98, 1e-5)
+        results += [*sn, *cpu_laws.sn_coefficients_backward(k[2], k[3], k[0], k[1].abs(), *sn[1:], 99, 99 / 98)]
         torch.save((cpu.instruction_set(), results), PATH)
     """
     saved = {}
