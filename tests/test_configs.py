@@ -112,6 +112,15 @@ def test_every_section_of_the_settings_is_spelled_out():
     assert set(sections()) <= spelled
 
 
+def test_a_recipe_under_a_condition_replaces_the_general_one_and_is_said_once():
+    _, found = composed("data=digits", "arch=resnet50")
+    assert found.config["epochs"] == 7
+    assert [line for line in found.recipe if line.partition(": ")[2].startswith("epochs=")] == [
+        "data=digits with arch=resnet50: epochs=7"
+    ]
+    assert composed("data=digits", "arch=resnet20")[1].config["epochs"] == 15
+
+
 def test_what_a_recipe_changes_is_said_and_the_command_line_wins():
     _, found = composed("arch=resnet50", "setup=sota", "arch.stem=7x7")
     assert "arch=resnet50 with setup=sota: arch.zero_init=true" in found.recipe

@@ -47,15 +47,17 @@ def compose(folder: Path, overrides: list[str], accepted: Accepted) -> Composed:
     groups = [word for group, choice in picked.items() for word in _choice(group, choice)]
     base, chosen = _hydra(folder, groups)
     chosen |= picked
-    recipe = list(_recipe(base, chosen, values))
-    forced = [f"++{key}={_literal(value)}" for _, key, value in recipe]
+    recipe = {key: (why, value) for why, key, value in _recipe(base, chosen, values)}  # later wins
+    forced = [f"++{key}={_literal(value)}" for key, (_, value) in recipe.items()]
     config, _ = _hydra(folder, groups + forced + [f"++{key}={text}" for key, text in values])
     for group in GROUPS:
         if isinstance(config.get(group), dict):
             config[group].pop(RECIPE, None)
     _check_keys(base, config, accepted)
     given = {key for key, _ in values}
-    said = [f"{why}: {key}={_literal(value)}" for why, key, value in recipe if key not in given]
+    said = [
+        f"{why}: {key}={_literal(value)}" for key, (why, value) in recipe.items() if key not in given
+    ]
     return Composed(config, chosen, said)
 
 
