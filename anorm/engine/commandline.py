@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -134,23 +135,17 @@ def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, st
     if isinstance(error, RuntimeError) and "torchvision::" in str(error):
         return 2, (
             "error: torch and torchvision do not belong together (a CPU build of one beside a CUDA build of "
-            "the other, or two "
-            "versions): pip install --force-reinstall torch torchvision, both from one index"
+            "the other, or two versions): pip install --force-reinstall torch torchvision, both from one index"
         )
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return 1, (
             "error: out of memory: lower batch_size (more micro-batches are accumulated, "
             "optim.global_batch stays), eval.batch_size or data.image_size, or use hardware.dtype=fp16"
         )
-    if (
-        isinstance(error, OSError)
-        and error.filename is not None
-        or isinstance(error, OSError)
-        and error.errno in (28, 122)
-    ):
-        return (
-            1 if error.errno in (28, 122) else 2
-        ), f"error: {error.strerror}: {error.filename or 'the disk is full'}"
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or error.filename is not None:
+            return 1 if full else 2, f"error: {error.strerror}: {error.filename or 'the disk is full'}"
     frames = traceback.extract_tb(trace)
     if isinstance(error, ValueError) and frames and frames[-1].filename.startswith(OWN_CODE):
         return 2, f"error: {error}"

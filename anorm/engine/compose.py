@@ -55,9 +55,7 @@ def compose(folder: Path, overrides: list[str], accepted: Accepted) -> Composed:
             config[group].pop(RECIPE, None)
     _check_keys(base, config, accepted)
     given = {key for key, _ in values}
-    said = [
-        f"{why}: {key}={_literal(value)}" for key, (why, value) in recipe.items() if key not in given
-    ]
+    said = [f"{why}: {key}={_literal(value)}" for key, (why, value) in recipe.items() if key not in given]
     return Composed(config, chosen, said)
 
 

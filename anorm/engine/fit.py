@@ -168,7 +168,7 @@ def finish(run: Run) -> dict[str, Any]:
     run.record.write("final", **fields)
     run.record.say(
         f"finished: last epoch top-1 {progress.top1:.2f} % top-5 {progress.top5:.2f} %, best epoch "
-        f"{progress.best_epoch} "
-        f"top-1 {progress.best_top1:.2f} %, {progress.seconds:.0f} s, run folder {run.folder}"
+        f"{progress.best_epoch} top-1 {progress.best_top1:.2f} %, {progress.seconds:.0f} s, run folder "
+        f"{run.folder}"
     )
     return fields

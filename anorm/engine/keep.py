@@ -74,8 +74,7 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
     if not same:
         said.append(
             f"continuing on {world.size} processes what ran on {processes['size']}: same batches in the "
-            f"same order, sums in "
-            "another, so the weights will agree to rounding and not to the last bit"
+            "same order, sums in another, so the weights will agree to rounding and not to the last bit"
         )
     for model, kept in models:
         for i, buffer in enumerate(model.buffers()):

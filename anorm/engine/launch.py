@@ -118,16 +118,14 @@ def _report(error: Any, words: Path) -> int:
     elif failure.exitcode < 0:
         print(
             f"error: process {number} of {len(error.failures)} was killed by signal {-failure.exitcode}; "
-            f"the others were stopped. "
-            "Repeat the command to continue from the last checkpoint",
+            "the others were stopped. Repeat the command to continue from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
     else:
         print(
             f"error: process {number} ended with status {failure.exitcode}; see its traceback above. Repeat "
-            f"the command to continue "
-            "from the last checkpoint",
+            "the command to continue from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -37,8 +37,7 @@ def rehearse(run: Run, home: Path) -> None:
     if needed > free:
         raise ValueError(
             f"{home} has {free / 2**30:.1f} GiB free and the run keeps {needed / 2**30:.1f} GiB of "
-            f"checkpoints: set run_dir "
-            "to a larger disk, or lower checkpoint.keep"
+            "checkpoints: set run_dir to a larger disk, or lower checkpoint.keep"
         )
     bottleneck = (
         "reading (more hardware.workers, data.loader=dali, smaller files)"
@@ -47,8 +46,8 @@ def rehearse(run: Run, home: Path) -> None:
     )
     for line in (
         f"images/s: {images / compute:.0f} on a batch that is there, {images / reading:.0f} of reading "
-        f"alone, {images / both:.0f} of both; "
-        f"share of waiting for data {100 * share:.0f} %; bottleneck: {bottleneck}",
+        f"alone, {images / both:.0f} of both; share of waiting for data {100 * share:.0f} %; bottleneck: "
+        f"{bottleneck}",
         f"the whole run: {settings.epochs} epochs x {run.train.steps_per_epoch} steps, about "
         f"{_hours(total)}, {total * world.size / 3600:.3g} "
         f"{'GPU' if world.device.type == 'cuda' else 'process'}-hours on {world.size}",

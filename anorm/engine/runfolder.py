@@ -46,8 +46,7 @@ def standing(folder: Path, signature: str, config: dict) -> dict[str, Any] | Non
         state = "a finished run" if finished else "a run"
         raise ValueError(
             f"{folder} already holds {state} of another configuration ({_difference(held, config)}): set "
-            f"another run_dir, "
-            "leave run_dir out, or move that folder away"
+            "another run_dir, leave run_dir out, or move that folder away"
         )
     return finished
 

@@ -198,8 +198,7 @@ class Settings:
         if self.schedule.warmup_epochs >= self.epochs and self.epochs > 0 and self.schedule.warmup_epochs > 0:
             raise ValueError(
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of "
-                f"epochs={self.epochs}: "
-                f"set schedule.warmup_epochs={self.epochs // 10} or more epochs"
+                f"epochs={self.epochs}: set schedule.warmup_epochs={self.epochs // 10} or more epochs"
             )
 
 
