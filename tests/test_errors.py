@@ -70,13 +70,13 @@ def test_mistakes_in_the_command_line(capsys, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["norm=an", "norm.k=[10,10,20]"], ["k has 3 numbers", "4 stages"]),
+        (["norm=an", "norm.k=[10,10,20,20]"], ["k has 4 numbers", "3 stages"]),
         (["arch=timm:resnet18", "arch.foo=1"], ["timm:resnet18", "'foo'"]),
         (["arch=timm:convnext_atto"], ["no BatchNorm2d"]),
         (["arch=timm:resnet18", "norm=timm:nope"], ["timm has no norm layer 'nope'"]),
         (["arch=timm:resnet18", "norm=timm:groupnorm", "norm.groups=3"], ["timm:groupnorm", "'groups'"]),
         (["norm=an", "norm.k=0"], ["k=0", "positive"]),
-        (["norm=gn", "norm.groups=7"], ["64 channels", "7"]),
+        (["norm=gn", "norm.groups=7"], ["16 channels", "7"]),
         (["norm=an", "batch_size=1"], ["batch", "2"]),
         (["batch_size=3"], ["batch_size=4", "optim.global_batch"]),
         (["hardware.processes=3"], ["hardware.processes=2", "optim.global_batch"]),

@@ -85,7 +85,12 @@ def launch(rank: Rank, processes: int, *arguments: Any) -> int:
             return max(elastic_launch(config, _in_rank)(rank, words, *arguments).values())
         except ChildFailedError as error:
             return _report(error, Path(words))
-        except SignalException as error:
+        except Exception as error:
+            # torch raises it wherever the signal finds this process, also where a `finally` of its own then fails
+            while error is not None and not isinstance(error, SignalException):
+                error = error.__context__
+            if error is None:
+                raise
             print("\n".join(path.read_text() for path in sorted(Path(words).iterdir())[:1]), flush=True)
             return 128 + int(error.sigval)
         finally:

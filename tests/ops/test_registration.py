@@ -6,6 +6,8 @@ test_cpu.py and triton_cases.py.
 """
 
 import copy
+import functools
+import itertools
 import os
 
 import pytest
@@ -174,42 +176,42 @@ def parts():
     return [torch.randn(n, 3, 7, 6, generator=generator) for n in (3, 3)]
 
 
-def train_in_a_process(rank, folder, backend, compiled):
+CASES = list(itertools.product(("bn", "an", "sn", "gn"), (False, True), ("eager", "compiled")))
+
+
+def train_in_a_process(rank, folder, backend):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     ops.set_backend(backend)
-    for law in ("bn", "an", "sn", "gn"):
-        for sync in (False, True):
-            torch.manual_seed(0)
-            model = Small(law, sync=sync)
-            called = torch.compile(model, backend="aot_eager") if compiled else model
-            parallel = DistributedDataParallel(called, broadcast_buffers=False)
-            parallel(parts()[rank]).square().sum().backward()
-            kept = {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
-            torch.save(kept, f"{folder}/{law}-{sync}-{rank}")
+    for law, sync, way in CASES:
+        torch.manual_seed(0)
+        model = Small(law, sync=sync)
+        called = torch.compile(model, backend="aot_eager") if way == "compiled" else model
+        parallel = DistributedDataParallel(called, broadcast_buffers=False)
+        parallel(parts()[rank]).square().sum().backward()
+        kept = {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+        torch.save(kept, f"{folder}/{law}-{sync}-{way}-{rank}")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", [b for b in BACKENDS if b != "triton"])
-def test_two_processes(name, compiled, tmp_path):
+def test_two_processes(name, tmp_path):
     """Without sync: the mean of two independent steps. With: the step of one process on the whole batch."""
-    mp.spawn(train_in_a_process, (str(tmp_path), name, compiled), nprocs=2)
-    for law in ("bn", "an", "sn", "gn"):
-        for sync in (False, True):
-            single = []
-            for batch in [torch.cat(parts())] if sync else parts():
-                torch.manual_seed(0)
-                model = Small(law)
-                (model(batch).square().sum() / (2 if sync else 1)).backward()
-                single.append(({n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
-            for rank in range(2):
-                found = torch.load(tmp_path / f"{law}-{sync}-{rank}")
-                gradients = {n: sum(g[n] for g, _ in single) / len(single) for n in single[0][0]}
-                buffers = single[0][1] if sync else single[rank][1]
-                # sums of 252 float32 terms of order 10, and a division by a standard deviation in between
-                assert_same(found, gradients | buffers, rtol=1e-3, atol=2e-3)
+    mp.spawn(train_in_a_process, (str(tmp_path), name), nprocs=2)
+    for law, sync, way in CASES:
+        single = []
+        for batch in [torch.cat(parts())] if sync else parts():
+            torch.manual_seed(0)
+            model = Small(law)
+            (model(batch).square().sum() / (2 if sync else 1)).backward()
+            single.append(({n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{law}-{sync}-{way}-{rank}")
+            gradients = {n: sum(g[n] for g, _ in single) / len(single) for n in single[0][0]}
+            buffers = single[0][1] if sync else single[rank][1]
+            # sums of 252 float32 terms of order 10, and a division by a standard deviation in between
+            assert_same(found, gradients | buffers, rtol=1e-3, atol=2e-3)
 
 
 # ---- checkpointing -----------------------------------------------------------------------------------------
@@ -252,6 +254,7 @@ def lived_in(layer):
     return layer.eval()
 
 
+@functools.cache
 def exported(law):
     """A layer with a residual and its graph, free in batch and size."""
     torch.manual_seed(0)
