@@ -70,6 +70,7 @@ def test_several_nodes(started, capsys):
     torch.distributed.run.parse_args(calls[0][1:])  # it knows these options
 
 
+@pytest.mark.slow
 def test_every_row_of_table_2_over_several_nodes(started, capsys):
     status, calls = started("table2_nodes.sh", "batch_size=64", python=f'exec {sys.executable} "$@"')
     runs = [call[call.index("train.py") + 1 :] for call in calls if call[0] == "torchrun"]

@@ -55,6 +55,7 @@ def test_statistics_of_each_process_equal_one_process_that_accumulates(tmp_path,
     assert_close(one, two, statistics=False)
 
 
+@pytest.mark.slow
 def test_running_statistics_are_joined_by_mean_or_rank_0(tmp_path):
     mean, _ = final_weights(tmp_path / "mean", *FP64, TWO)
     rank0, _ = final_weights(tmp_path / "rank0", *FP64, TWO, "dist.stats=rank0")
@@ -199,6 +200,7 @@ def test_another_number_of_processes_continues_with_the_same_batches(tmp_path):
     assert_close(one, weights(folder)["model"])
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     ours, _ = final_weights(tmp_path / "ours", *SMALL, TWO)
     done = subprocess.run(
@@ -223,6 +225,7 @@ def test_torchrun(tmp_path):
     assert done.stdout.count("run folder:") == 1
 
 
+@pytest.mark.slow
 def test_srun(tmp_path):
     """Two tasks with the environment that srun gives them."""
     slurm = {
@@ -258,6 +261,7 @@ def test_a_rank_that_meets_a_mistake_reports_it_once(tmp_path):
     assert err.count("error:") == 1 and "7" in err and len(err.strip().splitlines()) <= 2
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_two_processes(tmp_path):
     status, _, err = run_train(*SMALL, TWO, "optim.lr=1e30", f"run_dir={tmp_path / 'run'}")
     assert status == 1

@@ -39,6 +39,7 @@ def same_weights(a, b):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_is_requeued_and_ends_as_if_it_had_not_been(slurm, tmp_path):
     """And the configuration is the one of the submission, whatever happens to files and the queue since."""
     (slurm.folder / "hold").touch()

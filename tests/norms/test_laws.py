@@ -46,15 +46,15 @@ def both(layers, shape=(4, C, 5, 3), dtype=torch.double, **close):
 def test_gradcheck(name, act, with_residual, training, backend):
     layer = make(name, act).train(training)
     torch.manual_seed(2)
-    x, r = (torch.randn(3, C, 3, 2, dtype=torch.double, requires_grad=True) for _ in range(2))
+    maps = [torch.randn(3, C, 3, 2, dtype=torch.double, requires_grad=True) for _ in range(1 + with_residual)]
     parameters = dict(layer.named_parameters())
 
-    def function(x, r, *values):
-        call = dict(zip(parameters, values, strict=True))
-        return torch.func.functional_call(layer, call, (x, r if with_residual else None))
+    def function(*values):
+        call = dict(zip(parameters, values[len(maps) :], strict=True))
+        return torch.func.functional_call(layer, call, values[: len(maps)])
 
     with ops.use_backend(backend):
-        assert torch.autograd.gradcheck(function, (x, r, *parameters.values()))
+        assert torch.autograd.gradcheck(function, (*maps, *parameters.values()))
 
 
 CASES = [(name, {}) for name in NORMS] + [
@@ -133,10 +133,9 @@ def test_a_base_norm_keeps_no_affine_of_its_own_by_request():
 def test_gradients_of_gradients_on_the_compiled_backend(name, act, with_residual):
     layer = make(name, act)
     torch.manual_seed(2)
-    x, r = (torch.randn(3, C, 3, 2, dtype=torch.double, requires_grad=True) for _ in range(2))
+    maps = [torch.randn(3, C, 3, 2, dtype=torch.double, requires_grad=True) for _ in range(1 + with_residual)]
     with ops.use_backend("cpu"):
-        function = lambda x, r: layer(x, r if with_residual else None)
-        assert torch.autograd.gradgradcheck(function, (x, r), atol=1e-4)
+        assert torch.autograd.gradgradcheck(layer, maps, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -35,6 +35,7 @@ def release(package):
     return tuple(int(part) for part in version(package).split(".")[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_in_the_interpreter():
     """Without a GPU too: the kernels' mathematics, though not their speed nor what a GPU's rounding does."""

@@ -129,6 +129,7 @@ def compile_for(capability, launch, folder):
     return accesses, stack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "capability, dtype", [(70, torch.float16), (75, torch.float16), (80, torch.bfloat16), (90, torch.float16)]
 )

@@ -219,7 +219,8 @@ def test_two_norms_of_real_runs(trained):
     assert 100 * images.mean(1) == pytest.approx([r.final["top1"] for r in b])
     expected = np.mean([r.final["top1"] for r in b]) - np.mean([r.final["top1"] for r in a])
     assert f"gn - bn = {expected:+.2f} points" in said
-    assert "seeds [0, 1]" in said and "McNemar" in said and "gain most: class" in said and "pairing" in said
+    assert "seeds [0, 1]" in said and "McNemar" in said and "pairing" in said
+    assert "gain most: class" in said or "lose most: class" in said
 
 
 def test_unlike_protocols_are_refused(trained, tmp_path):
@@ -231,7 +232,7 @@ def test_unlike_protocols_are_refused(trained, tmp_path):
     ):
         judge.report([records.open_run(trained / "bn-0")], [records.open_run(tmp_path / "other")])
     card = json.loads((tmp_path / "other" / "data.json").read_text())
-    assert records.open_run(trained / "bn-0").stamp().image_size == card["image_size"] == 32
+    assert records.open_run(trained / "bn-0").stamp().image_size == card["image_size"] == 16
 
 
 def changed(trained, folder, card=None, config=None, images=None):
@@ -313,7 +314,7 @@ def test_what_is_kept_of_each_image(trained):
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ({"data": np.array("another")}, "the data sets differ, noise-32-4 and another"),
+        ({"data": np.array("another")}, "the data sets differ, noise-16-4 and another"),
         ({"index": np.arange(1, 22)}, "21 and 21 images, not the same ones"),
         ({"label": np.zeros(21, dtype=np.int64)}, "their labels differ"),
     ],

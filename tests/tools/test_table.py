@@ -546,6 +546,7 @@ def test_two_workers_and_a_killed_one(tmp_path):
     assert last.returncode == 0 and "2 finished, 0 failed" in out and "Missing" not in out
 
 
+@pytest.mark.slow
 def test_cells_as_slurm_jobs_are_submitted_once(tmp_path, monkeypatch, capsys):
     """Finished, waiting and failed ones are not submitted again; a failed one is when asked to."""
     cluster, runs = fake_slurm.Slurm(tmp_path / "cluster", monkeypatch), tmp_path / "runs"
