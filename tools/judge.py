@@ -69,8 +69,12 @@ def _classes(run: Run, images_a: np.ndarray, images_b: np.ndarray, shown: int = 
     """The classes that gain and lose most."""
     names = json.loads((run.folder / CARD).read_text())["classes"]
     found = changes_by_class(images_a, images_b, run.images.label)
-    said = [f"{names[k]} {points:+.1f} ({n} images)" for k, points, n in found]
-    return [f"gain most: {', '.join(said[:shown])}", f"lose most: {', '.join(said[::-1][:shown])}"]
+    gain = [f"{names[k]} {points:+.1f} ({n} images)" for k, points, n in found if points > 0]
+    lose = [f"{names[k]} {points:+.1f} ({n} images)" for k, points, n in reversed(found) if points < 0]
+    return [
+        f"{word} most: {', '.join(classes[:shown]) or 'none'}"
+        for word, classes in (("gain", gain), ("lose", lose))
+    ]
 
 
 def _name(runs: list[Run]) -> str:
