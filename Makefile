@@ -1,20 +1,27 @@
 # Two commands that do all their own set-up and can be repeated safely:
 #   make train    AN-ResNet-50 on the handwritten digits that ship with scikit-learn, on a CPU
 #   make test     the whole test suite
+#   make quick    the suite without the tests that are marked slow
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test clean
+.PHONY: train test quick clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m anorm build
 	$(BIN)/python train.py data=digits norm=an arch=resnet50 hardware=cpu
 
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: $(VENV)/.test
 	@$(BIN)/python -m anorm build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	$(TESTS)
+
+quick: $(VENV)/.test
+	@$(BIN)/python -m anorm build
+	$(TESTS) -m "not slow"
 
 # On V100s (compute capability 7.0) the newest torch that runs is 2.14 built for CUDA 12.6: it is installed first, and
 # what follows finds it there.
