@@ -1,4 +1,4 @@
-# Two commands that do all their own set-up and can be repeated safely:
+# Commands that do all their own set-up and can be repeated safely:
 #   make train    AN-ResNet-50 on the handwritten digits that ship with scikit-learn, on a CPU
 #   make test     the whole test suite
 #   make quick    the suite without the tests that are marked slow
