@@ -459,9 +459,7 @@ def main() -> int:
         print(f"{name}: {SECTIONS[name].__doc__.splitlines()[0]}", flush=True)
         try:
             SECTIONS[name]()
-        except (
-            Exception
-        ) as error:  # a section that fails is reported and does not cost the others their figures
+        except Exception as error:  # it is reported; the other sections still run
             failed = True
             RESULTS.setdefault(name, {})["error"] = f"{type(error).__name__}: {error}"
             print(f"  FAILED: {type(error).__name__}: {error}", flush=True)

@@ -87,6 +87,7 @@ def launch(rank: Rank, processes: int, *arguments: Any) -> int:
             return _report(error, Path(words))
         except Exception as error:
             # torch raises it wherever the signal finds this process, also where a `finally` of its own then fails
+            # (which stops the ranks with SIGTERM, whatever it was; under torchrun that failure is what one sees)
             while error is not None and not isinstance(error, SignalException):
                 error = error.__context__
             if error is None:

@@ -17,8 +17,6 @@ takes in: var M/(M-1) over M values (var itself if M = 1).
 
 from __future__ import annotations
 
-import torch
-
 from anorm.ops.cpu import operator
 
 __all__ = [
@@ -45,7 +43,7 @@ def _shaped(shapes: str, like: tuple[int, ...] = (), k: int | None = None):
         if k is not None:
             sizes["K"] = arguments[k].numel()
         made = [first.new_empty([sizes[letter] for letter in word]) for word in shapes.split()]
-        return *made, *(torch.empty(arguments[i].shape, dtype=first.dtype) for i in like)
+        return *made, *(first.new_empty(arguments[i].shape) for i in like)
 
     return fake
 
