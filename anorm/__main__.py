@@ -1,7 +1,7 @@
 """python -m anorm: what is installed, which backend runs, what is wrong and how to mend it.
 
     python -m anorm           the report
-    python -m anorm build     compile the C++ kernels ahead of the first use
+    python -m anorm build     compile the C++ of this package ahead of the first use
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 import anorm
 from anorm import ops
+from anorm.data import jpeg
 from anorm.engine.hardware import Machine
 
 PARTS = {
@@ -78,8 +79,14 @@ def backends() -> Iterator[tuple[str, str]]:
         yield "auto", f"{ops.resolve(device).__name__.split('.')[-1]} for {device} tensors"
 
 
+def decoders() -> Iterator[tuple[str, str]]:
+    reason = jpeg.why_not()
+    yield "JPEG regions", "usable" if reason is None else f"not usable, whole images are decoded: {reason}"
+
+
 def report() -> None:
-    for title, rows in (("installed", versions()), ("devices", devices()), ("backends", backends())):
+    parts = {"installed": versions(), "devices": devices(), "backends": backends(), "decoders": decoders()}
+    for title, rows in parts.items():
         print(title)
         for name, text in rows:
             print(f"  {name:<12} {text}")
@@ -90,6 +97,8 @@ def report() -> None:
 def build() -> int:
     reason = ops.why_not("cpu")
     print("cpu kernels: ready" if reason is None else f"cpu kernels: {reason}; the reference backend runs instead")
+    reason = jpeg.why_not()
+    print("JPEG regions: ready" if reason is None else f"JPEG regions: {reason}; whole images are decoded instead")
     return 0
 
 

@@ -8,6 +8,7 @@ import torchvision
 
 import anorm
 from anorm.__main__ import _mismatch
+from anorm.data import jpeg
 
 
 def run(*arguments):
@@ -21,13 +22,19 @@ def test_report_says_what_is_there():
     assert anorm.__version__ in rows["anorm"] and torch.__version__ in rows["torch"]
     assert torchvision.__version__.split("+")[0] in rows["torchvision"]
     assert "usable" in rows["reference"] and "usable" in rows["cpu"]
+    assert rows["JPEG"].startswith(
+        "  JPEG regions usable" if jpeg.why_not() is None else "  JPEG regions not usable"
+    )
     if not torch.cuda.is_available():
         assert "none" in rows["gpu"] and "not usable: torch sees no GPU" in rows["triton"]
 
 
 def test_build_leaves_usable_kernels():
     done = run("build")
-    assert (done.returncode, done.stdout) == (0, "cpu kernels: ready\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    kernels, regions = done.stdout.splitlines()
+    assert kernels == "cpu kernels: ready"
+    assert (regions == "JPEG regions: ready") == (jpeg.why_not() is None)
 
 
 def test_unknown_arguments_show_the_usage():

@@ -10,6 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from anorm.data import jpeg
+from anorm.data.transforms import Window
+
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff")
 
 
@@ -30,6 +33,21 @@ def decode(encoded: Tensor, name: str) -> Tensor:
         except RuntimeError:
             pass  # CMYK, arithmetic coding, damage: Pillow reads it or says what is wrong
     return _decode_with_pillow(encoded, name)
+
+
+def decode_window(encoded: Tensor, name: str, choose: Callable[[int, int], Window]) -> tuple[Tensor, Window]:
+    """The window of an image that `choose`, given height and width, asks for, uint8 (3,h,w); and what it asked for.
+
+    The pixels are `decode`'s; where `jpeg.region` runs, those of a JPEG outside the window cost little. Raises BadImage.
+    """
+    size = jpeg.size(encoded)
+    if size is not None:
+        window = choose(*size)
+        region = jpeg.region(encoded, *window[:4])
+        return (window.cut(decode(encoded, name)) if region is None else region), window
+    image = decode(encoded, name)
+    window = choose(*image.shape[1:])
+    return window.cut(image), window
 
 
 def is_jpeg(encoded: Tensor) -> bool:

@@ -24,6 +24,10 @@ class Window(NamedTuple):
     width: int
     mirror: bool
 
+    def cut(self, image: Tensor) -> Tensor:
+        """The window's pixels of (C,H,W)."""
+        return image[:, self.top : self.top + self.height, self.left : self.left + self.width]
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -93,12 +97,10 @@ class Crop:
         )
         return (tall, wide), (round((tall - self.image_size) / 2), round((wide - self.image_size) / 2))
 
-    def train(self, image: Tensor, rng: torch.Generator) -> Tensor:
-        """uint8 (3,H,W) -> uint8 (3,S,S): the random window, resized to S = image_size, mirrored or not."""
-        window = self.window(image.shape[1], image.shape[2], rng)
-        region = image[:, window.top : window.top + window.height, window.left : window.left + window.width]
-        region = self._resize(region, (self.image_size, self.image_size))
-        return region.flip(-1) if window.mirror else region
+    def train(self, pixels: Tensor, window: Window) -> Tensor:
+        """uint8 (3,h,w), the window's pixels -> uint8 (3,S,S): resized to S = image_size, mirrored or not."""
+        resized = self._resize(pixels, (self.image_size, self.image_size))
+        return resized.flip(-1) if window.mirror else resized
 
     def evaluate(self, image: Tensor) -> Tensor:
         """uint8 (3,H,W) -> uint8 (3,S,S): short side to `short_side`, then the centre S x S."""
@@ -107,7 +109,8 @@ class Crop:
 
     def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Antialiased, in uint8: what torchvision's v2 resize calls. The kernel is fastest on H x W x 3 in memory."""
-        image = image[None].contiguous(memory_format=torch.channels_last)
-        if image.shape[2:] == size:
-            return image[0]
-        return torch.nn.functional.interpolate(image, size, mode=self.interpolation, antialias=True)[0]
+        if image.shape[1:] == size:
+            return image
+        # with the batch's stride, by which the result's layout is chosen: [None] on the image itself would set another
+        batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+        return torch.nn.functional.interpolate(batch, size, mode=self.interpolation, antialias=True)[0]

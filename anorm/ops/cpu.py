@@ -1,7 +1,8 @@
 """The C++ backend for CPU tensors: the four passes (``reference.py`` defines them); ``cpu_laws`` has the coefficients.
 
 What lies between the passes has the statistics' dtype: float32, and float64 for float64 maps. Results are the same for
-any number of threads. Operators are functional, their kernels live in the compiled library (``cpu_build.py``).
+any number of threads. Operators are functional; their kernels live in a library that holds them for several
+instruction sets and chooses when it is loaded, so one build serves every machine of its architecture.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import importlib
 import logging
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from anorm.ops import cpu_build
+from anorm.native import BuildError, Library
 
 __all__ = [
     "affine",
@@ -39,13 +41,36 @@ _log = logging.getLogger(__name__)
 
 # ---- building ------------------------------------------------------------------------------------------------------
 
+_TORCH = Path(torch.__file__).parent
+
+LIBRARY = Library(
+    name=f"cpu-torch{torch.__version__}",
+    folder=Path(__file__).parent,
+    # the passes are vectors by hand, the laws' loops are not
+    sources={"cpu.cpp": "-O2", "cpu_laws.cpp": "-O3", "cpu_switchable.cpp": "-O3"},
+    headers=(
+        "cpu_isa.h", "cpu_vector.h", "cpu_passes.h", "cpu_cells.h", "cpu_channels.h", "cpu_laws.h", "cpu_switchable.h",
+    ),
+    # neither -ffast-math nor -march: see cpu.cpp; the two -fno are about errno and floating-point traps only
+    flags=(
+        "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+        "-fno-trapping-math", "-Wno-psabi", "-w",
+    ),
+    link=("-fopenmp", f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"),
+    built_for=f"{torch.__version__} {torch.version.git_version}",
+    include=(_TORCH / "include", _TORCH / "include/torch/csrc/api/include"),
+)  # fmt: skip
+
 
 def build(rebuild: bool = False) -> str:
-    """Compile the kernels if the cache does not hold them, load them, and return the library's path.
-
-    Raises cpu_build.BuildError with the reason where that is not possible.
+    """Compile the kernels if the cache does not hold them (about a minute and a half of one core), load them, and
+    return the library's path. Raises BuildError with the reason where that is not possible.
     """
-    path = cpu_build.compiled_library(
+    if not (_TORCH / "include").is_dir():
+        raise BuildError(
+            f"this torch has no C++ headers ({_TORCH / 'include'}); install torch's wheel from PyPI or pytorch.org"
+        )
+    path = LIBRARY.compiled(
         rebuild, lambda: _log.warning("compiling the C++ kernels, once (a minute or two)")
     )
     _load(str(path))
@@ -62,7 +87,7 @@ def available() -> str | None:
     """None if the kernels are loaded (built now if need be), else the reason in words. The answer is kept."""
     try:
         build()
-    except (cpu_build.BuildError, OSError) as error:  # OSError: the loader refused the library
+    except (BuildError, OSError) as error:  # OSError: the loader refused the library
         return str(error)
     return None
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anorm.ops import cpu, cpu_build, cpu_laws, reference
+from anorm.ops import cpu, cpu_laws, reference
 
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -607,7 +607,7 @@ def test_a_failed_build_says_why_and_keeps_the_messages(tmp_path):
 
 def test_the_library_is_named_after_what_it_is_made_of(monkeypatch, tmp_path):
     monkeypatch.setenv("ANORM_CACHE", str(tmp_path))
-    before = cpu_build.library_path()
+    before = cpu.LIBRARY.path()
     assert before.parent == tmp_path and f"torch{torch.__version__}" in before.name
     monkeypatch.setenv("CXX", "other")
-    assert cpu_build.library_path() != before
+    assert cpu.LIBRARY.path() != before

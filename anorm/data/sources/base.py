@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from anorm.data.decode import BadImage, decode
+from anorm.data import jpeg
+from anorm.data.decode import BadImage, decode, decode_window
 from anorm.data.transforms import Crop
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -129,6 +130,7 @@ class EncodedImages(Dataset):
             tuple(std),
         )
         self.identity = store.digest()
+        jpeg.why_not()  # compiles it now, once, and not in every worker
 
     def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
         size = self.image_size
@@ -138,14 +140,10 @@ class EncodedImages(Dataset):
         )
         kept, bad = [], []
         for position, index in enumerate(indices):
-            found = self._decoded(int(index), search=rngs is not None, bad=bad)
-            if found is None:
-                continue
-            image, at = found
-            images[len(kept)] = (
-                self.crop.evaluate(image) if rngs is None else self.crop.train(image, rngs[position])
-            )
-            kept.append(at)
+            found = self._sample(int(index), None if rngs is None else rngs[position], bad)
+            if found is not None:
+                images[len(kept)], at = found
+                kept.append(at)
         kept = torch.tensor(kept, dtype=torch.int64)
         return Fetched(images[: len(kept)], self.labels[kept], kept, bad)
 
@@ -153,17 +151,29 @@ class EncodedImages(Dataset):
         """The whole image, uint8 (3,H,W). Raises BadImage."""
         return decode(self.store.read(index), self.store.name(index))
 
-    def _decoded(self, index: int, search: bool, bad: list[tuple[int, str]]) -> tuple[Tensor, int] | None:
-        for at in range(index, index + len(self)) if search else (index,):
+    def _sample(
+        self, index: int, rng: torch.Generator | None, bad: list[tuple[int, str]]
+    ) -> tuple[Tensor, int] | None:
+        """The image, uint8 (3,S,S), and its index; for training the next good one's, for evaluation None, if it is bad."""
+        for at in (index,) if rng is None else range(index, index + len(self)):
             at %= len(self)
             try:
-                return self.decoded(at), at
+                if rng is None:
+                    return self.crop.evaluate(self.decoded(at)), at
+                # a clone: a bad file takes no draws from its neighbour
+                return self._cropped(at, rng.clone_state()), at
             except BadImage as error:
                 if self.on_error == "error":
                     raise
                 bad.append((at, str(error)))
-        if search:
-            raise BadImage(
-                f"every one of the {len(self)} training images is unreadable; the first: {bad[0][1]}"
-            )
-        return None
+        if rng is None:
+            return None
+        raise BadImage(f"every one of the {len(self)} training images is unreadable; the first: {bad[0][1]}")
+
+    def _cropped(self, index: int, rng: torch.Generator) -> Tensor:
+        pixels, window = decode_window(
+            self.store.read(index),
+            self.store.name(index),
+            lambda height, width: self.crop.window(height, width, rng),
+        )
+        return self.crop.train(pixels, window)
