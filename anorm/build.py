@@ -130,7 +130,9 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
         sums=torch.zeros(4, dtype=torch.float64, device=device),
     )
     if hardware.compile:
-        run.network = run.evaluated = compiled(model, source.image_size, device, autocast, hardware)
+        run.network = run.evaluated = compiled(
+            model, settings.batch_size, source.image_size, device, autocast, hardware
+        )
     if world.size > 1:
         run.network = distributed(run.network, device)
     if resume:  # after DDP, which starts every process with rank 0's statistics: each continues with its own

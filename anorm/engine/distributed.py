@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -100,18 +101,28 @@ def process_group() -> Iterator[World]:
     """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; leave it at the end.
 
     GPU tensors travel over NCCL; CPU tensors, which need no device to wait for, over gloo. A peer that does
-    not answer for ``TIMEOUT`` ends the process.
+    not answer for ``TIMEOUT`` ends the process. After an exception the group is left as it is: taking it down
+    is something that all do together, and the others may be waiting elsewhere for this process.
     """
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(local % gpus)
+    # loaders fork their workers when InfiniBand's memory is registered already
+    os.environ.setdefault("RDMAV_FORK_SAFE", "1")
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
-    try:
-        yield World(rank, size, local)
-        dist.barrier()  # no one closes the connection that another still reads from
-    finally:
-        dist.destroy_process_group()
+    yield World(rank, size, local)
+    dist.barrier()  # no one closes the connection that another still reads from
+    dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process of several at once, as the interpreter's own end would take the group down; its launcher, or
+    the connections that break, tell the others.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @torch.no_grad()

@@ -76,6 +76,7 @@ def train_epoch(
             save(run)
             save_due.restart()
         if stop:
+            world.barrier()  # the first to end makes the launcher stop the others, and rank 0 was writing
             raise Interrupted(stop)
 
 

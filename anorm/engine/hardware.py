@@ -147,14 +147,15 @@ def check_batches(micro: int, whole: int, processes: int) -> None:
 
 
 def compiled(
-    model: nn.Module, image_size: int, device: torch.device, autocast: Autocast, hardware: Hardware
+    model: nn.Module, batch: int, image_size: int, device: torch.device, autocast: Autocast, hardware: Hardware
 ) -> nn.Module:
     """torch.compile of the plain network, compared with it on random images first.
 
-    Raises ValueError when the two differ by more than their precision explains.
+    batch: images of a micro-batch. Another number here would have training compiled for any number, without the layouts
+    that inductor chooses for a known one. Raises ValueError when the two differ by more than their precision explains.
     """
     faster = torch.compile(model)
-    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(
+    images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(
         device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format
     )
     model.eval()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-from anorm.engine import checkpoint
+from anorm.engine import checkpoint, optim
 from anorm.engine.distributed import World
 from anorm.engine.evaluate import Result
 from anorm.engine.run import Progress, Run
@@ -63,6 +63,7 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
     said, processes, world = [], state["processes"], run.world
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
+    optim.lay_out_as_parameters(run.optimizer)
     run.scaler.load_state_dict(state["scaler"]) if run.scaler.is_enabled() else None
     run.progress = Progress(**state["progress"])
     models = [(run.model, processes["buffers"])]

@@ -7,12 +7,13 @@ import os
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anorm.engine.distributed import LAUNCHED, World, process_group
+from anorm.engine.distributed import LAUNCHED, World, leave, process_group
 
 Rank = Callable[..., int]
 
@@ -109,10 +110,12 @@ def _local_address() -> str:
 
 def _in_rank(rank: Rank, words: str, *arguments: Any) -> int:
     """In a new process: a status other than 0 must end it, for the launcher to notice."""
-    status = rank(*arguments, words=Path(words) / f"{int(os.environ['RANK']):05d}")
-    if status:
-        raise SystemExit(status)
-    return 0
+    try:
+        status = rank(*arguments, words=Path(words) / f"{int(os.environ['RANK']):05d}")
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    return leave(status) if status else 0
 
 
 def _report(error: Any, words: Path) -> int:

@@ -115,7 +115,7 @@ def create_optimizer(groups: list[dict], settings: Optim) -> torch.optim.Optimiz
         arguments.setdefault("fused", True)
     elif "foreach" in known:
         arguments.setdefault("foreach", True)
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         groups,
         opt=settings.name,
         lr=settings.peak_lr,
@@ -123,6 +123,28 @@ def create_optimizer(groups: list[dict], settings: Optim) -> torch.optim.Optimiz
         momentum=settings.momentum,
         **arguments,
     )
+    if isinstance(optimizer, torch.optim.SGD) and settings.momentum:
+        _start_at_rest(optimizer)
+    return optimizer
+
+
+def _start_at_rest(optimizer: torch.optim.SGD) -> None:
+    """Zero momentum, which makes the first step what it is without any. torch allocates it in that step and leaves it
+    unwritten where a fused kernel skips the step, as it does when fp16 gradients overflow.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded state the strides of its parameter: a run may continue with another hardware.channels_last, and
+    fused kernels take memory as it lies.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _apex_sgd(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from processes import ROOT, SMALL, environment, events, ranks_of, run_train, start_train, train, weights
 
 TWO = "hardware.processes=2"
@@ -265,6 +266,26 @@ def test_a_mistake_under_another_launcher_ends_every_task_with_status_2(tmp_path
         errors.append(task.communicate(timeout=300)[1])
         assert task.returncode == 2
     assert sum("unknown norm 'attn'" in err for err in errors) == 1
+
+
+def test_an_error_of_one_task_ends_it_at_once_under_another_launcher(tmp_path):
+    """It waits for nobody: the others are in a collective that it will not join."""
+    for split, count in (("train", 16), ("val", 2)):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (20, 20), (9 * i, 0, 99)).save(tmp_path / split / "cat" / f"{i}.JPEG")
+    (tmp_path / "train/cat/3.JPEG").write_bytes(b"damaged")
+    arguments = [
+        "data=imagefolder", f"data.root={tmp_path}", "data.image_size=16", "arch=resnet20", "norm=bn", "epochs=1",
+        "schedule.warmup_epochs=0", "batch_size=4", "optim.global_batch=8", "hardware=cpu", "hardware.workers=0",
+        "hardware.threads=1", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4244", "SLURM_STEP_NODELIST": "localhost"}
+    tasks = [start_train(*arguments, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in (0, 1)]
+    ends = [(task.communicate(timeout=120)[1], task.returncode) for task in tasks]
+    told = [status for err, status in ends if "3.JPEG is not a readable image" in err]
+    assert told == [2]
+    assert all(status for _, status in ends)  # gloo's connection to it broke
 
 
 def test_a_rank_that_meets_a_mistake_reports_it_once(tmp_path):

@@ -121,6 +121,48 @@ def test_clipping_and_a_gradient_that_is_not_finite():
     assert torch.equal(weight, before)
 
 
+def test_a_first_step_that_overflows_leaves_no_trace():
+    """A fused kernel that reads found_inf writes nothing then, momentum neither, as on a GPU in fp16."""
+    junk = [torch.full((4096,), float("nan")) for _ in range(64)]
+    weight, twin = (nn.Parameter(torch.ones(4096)) for _ in range(2))
+    optimizer = optim.create_optimizer(
+        [{"params": [weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.0}],
+        Optim(momentum=0.9, weight_decay=0.0),
+    )
+    del junk  # memory that is allocated and not written holds this
+    theirs = torch.optim.SGD([twin], lr=1.0, momentum=0.9)
+    optim.set_rate(optimizer, 1.0)
+    for overflow in (1.0, 0.0, 0.0):
+        weight.grad = twin.grad = torch.full_like(weight, 0.5)
+        optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(overflow)
+        optimizer.step()
+        if not overflow:
+            theirs.step()
+    assert torch.equal(weight, twin)  # halves: nothing is rounded
+
+
+def test_momentum_follows_the_layout_of_the_weights():
+    """hardware.channels_last may change between two parts of a run."""
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, 2)
+        groups = lambda conv: [
+            {"params": [conv.weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.0}
+        ]
+        first = optim.create_optimizer(groups(conv), Optim(weight_decay=0.0))
+        conv.weight.grad = torch.randn(4, 3, 2, 2)
+        first.step()
+        conv = conv.to(memory_format=layout)
+        second = optim.create_optimizer(groups(conv), Optim(weight_decay=0.0))
+        second.load_state_dict(first.state_dict())
+        optim.lay_out_as_parameters(second)
+        conv.weight.grad = torch.randn(4, 3, 2, 2).to(memory_format=layout)
+        second.step()
+        results.append(conv.weight.detach().clone())
+    assert torch.equal(*results)
+
+
 def test_freeze_mixtures_leaves_the_attention_free():
     """Section 3.3: mixtures and the statistics of the standardization are frozen, the attention is fine-tuned."""
     model = create_model("resnet18", "an", 10)

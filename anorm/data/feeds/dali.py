@@ -103,6 +103,7 @@ class DaliFeed(Feed):
             batch_size=self._batch,
             num_threads=max(1, self._workers),
             prefetch_queue_depth=2,
+            exec_dynamic=True,  # what is handed over stays ours until we are done with it
             device_id=(self._device.index or 0) if on_gpu else None,
         )
         pipeline.build()

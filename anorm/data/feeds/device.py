@@ -109,7 +109,7 @@ class DeviceFeed(Feed):
         height, width, top, left, h, w, to_h, to_w, first_y, first_x, mirror = cuts.unbind(1)
         y = torch.arange(tall, device=self._device).minimum(h[:, None] - 1) + top[:, None]
         x = torch.arange(wide, device=self._device).minimum(w[:, None] - 1) + left[:, None]
-        base = self._starts[index.to(self._device)]
+        base = self._starts[index.to(self._device, non_blocking=True)]
         planes = base[:, None] + torch.arange(3, device=self._device) * (height * width)[:, None]
         place = planes[:, :, None, None] + (y * width[:, None])[:, None, :, None] + x[:, None, None, :]
         window = self._pixels[place].float()
