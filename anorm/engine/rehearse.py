@@ -4,16 +4,21 @@ and multiply-adds, ``build.outline`` says first.
 
 from __future__ import annotations
 
+import itertools
+import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from anorm.data.loaders import Batch
 from anorm.engine.fit import train_step
 from anorm.engine.run import Run
 
-STEPS = 5
+STEPS = 5  # at least, of each kind
+PATIENCE = 60.0  # seconds for the steps on real batches
 
 
 def rehearse(run: Run, home: Path) -> None:
@@ -26,7 +31,7 @@ def rehearse(run: Run, home: Path) -> None:
     images = settings.optim.global_batch
     compute, kept = _compute(run)
     reading = _reading(run)
-    both = _both(run)
+    both = _both(run, max(compute, reading))
     share = max(0.0, 1 - compute / both) if both > 0 else 0.0
     total = (
         run.total_steps * both
@@ -61,44 +66,48 @@ def _compute(run: Run) -> tuple[float, list]:
     run.network.train()
     kept = next(iter(run.train.epoch(0)))
     train_step(run, 0, kept)  # the first step allocates, tunes and compiles
-    return _seconds(run, (kept for _ in range(STEPS)), lambda step, batch: train_step(run, step, batch)), kept
+    again = itertools.repeat(kept)
+    return _seconds(run, again, lambda step, batch: train_step(run, step, batch), ready=0, timed=STEPS), kept
 
 
 def _reading(run: Run) -> float:
-    return _seconds(run, _cycle(run), lambda step, batch: None)
+    return _seconds(run, _epochs(run), lambda step, batch: None, *_steps(run))
 
 
-def _both(run: Run) -> float:
-    return _seconds(run, _cycle(run), lambda step, batch: train_step(run, step, batch))
+def _both(run: Run, expected: float) -> float:
+    """expected: seconds a step."""
+    ready, timed = _steps(run)
+    # all processes take as many steps
+    affordable = run.world.broadcast(int(PATIENCE / expected) if expected > 0 else ready + timed)
+    timed = min(timed, max(STEPS, affordable))
+    ready = min(ready, max(1, affordable - timed))
+    return _seconds(run, _epochs(run), lambda step, batch: train_step(run, step, batch), ready, timed)
 
 
-def _cycle(run: Run):
-    """STEPS real batches after one that is not timed: workers start with it."""
-    given, epoch = 0, 0
-    while given <= STEPS:
-        for batch in run.train.epoch(epoch):
-            yield batch
-            given += 1
-            if given > STEPS:
-                return
-        epoch += 1
+def _epochs(run: Run) -> Iterator[list[Batch]]:
+    return (batches for epoch in itertools.count() for batches in run.train.epoch(epoch))
 
 
-def _seconds(run: Run, batches, work) -> float:
-    """Mean seconds a batch, the first left out where more than STEPS come."""
-    batches, times = iter(batches), []
-    step = 0
-    while True:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            break
+def _steps(run: Run) -> tuple[int, int]:
+    """How many steps on real batches to leave out, and how many to time. Two batches of each worker are under way when
+    the first arrives, and then they come in rounds, of one from each.
+    """
+    settings = run.settings
+    batches_a_step = settings.optim.global_batch // settings.batch_size // run.world.size
+    rounds = settings.hardware.workers / batches_a_step
+    return 1 + math.ceil(2 * rounds), max(STEPS, math.ceil(4 * rounds))
+
+
+def _seconds(run: Run, batches, work, ready: int, timed: int) -> float:
+    """Mean seconds of ``timed`` steps after the first ``ready``."""
+    started = time.perf_counter()
+    for step, batch in enumerate(itertools.islice(batches, ready + timed), start=1):
         work(step, batch)
         if run.world.device.type == "cuda":
             torch.cuda.synchronize(run.world.device)
-        times.append(time.perf_counter() - start)
-        step += 1
-    return sum(times[-STEPS:]) / len(times[-STEPS:])
+        if step == ready:
+            started = time.perf_counter()
+    return (time.perf_counter() - started) / timed
 
 
 def _checkpoint_bytes(run: Run) -> int:
