@@ -22,7 +22,7 @@ from anorm.engine import optim
 from anorm.engine.distributed import World
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
-from anorm.engine.hardware import autocast_of, compiled, distributed, place, set_backends
+from anorm.engine.hardware import autocast_of, compiled, distributed, place, set_backends, settle
 from anorm.engine.keep import restore
 from anorm.engine.record import Record, environment
 from anorm.engine.run import Progress, Run
@@ -135,6 +135,7 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
         )
     if world.size > 1:
         run.network = distributed(run.network, device)
+        settle(run.network, settings.batch_size, source.image_size, device, autocast, hardware)
     if resume:  # after DDP, which starts every process with rank 0's statistics: each continues with its own
         notes += restore(run, resume)
     if world.main:

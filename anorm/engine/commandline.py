@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -115,6 +116,10 @@ class user_errors:
         return True
 
 
+_LOST_WORKER = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)")
+_NO_MEMORY = re.compile("(CUDA|CUBLAS|CUDNN|NCCL).*(out of memory|ALLOC_FAILED)|can't allocate memory")  # besides OutOfMemoryError
+
+
 def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, str] | None:
     """(status, message) of what is known, else None."""
     from anorm.engine.interrupt import Interrupted
@@ -137,7 +142,13 @@ def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, st
             "error: torch and torchvision do not belong together (a CPU build of one beside a CUDA build of "
             "the other, or two versions): pip install --force-reinstall torch torchvision, both from one index"
         )
-    if name == "OutOfMemoryError" or isinstance(error, MemoryError):
+    text = str(error)
+    if _LOST_WORKER.search(text):
+        return 1, (
+            "error: a process that reads images was killed, most often because the machine's memory or /dev/shm was "
+            "full: lower hardware.workers or batch_size, or enlarge /dev/shm (docker run --shm-size)"
+        )
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         return 1, (
             "error: out of memory: lower batch_size (more micro-batches are accumulated, "
             "optim.global_batch stays), eval.batch_size or data.image_size, or use hardware.dtype=fp16"

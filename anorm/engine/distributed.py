@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from anorm.engine.interrupt import Interrupted
+
 LAUNCHED = "ANORM_LAUNCHED"
 """Set in the environment of processes that our own launcher starts."""
 TIMEOUT = timedelta(minutes=20)
@@ -161,7 +163,7 @@ class Agreement:
     def __init__(self, world: World):
         self.world, self.wanted, self._pending = world, 0, None
         self._previous = {}
-        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
+        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"):
             number = getattr(signal, name)
             self._previous[number] = signal.signal(number, self._on_signal)
         self._parent = os.getppid()
@@ -173,6 +175,13 @@ class Agreement:
 
     def ask_to_save(self) -> None:
         self.wanted |= self.SAVE
+
+    def end_alone(self) -> None:
+        """Raises Interrupted if a signal asked this process to stop. For work that is not in steps and starts from a
+        checkpoint: the others are not waited for.
+        """
+        if wanted := self.wanted & ~self.SAVE:
+            raise Interrupted(wanted)
 
     def due(self) -> tuple[int, bool]:
         """(number of the signal to stop for, or 0; whether to save)."""

@@ -41,16 +41,23 @@ NO_COLUMNS = [torch.empty(0, dtype=kind) for kind in (*[torch.int64] * 3, *[torc
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable, world: World, autocast: Autocast) -> Result:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable,
+    world: World,
+    autocast: Autocast,
+    between: Callable[[], None] = lambda: None,
+) -> Result:
     """Run ``model`` over this process's share of the images; the sums are exchanged once, at the end.
 
-    The device is not waited for until then.
+    The device is not waited for until then. between: called before every batch.
     """
     was_training = model.training
     model.eval()
     sums, images = torch.zeros(4, dtype=torch.float64, device=world.device), 0
     rows: list[tuple[Tensor, ...]] = []
     for inputs, labels, indices in batches:
+        between()
         with autocast():
             logits = model(inputs)
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -86,11 +93,17 @@ class Evaluator:
     settings: Eval
     unused_epoch: int
 
-    def __call__(self, model: nn.Module | None = None, called: nn.Module | None = None) -> Result:
+    def __call__(
+        self,
+        model: nn.Module | None = None,
+        called: nn.Module | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> Result:
         """Evaluate ``model`` (default: the own one); ``called`` is what runs it, where it is compiled."""
         model = self.model if model is None else model
         with statistics_from(model, self.settings.stats, lambda: self.recalibrate(model)):
-            return evaluate(model if called is None else called, self.val, self.world, self.autocast)
+            network = model if called is None else called
+            return evaluate(network, self.val, self.world, self.autocast, between)
 
     @torch.no_grad()
     def recalibrate(self, model: nn.Module) -> None:

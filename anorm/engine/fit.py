@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +17,7 @@ from anorm.engine.distributed import Agreement, join_statistics
 from anorm.engine.ema import after_step
 from anorm.engine.evaluate import Result
 from anorm.engine.interrupt import Interrupted
-from anorm.engine.keep import keep_predictions, save, save_release, weights_state
+from anorm.engine.keep import going_on_without, keep_predictions, save, save_release, weights_state
 from anorm.engine.meter import Clock, Meter, SaveTimer
 from anorm.engine.run import Run
 
@@ -34,7 +35,8 @@ def fit(run: Run) -> dict[str, Any]:
             epoch, first = divmod(progress.step, run.train.steps_per_epoch)
             if first == 0 and progress.evaluated < epoch:
                 if epoch % settings.eval.every == 0 or progress.step == run.total_steps:
-                    evaluate_and_keep_best(run, epoch)
+                    save(run)  # what ends an evaluation costs nothing else
+                    evaluate_and_keep_best(run, epoch, agreement.end_alone)
                 progress.evaluated = epoch
                 clock.tick()
                 save(run)
@@ -111,12 +113,12 @@ def train_step(run: Run, step: int, step_batches: list[Batch]) -> tuple[Tensor, 
     return loss_sum, gradient_norm
 
 
-def evaluate_and_keep_best(run: Run, epoch: int) -> Result:
+def evaluate_and_keep_best(run: Run, epoch: int, between: Callable[[], None]) -> Result:
     """Evaluate after ``epoch`` epochs, write it down, keep the weights if they are the best so far."""
     settings, world, progress = run.settings, run.world, run.progress
     join_statistics(world, run.model, settings.dist.stats)
     started = time.perf_counter()
-    result = run.evaluator(called=run.evaluated)
+    result = run.evaluator(called=run.evaluated, between=between)
     fields = {
         "step": progress.step,
         "epoch": epoch,
@@ -131,14 +133,15 @@ def evaluate_and_keep_best(run: Run, epoch: int) -> Result:
         progress.best_top1, progress.best_epoch = result.top1, epoch
     progress.top1, progress.top5 = result.top1, result.top5
     if improved and world.main:
-        checkpoint.save(run.folder / "best.ckpt", weights_state(run))
+        with going_on_without(run, "best weights"):
+            checkpoint.save(run.folder / "best.ckpt", weights_state(run))
     if progress.step == run.total_steps:
         keep_predictions(run.folder, world, result, run.evaluator.val.identity)
         if world.main:
             save_release(run)
     if run.ema:
         join_statistics(world, run.ema.model, settings.dist.stats)
-        average = run.evaluator(run.ema.model)
+        average = run.evaluator(run.ema.model, between=between)
         fields |= {"ema_top1": average.top1, "ema_top5": average.top5}
     fields["seconds"] = time.perf_counter() - started
     run.record.write("eval", **fields)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anorm.data.feeds.workers import keep_freed_memory
 from anorm.engine.distributed import World
@@ -155,9 +155,7 @@ def compiled(
     that inductor chooses for a known one. Raises ValueError when the two differ by more than their precision explains.
     """
     faster = torch.compile(model)
-    images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(
-        device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format
-    )
+    images = _noise(batch, image_size, device, hardware)
     model.eval()
     with torch.no_grad(), autocast():
         expected, found = model(images).float(), faster(images).float()
@@ -186,6 +184,32 @@ def distributed(network: nn.Module, device: torch.device) -> nn.Module:
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **{no_overwriting: False},
+    )
+
+
+def settle(
+    network: nn.Module, batch: int, image_size: int, device: torch.device, autocast: Autocast, hardware: Hardware
+) -> None:
+    """One backward pass of what ``distributed`` made, on noise, of which nothing remains: DDP lays its buckets out anew
+    after the first, and the place of a gradient in a bucket decides the order in which more than two processes sum it.
+    So a run that continues sums its first step as the uninterrupted one did.
+    """
+    kept = [buffer.clone() for buffer in network.buffers()]
+    network.train()
+    with autocast():
+        output = network(_noise(batch, image_size, device, hardware))
+    output.float().sum().backward()
+    network.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in zip(network.buffers(), kept, strict=True):
+            buffer.copy_(value)
+
+
+def _noise(batch: int, image_size: int, device: torch.device, hardware: Hardware) -> Tensor:
+    """A micro-batch of random images, the same everywhere."""
+    images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    return images.to(
+        device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +37,27 @@ def save(run: Run) -> None:
     sums = world.gather(run.sums.cpu())
     if not world.main:
         return
-    run.record.write("checkpoint", step=run.progress.step)
-    state = weights_state(run) | {
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "ema_steps": run.ema.steps if run.ema else 0,
-        "processes": {"size": world.size, "buffers": buffers, "ema_buffers": ema_buffers, "sums": sums},
-        "log_offset": run.record.offset,
-        "threads": torch.get_num_threads(),
-    }
-    try:
+    with going_on_without(run, "checkpoint"):
+        run.record.write("checkpoint", step=run.progress.step)
+        state = weights_state(run) | {
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "ema_steps": run.ema.steps if run.ema else 0,
+            "processes": {"size": world.size, "buffers": buffers, "ema_buffers": ema_buffers, "sums": sums},
+            "log_offset": run.record.offset,
+            "threads": torch.get_num_threads(),
+        }
         checkpoint.save(run.folder / "last.ckpt", state, keep=run.settings.checkpoint.keep + 1)
+
+
+@contextmanager
+def going_on_without(run: Run, what: str) -> Iterator[None]:
+    """Within: a file that cannot be written, as on a full disk, is a warning, but for the last step's."""
+    try:
+        yield
     except OSError as error:
         run.record.say(
-            f"warning: no checkpoint at step {run.progress.step}: {error}; the one before it is untouched"
+            f"warning: no {what} at step {run.progress.step}: {error}; what was there before is untouched"
         )
         if run.progress.step == run.total_steps:
             raise

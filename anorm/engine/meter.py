@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from anorm.engine.run import Progress, Run
 
 
+HOPELESS = 50
+"""Steps in a row whose gradients overflow before a run is given up: a loss scale of 2^16 is halved below 2^-33 by them."""
+
+
 class Clock:
     """Adds the time since the last tick to the run's seconds."""
 
@@ -86,6 +90,12 @@ class Meter:
             self._stop()
         run.sums.zero_()
         progress.skipped_steps += int(skipped / world.size)
+        progress.skipped_in_a_row = progress.skipped_in_a_row + self.steps if skipped == steps else 0
+        if progress.skipped_in_a_row >= HOPELESS:
+            raise FloatingPointError(
+                f"the gradients of the last {progress.skipped_in_a_row} steps overflowed, now at a loss scale of "
+                f"{run.scaler.get_scale():.3g}, and nothing is learned: {explain(run, progress.step - 1)}"
+            )
         seconds = time.perf_counter() - self.since
         progress.train_seconds += seconds
         images = run.settings.optim.global_batch * self.steps
@@ -112,7 +122,10 @@ class Meter:
         self.wait, self.steps, self.since = 0.0, 0, time.perf_counter()
 
     def _stop(self) -> None:
-        raise FloatingPointError(explain(self.run, max(int(self.run.sums[3]) - 1, 0)))
+        """Called by every process; the first bad step may be another's."""
+        run = self.run
+        first = min((step for step in run.world.gather(int(run.sums[3])) if step), default=1)
+        raise FloatingPointError(explain(run, run.world.broadcast(first) - 1))
 
 
 def _peak_memory(device: torch.device) -> float:

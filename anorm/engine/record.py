@@ -6,6 +6,7 @@ and, last and once, final.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -19,12 +20,19 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run; a last line cut off by a kill is left out."""
+    """The lines of a run, up to one that was cut off by a kill or spoiled by a loss of power: what follows it is not
+    of the state that the run continues from.
+    """
     path = folder / METRICS
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end is incomplete
-    return [json.loads(line) for line in lines]
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last line end is incomplete
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
 
 
 def final_metrics(folder: Path) -> dict[str, Any] | None:
@@ -53,13 +61,13 @@ class Record:
         if not active:
             return
         path = folder / METRICS
-        self._file = open(path, "r+b" if path.exists() else "w+b")  # held until close()
+        self._file = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # held until close()
         self._file.truncate(offset)
         self._file.seek(0, os.SEEK_END)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         if sys.stdout.isatty():
             self._bar = _Bar(step, total_steps)
 
@@ -72,8 +80,7 @@ class Record:
         if not self.active:
             return
         line = {"event": event, **{key: _plain(value) for key, value in fields.items()}}
-        self._file.write((json.dumps(line) + "\n").encode())
-        self._file.flush()
+        self._append((json.dumps(line) + "\n").encode())
         if event in ("checkpoint", "eval", "final"):
             os.fsync(self._file.fileno())
         if self._board and event in ("train", "eval"):
@@ -81,6 +88,18 @@ class Record:
                 if isinstance(value, float):
                     self._board.add_scalar(f"{event}/{key}", value, line["step"])
             self._board.flush()
+
+    def _append(self, line: bytes) -> None:
+        """Whole or not at all, also on a full disk."""
+        start = self.offset
+        try:
+            written = self._file.write(line)
+        except OSError:
+            written = 0
+        if written < len(line):
+            self._file.truncate(start)
+            self._file.seek(start)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

@@ -33,6 +33,7 @@ class Progress:
     train_seconds: float = 0.0  # of these, reading and computing training steps that were reported
     train_images: int = 0  # in them
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 @dataclass

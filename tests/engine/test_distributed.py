@@ -141,6 +141,43 @@ def test_kills_are_noticed_and_the_same_command_continues(uninterrupted, tmp_pat
 
 
 @pytest.mark.slow
+def test_four_processes_continue_bit_for_bit(tmp_path):
+    """More than two sum a gradient in an order that depends on where it lies."""
+    four = [*SMALL, "hardware.processes=4", "batch_size=4", "epochs=6", "checkpoint.every_steps=3", "log.every=1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run_train(*four, f"run_dir={whole}")[0] == 0
+    process = start_train(*four, f"run_dir={cut}")
+    wait_for_step(process, cut, 8)
+    ranks = ranks_of(process.pid)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=240)
+    wait_until_gone(ranks)
+    status, out, err = run_train(*four, f"run_dir={cut}")
+    assert status == 0, err
+    assert "continuing at step" in out
+    assert_same_run(whole, cut)
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation_costs_the_evaluation_alone(tmp_path):
+    folder, arguments = tmp_path / "run", [*SMALL, TWO, "epochs=1", "data.val_images=6000"]
+    process = start_train(*arguments, f"run_dir={folder}")
+    while process.poll() is None and not (folder / "last.ckpt").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "everything is saved" in out + err
+    assert time.monotonic() - sent < 30  # what Slurm and torch's launcher wait
+    assert weights(folder)["step"] == 4 and not events(folder, "eval")
+    status, out, err = run_train(*arguments, f"run_dir={folder}")
+    assert status == 0, err
+    assert "continuing at step 4 of 4" in out
+    assert [line["images"] for line in events(folder, "eval")] == [6000]
+
+
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_stops_all_at_one_step(uninterrupted, tmp_path):
     """One run, stopped in three ways on its way."""
     folder = tmp_path / "run"
@@ -292,6 +329,25 @@ def test_a_rank_that_meets_a_mistake_reports_it_once(tmp_path):
     status, _, err = run_train(*SMALL, TWO, "norm=gn", "norm.groups=7", f"run_dir={tmp_path / 'run'}")
     assert status == 2
     assert err.count("error:") == 1 and "7" in err and len(err.strip().splitlines()) <= 2
+
+
+def test_an_error_that_nobody_foresaw_shows_its_traceback(tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "import os, torch\n"
+        "class Norm(torch.nn.BatchNorm2d):\n"
+        "    def forward(self, x):\n"
+        "        if os.environ['RANK'] == '1':\n"
+        "            raise RuntimeError('an illegal memory access was encountered')\n"
+        "        return super().forward(x)\n"
+    )
+    process = start_train(
+        *SMALL, TWO, "norm=module", "norm.target=broken.Norm", f"run_dir={tmp_path / 'run'}",
+        PYTHONPATH=f"{ROOT}:{tmp_path}",
+    )  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "RuntimeError: an illegal memory access was encountered" in err and "broken.py" in err
+    assert "error: process 1 ended with status 1; see its traceback above" in err
 
 
 @pytest.mark.slow

@@ -1,0 +1,77 @@
+"""fp16 with loss scaling, on a CPU, which the configuration refuses for its slowness: the arithmetic is the same."""
+
+import math
+
+import pytest
+import torch
+from processes import SMALL, events, train
+
+from anorm.engine import hardware
+
+
+@pytest.fixture
+def fp16_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(hardware, "_dtype", lambda asked, gpu, machine: asked.dtype)
+
+
+class Overflow(torch.autograd.Function):
+    """The identity, with a gradient that is infinite at some calls of its backward."""
+
+    calls, bad = 0, ()
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        Overflow.calls += 1
+        return gradient * math.inf if Overflow.calls in Overflow.bad else gradient
+
+
+class Norm(torch.nn.BatchNorm2d):
+    def forward(self, x):
+        return Overflow.apply(super().forward(x))
+
+
+OVERFLOWING = ["norm=module", f"norm.target={__name__}.Norm", "batch_size=16"]
+
+
+def fp16(folder, *more):
+    return train(*SMALL, "hardware.dtype=fp16", f"run_dir={folder}", *more)
+
+
+def test_the_losses_are_those_of_fp32_to_the_precision_of_fp16(tmp_path, fp16_on_a_cpu):
+    assert fp16(tmp_path / "half") == 0 and train(*SMALL, f"run_dir={tmp_path / 'single'}") == 0
+    half, single = (events(tmp_path / name, "train") for name in ("half", "single"))
+    # 2^-11 a rounding, twenty layers, eight steps; measured 0.003
+    assert [line["loss"] for line in half] == pytest.approx([line["loss"] for line in single], rel=0.02)
+    assert [line["loss"] for line in half] != [line["loss"] for line in single]
+    assert {line["loss_scale"] for line in half} == {65536.0}
+    assert half[-1]["skipped_steps"] == 0
+
+
+def test_a_static_scale_stays(tmp_path, fp16_on_a_cpu):
+    assert fp16(tmp_path / "run", "hardware.loss_scale=128") == 0
+    assert {line["loss_scale"] for line in events(tmp_path / "run", "train")} == {128.0}
+
+
+def test_overflows_are_skipped_and_counted(tmp_path, fp16_on_a_cpu, monkeypatch):
+    layers = 19
+    first_and_third_step = {*range(1, layers + 1), *range(2 * layers + 1, 3 * layers + 1)}
+    monkeypatch.setattr(Overflow, "calls", 0)
+    monkeypatch.setattr(Overflow, "bad", first_and_third_step)
+    assert fp16(tmp_path / "run", *OVERFLOWING) == 0
+    lines = events(tmp_path / "run", "train")
+    assert [line["skipped_steps"] for line in lines] == [1, 2, 2, 2]
+    assert [line["loss_scale"] for line in lines] == [32768.0, 16384.0, 16384.0, 16384.0]
+
+
+@pytest.mark.slow
+def test_a_run_that_only_overflows_is_given_up(tmp_path, fp16_on_a_cpu, monkeypatch, capsys):
+    monkeypatch.setattr(Overflow, "calls", 0)
+    monkeypatch.setattr(Overflow, "bad", range(10**9))
+    assert fp16(tmp_path / "run", *OVERFLOWING, "data.train_images=1024", "epochs=1") == 1
+    said = capsys.readouterr().err
+    assert "gradients of the last 50 steps overflowed" in said and "nothing is learned" in said
+    assert "the gradient at the output of" in said and "hardware.dtype=fp32" in said
