@@ -18,6 +18,7 @@ The same command continues a run that was cut, and says so when the run is finis
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -103,6 +104,8 @@ def plan(found: Composed, world=None) -> dict | None:
     from anorm.options import resolve
 
     config = resolve(found.config, world)
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+        config["resume"] = "auto"  # resume=never was for the job's first start
     processes = config["hardware"]["processes"]
     source = create_source(config)
     signed = signature(config, source.identity, processes)

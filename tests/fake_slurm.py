@@ -85,7 +85,9 @@ def daemon(number):
         "SLURM_JOB_NODELIST": "localhost",
     }
     while True:
-        change(number, state="RUNNING", requeue=False, starts=change(number)["starts"] + 1)
+        starts = change(number)["starts"]
+        environment["SLURM_RESTART_COUNT"] = str(starts)
+        change(number, state="RUNNING", requeue=False, starts=starts + 1)
         status = subprocess.run(["bash", "-c", known["script"]], env=environment).returncode
         if not change(number)["requeue"]:
             break
@@ -106,6 +108,7 @@ def srun(*words):
             "SLURM_NODEID": str(rank),
             "SLURM_LOCALID": "0",
             "SLURM_NTASKS": str(nodes),
+            "SLURM_STEP_NUM_TASKS": str(nodes),
         }
         with open(options["output"].replace("%j", number).replace("%t", str(rank)), "a") as log:
             tasks.append(subprocess.Popen(words, env=os.environ | place, stdout=log, stderr=log))

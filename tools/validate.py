@@ -43,6 +43,11 @@ def main(argv: list[str]) -> int:
         from anorm.build import evaluator
         from anorm.options import resolve
 
+        if any(word.startswith("dist.") for word in asked.arguments):
+            raise ValueError(
+                "dist.stats is how a run joins its processes' statistics while it trains; its weights hold them joined. "
+                "eval.stats=batch or recalibrated evaluates under others"
+            )
         weights, config = what(asked.target, asked.arguments)
         config = resolve(config)
         if asked.shift:

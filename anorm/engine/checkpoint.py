@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,10 @@ def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
             # never without a last.ckpt: the new name first, the old content goes when it is replaced
             if newer == path:
                 old.unlink(missing_ok=True)
-                os.link(newer, old)
+                try:
+                    os.link(newer, old)
+                except OSError:  # a file system without links
+                    shutil.copyfile(newer, old)
             else:
                 os.replace(newer, old)
     os.replace(fresh, path)
@@ -88,6 +93,11 @@ class FolderLock:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.BYTES, 0)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"{self.folder} cannot be locked ({error.strerror}): mount its file system with locks, or set "
+                    "run_dir to another"
+                ) from error
             raise ValueError(
                 f"{self.folder} is in use by another process: wait for it, stop it, or set another run_dir"
             ) from error

@@ -117,7 +117,9 @@ class user_errors:
 
 
 _LOST_WORKER = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)")
-_NO_MEMORY = re.compile("(CUDA|CUBLAS|CUDNN|NCCL).*(out of memory|ALLOC_FAILED)|can't allocate memory")  # besides OutOfMemoryError
+_NO_MEMORY = re.compile(
+    "(CUDA|CUBLAS|CUDNN|NCCL).*(out of memory|ALLOC_FAILED)|can't allocate memory"
+)  # besides OutOfMemoryError
 
 
 def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, str] | None:

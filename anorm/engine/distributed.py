@@ -20,6 +20,7 @@ from anorm.engine.interrupt import Interrupted
 LAUNCHED = "ANORM_LAUNCHED"
 """Set in the environment of processes that our own launcher starts."""
 TIMEOUT = timedelta(minutes=20)
+"""One for all: compilation, an index of a slow disk and rank 0's writing take minutes, and a hang costs this once."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class World:
 
     def on(self, device: str) -> World:
         """The same place, computing on "cpu" or on the "gpu" of its local rank."""
-        return replace(
-            self, device=torch.device("cuda", self.local_rank) if device == "gpu" else torch.device("cpu")
-        )
+        if device != "gpu":
+            return replace(self, device=torch.device("cpu"))
+        return replace(self, device=torch.device("cuda", self.local_rank % torch.cuda.device_count()))
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
         """What ``make`` returns on rank 0, everywhere. When it raises there, the other processes exit with status 2."""

@@ -52,7 +52,10 @@ def evaluate(
 
     The device is not waited for until then. between: called before every batch.
     """
-    was_training = model.training
+    was_training, tuned = model.training, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = (
+        False  # else the convolutions' algorithms, and last digits, vary from time to time
+    )
     model.eval()
     sums, images = torch.zeros(4, dtype=torch.float64, device=world.device), 0
     rows: list[tuple[Tensor, ...]] = []
@@ -71,6 +74,7 @@ def evaluate(
     sums[3] = images
     world.sum(sums)
     model.train(was_training)
+    torch.backends.cudnn.benchmark = tuned
     first, among_five, loss, images = sums.tolist()
     if images == 0:
         raise ValueError("there are no images to evaluate on")
@@ -110,7 +114,7 @@ class Evaluator:
         """Pass training images, augmented as in training and not mixed, through ``model``: only its
         statistics change.
         """
-        left = self.settings.recalibrate_batches
+        left = -(-self.settings.recalibrate_batches // self.world.size)
         model.train()
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -97,11 +98,15 @@ def decide(asked: Hardware, world: World | None = None, machine: Machine | None 
                 f"hardware.processes={asked.processes}, but {world.size} processes were started: leave it out"
             )
         processes, local = world.size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if gpu and local > gpus:
+    # under srun --gpus-per-task a process sees its own GPU alone
+    if gpu and local > gpus and "SLURM_GPUS_PER_TASK" not in os.environ:
         raise ValueError(
             f"hardware.processes={processes}, but there are {gpus} GPUs: one process a GPU at most"
         )
     cores = max(1, machine.cores // local)
+    if world is not None and os.environ.get("SLURM_STEP_NUM_TASKS") == str(world.size) != "1":
+        # a task of srun may be bound to its own share already
+        cores = min(machine.cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
     return dataclasses.replace(
         asked,
         device="gpu" if gpu else "cpu",
@@ -147,7 +152,12 @@ def check_batches(micro: int, whole: int, processes: int) -> None:
 
 
 def compiled(
-    model: nn.Module, batch: int, image_size: int, device: torch.device, autocast: Autocast, hardware: Hardware
+    model: nn.Module,
+    batch: int,
+    image_size: int,
+    device: torch.device,
+    autocast: Autocast,
+    hardware: Hardware,
 ) -> nn.Module:
     """torch.compile of the plain network, compared with it on random images first.
 
@@ -176,6 +186,8 @@ def distributed(network: nn.Module, device: torch.device) -> nn.Module:
     """The network over all processes. Their statistics are joined where they are needed, by dist.stats, and
     not overwritten at every step by those of rank 0, as DDP does by default.
     """
+    # of 1x1 convolutions in channels_last, whose strides are ambiguous: nothing is copied
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     # its name until torch 2.14
     no_overwriting = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -188,7 +200,12 @@ def distributed(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def settle(
-    network: nn.Module, batch: int, image_size: int, device: torch.device, autocast: Autocast, hardware: Hardware
+    network: nn.Module,
+    batch: int,
+    image_size: int,
+    device: torch.device,
+    autocast: Autocast,
+    hardware: Hardware,
 ) -> None:
     """One backward pass of what ``distributed`` made, on noise, of which nothing remains: DDP lays its buckets out anew
     after the first, and the place of a gradient in a bucket decides the order in which more than two processes sum it.

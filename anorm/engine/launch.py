@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -20,10 +21,13 @@ Rank = Callable[..., int]
 
 @contextmanager
 def joined_by_others() -> Iterator[World | None]:
-    """The world of this process when torchrun, or srun with several tasks, started it as one of several; else None."""
+    """The world of this process when torchrun, or srun with several tasks, started it as one of several; else None.
+
+    A batch script has SLURM_NTASKS and SLURM_PROCID too, and is one process: srun alone numbers a step's tasks.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         pass
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         os.environ.update(slurm_environment(os.environ))
     else:
         yield None
@@ -34,11 +38,14 @@ def joined_by_others() -> Iterator[World | None]:
 
 def slurm_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """torch's names for what srun sets; an address or port that is set already stays."""
+    a_node = (
+        slurm.get("SLURM_STEP_TASKS_PER_NODE") or slurm.get("SLURM_NTASKS_PER_NODE") or "1"
+    )  # such as 4(x2)
     return {
         "RANK": slurm["SLURM_PROCID"],
-        "WORLD_SIZE": slurm["SLURM_NTASKS"],
+        "WORLD_SIZE": slurm.get("SLURM_STEP_NUM_TASKS") or slurm["SLURM_NTASKS"],
         "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": slurm.get("SLURM_NTASKS_PER_NODE", "1"),
+        "LOCAL_WORLD_SIZE": re.match(r"\d+", a_node)[0],
         "MASTER_ADDR": slurm.get("MASTER_ADDR")
         or first_host(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"]),
         "MASTER_PORT": slurm.get("MASTER_PORT") or str(20000 + int(slurm["SLURM_JOB_ID"]) % 20000),

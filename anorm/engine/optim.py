@@ -151,7 +151,9 @@ def _apex_sgd(groups: list[dict], settings: Optim) -> torch.optim.Optimizer:
     if settings.name != "sgd":
         raise ValueError(f"optim.impl=apex has sgd only, not {settings.name}: set optim.impl=auto")
     if settings.args:
-        raise ValueError(f"optim.impl=apex takes no optim.args ({', '.join(settings.args)}): set optim.impl=auto")
+        raise ValueError(
+            f"optim.impl=apex takes no optim.args ({', '.join(settings.args)}): set optim.impl=auto"
+        )
     try:
         from apex.optimizers import FusedSGD
     except ImportError as error:

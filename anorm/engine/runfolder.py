@@ -52,8 +52,11 @@ def standing(folder: Path, signature: str, config: dict) -> dict[str, Any] | Non
 
 
 def freeze(folder: Path, config: dict, choices: dict[str, str], signature: str) -> None:
-    """Write config.yaml: the resolved configuration, its signature, the choices it was composed from."""
-    text = yaml.safe_dump({"signature": signature, "choices": choices} | config, sort_keys=False)
+    """Write config.yaml: the resolved configuration, its signature, the choices it was composed from. Running it again
+    continues, whatever the first start was told.
+    """
+    held = {"signature": signature, "choices": choices} | config | {"resume": "auto"}
+    text = yaml.safe_dump(held, sort_keys=False)
     checkpoint.write_atomic(folder / CONFIG, text.encode())
 
 
@@ -143,6 +146,8 @@ def clear(folder: Path) -> None:
 
 def _difference(held: dict, config: dict) -> str:
     old, new = flatten({k: v for k, v in held.items() if k not in ("signature", "choices")}), flatten(config)
+    key = "hardware.processes"
+    pooled = config["norm"].get("sync") and old.get(key) != new.get(key)
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} now"
         for key in {**old, **new}
@@ -150,5 +155,6 @@ def _difference(held: dict, config: dict) -> str:
     ]
     return (
         "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        or (f"{key}: {old[key]} there, {new[key]} now, and norm.sync pools over them" if pooled else "")
         or "other data or weights"
     )

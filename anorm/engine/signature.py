@@ -38,6 +38,8 @@ def signature(config: dict, data_identity: str, processes: int) -> str:
     counted["data.identity"] = data_identity
     if config.get("weights"):
         counted["weights"] = file_digest(Path(config["weights"]))
+    if config["eval"]["stats"] == "batch":
+        counted["eval.batch_size"] = config["eval"]["batch_size"]
     if config["norm"].get("sync"):
         counted["processes"] = processes
     text = json.dumps(counted, sort_keys=True)

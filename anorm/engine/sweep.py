@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def run_sweep(jobs: list[list[str]], script: Path, freeze: Callable[[list[str], 
 
 def _run(command: list[str], stopped: list[int]) -> int:
     """The command's status; signals to this process go to it, and are noted in ``stopped``."""
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, preexec_fn=_end_with_parent)
 
     def forward(number: int, frame: object) -> None:
         stopped.append(number)
@@ -47,7 +48,7 @@ def _run(command: list[str], stopped: list[int]) -> int:
 
     before = {
         number: signal.signal(number, forward)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     }
     try:
         status = process.wait()
@@ -55,3 +56,10 @@ def _run(command: list[str], stopped: list[int]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return status if status >= 0 else 128 - status
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM, which saves, when the sweep is killed. Else a repeated sweep would meet this job at work."""
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from processes import SMALL, events, ranks_of, run_train, start_train, weights
 
+from anorm.engine.record import read_metrics
+
 VICTIMS = ("launcher", "rank", "group")
 
 
@@ -20,11 +22,14 @@ def main(folder: Path, epochs: int, kills: int) -> int:
     """0 when weights and log of the killed run equal those of the other, bit for bit."""
     arguments = [
         *(word for word in SMALL if not word.startswith("epochs")),
-        "arch=convnet",
+        "arch=wrn_16_4",
+        "arch.width=1",
+        "arch.dropout=0.2",
         "norm=an",
         "mix.mixup=0.2",
         f"epochs={epochs}",
-        "hardware.processes=2",
+        "hardware.processes=4",  # more than two: their sums depend on the order
+        "batch_size=4",
         "checkpoint.every_steps=3",
         "log.every=1",
     ]
@@ -42,8 +47,8 @@ def main(folder: Path, epochs: int, kills: int) -> int:
             time.sleep(0.01)
         victim, ranks = VICTIMS[done % len(VICTIMS)], ranks_of(process.pid)
         if process.poll() is not None or not ranks:
-            process.communicate()
-            break
+            print(process.communicate())
+            return 1  # the run ended before its kills
         if victim == "group":
             os.killpg(process.pid, signal.SIGKILL)
         else:
@@ -58,7 +63,14 @@ def main(folder: Path, epochs: int, kills: int) -> int:
     assert status == 0, err
     one, other = weights(folder / "alone")["model"], weights(folder / "killed")["model"]
     same = all(torch.equal(one[key], other[key]) for key in one)
-    logs = [[(e["step"], e["loss"]) for e in events(folder / name, "train")] for name in ("alone", "killed")]
+    logs = [
+        [
+            (e["event"], e.get("step"), e.get("loss"), e.get("top1"))
+            for e in read_metrics(folder / name)
+            if e["event"] in ("train", "eval")
+        ]
+        for name in ("alone", "killed")
+    ]
     print(
         f"{epochs} epochs, {done} kills {counts}: weights {'equal' if same else 'DIFFER'}, "
         f"log {'equal' if logs[0] == logs[1] else 'DIFFERS'}"

@@ -143,7 +143,14 @@ def test_kills_are_noticed_and_the_same_command_continues(uninterrupted, tmp_pat
 @pytest.mark.slow
 def test_four_processes_continue_bit_for_bit(tmp_path):
     """More than two sum a gradient in an order that depends on where it lies."""
-    four = [*SMALL, "hardware.processes=4", "batch_size=4", "epochs=6", "checkpoint.every_steps=3", "log.every=1"]
+    four = [
+        *SMALL,
+        "hardware.processes=4",
+        "batch_size=4",
+        "epochs=6",
+        "checkpoint.every_steps=3",
+        "log.every=1",
+    ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run_train(*four, f"run_dir={whole}")[0] == 0
     process = start_train(*four, f"run_dir={cut}")
@@ -279,10 +286,10 @@ def test_torchrun(tmp_path):
 def test_srun(tmp_path):
     """Two tasks with the environment that srun gives them."""
     slurm = {
-        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_JOB_ID": "4242",
         "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x1)",
     }
     tasks = [
         start_train(*SMALL, f"run_dir={tmp_path / 'run'}", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm)
@@ -296,7 +303,7 @@ def test_srun(tmp_path):
 
 
 def test_a_mistake_under_another_launcher_ends_every_task_with_status_2(tmp_path):
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4243", "SLURM_STEP_NODELIST": "localhost"}
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "4243", "SLURM_STEP_NODELIST": "localhost"}
     tasks = [start_train("norm=attn", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in (0, 1)]
     errors = []
     for task in tasks:
@@ -317,7 +324,7 @@ def test_an_error_of_one_task_ends_it_at_once_under_another_launcher(tmp_path):
         "schedule.warmup_epochs=0", "batch_size=4", "optim.global_batch=8", "hardware=cpu", "hardware.workers=0",
         "hardware.threads=1", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4244", "SLURM_STEP_NODELIST": "localhost"}
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "4244", "SLURM_STEP_NODELIST": "localhost"}
     tasks = [start_train(*arguments, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in (0, 1)]
     ends = [(task.communicate(timeout=120)[1], task.returncode) for task in tasks]
     told = [status for err, status in ends if "3.JPEG is not a readable image" in err]

@@ -147,9 +147,7 @@ def test_momentum_follows_the_layout_of_the_weights():
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
         conv = nn.Conv2d(3, 4, 2)
-        groups = lambda conv: [
-            {"params": [conv.weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.0}
-        ]
+        groups = lambda conv: [{"params": [conv.weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.0}]
         first = optim.create_optimizer(groups(conv), Optim(weight_decay=0.0))
         conv.weight.grad = torch.randn(4, 3, 2, 2)
         first.step()
