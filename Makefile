@@ -26,6 +26,7 @@ quick: $(VENV)/.test
 # On V100s (compute capability 7.0) the newest torch that runs is 2.14 built for CUDA 12.6: it is installed first, and
 # what follows finds it there.
 V100 := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '7\.0' | head -n 1)
+DALI := $(if $(V100),dali-cuda12,dali)
 FOR_V100 := 'torch==2.14.*' torchvision --index-url https://download.pytorch.org/whl/cu126
 
 # A stamp is written last: a set-up that was cut off starts again.
@@ -43,7 +44,7 @@ endif
 # The tests want every extra too, NVIDIA DALI's CPU pipeline among them.
 $(VENV)/.test: $(VENV)/.train
 	@echo "installing what the tests want"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,export,slurm,dali,test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,export,slurm,$(DALI),test]'
 	@touch $@
 
 clean:

@@ -33,7 +33,10 @@ PARTS = {
     "nvidia.dali": ("data.loader=dali", "dali"),
     "submitit": ("Slurm", "slurm"),
 }
-DISTRIBUTIONS = {"hydra": "hydra-core", "sklearn": "scikit-learn", "nvidia.dali": "nvidia-dali-cuda130"}
+DISTRIBUTIONS = {"hydra": "hydra-core", "sklearn": "scikit-learn"}
+
+
+_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
 def versions() -> Iterator[tuple[str, str]]:
@@ -43,13 +46,28 @@ def versions() -> Iterator[tuple[str, str]]:
     for module, (purpose, extra) in PARTS.items():
         try:
             importlib.import_module(module)
-            yield module, importlib.metadata.version(DISTRIBUTIONS.get(module, module))
+            yield module, importlib.metadata.version(_distribution(module))
         except ModuleNotFoundError:
             yield module, f"not installed; for {purpose}: pip install 'anorm[{extra}]'"
         except importlib.metadata.PackageNotFoundError:
             yield module, "installed, version unknown"
         except RuntimeError as error:
             yield module, f"cannot be imported: {_mismatch(error)}"
+
+
+def _distribution(module: str) -> str:
+    """The name of the package that brings a module; DALI has one for each release of CUDA."""
+    if module == "nvidia.dali":
+        return next((name for name in _DALI if _installed(name)), _DALI[0])
+    return DISTRIBUTIONS.get(module, module)
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _mismatch(error: RuntimeError) -> str:

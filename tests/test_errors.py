@@ -191,6 +191,41 @@ def test_a_truncated_checkpoint_stops_the_run_that_would_continue_from_it(capsys
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be", "lower batch_size"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "lower batch_size"),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to", "lower batch_size"),
+        ("DataLoader worker (pid 12) is killed by signal: Killed. ", "lower hardware.workers"),
+        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "docker run --shm-size"),
+    ],
+)
+def test_errors_of_memory_say_what_to_lower(words, remedy, capsys):
+    """Words of torch 2.15 and of CUDA, which a test cannot bring about here."""
+    from anorm.engine.commandline import user_errors
+
+    with user_errors() as outcome:
+        raise RuntimeError(words)
+    assert outcome.status == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and remedy in message and len(message.splitlines()) == 1
+
+
+def test_no_memory_in_a_step_says_what_to_lower(capsys, tmp_path):
+    huge = [*SMALL, "data.image_size=200000", f"run_dir={tmp_path / 'run'}"]
+    assert train(*huge) == 1
+    assert "out of memory: lower batch_size" in capsys.readouterr().err
+
+
+def test_another_number_of_processes_under_synchronized_statistics_is_another_run(capsys, tmp_path):
+    synced = [*SMALL, "norm=bn", "norm.sync=true", "epochs=1", f"run_dir={tmp_path / 'run'}"]
+    assert train(*synced) == 0
+    capsys.readouterr()
+    message = refused(capsys, *synced, "hardware.processes=2")
+    assert "hardware.processes: 1 there, 2 now, and norm.sync pools over them" in message
+
+
 def test_a_folder_in_use(capsys, tmp_path):
     import multiprocessing
 

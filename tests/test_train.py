@@ -151,6 +151,11 @@ def test_validate_under_other_statistics(finished, capsys):
     assert len(set(losses.values())) == 3
 
 
+def test_validate_cannot_take_joined_statistics_apart(finished, capsys):
+    assert script("tools/validate.py").main([str(finished), "dist.stats=rank0"]) == 2
+    assert "weights hold them joined" in capsys.readouterr().err
+
+
 def test_predict_names_the_five_likeliest_classes(finished, capsys, tmp_path):
     from anorm.data import sources
 
@@ -255,6 +260,18 @@ def test_resume_never_starts_again(tmp_path):
     assert train(*arguments, "resume=never") == 0
     assert [line["step"] for line in events(tmp_path / "run", "start")] == [0]
     assert_same_tensors(first, weights(tmp_path / "run")["model"])
+
+
+def test_a_job_that_slurm_started_again_continues_whatever_it_was_told_first(tmp_path, monkeypatch, capsys):
+    arguments = [*SMALL, "epochs=1", f"run_dir={tmp_path / 'run'}", "resume=never"]
+    assert train(*arguments) == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert train(*arguments) == 0
+    assert "is finished" in capsys.readouterr().out
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert train("--config", str(tmp_path / "run")) == 0  # nor does a frozen configuration begin again
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_the_run_folder_is_named_by_the_signature(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ def fit(run: Run) -> dict[str, Any]:
     settings, world, progress = run.settings, run.world, run.progress
     agreement, clock = Agreement(world), Clock(progress)
     save_due = SaveTimer(settings)
+    gc.disable()  # it would stop each process at another moment, and all wait for each: train_epoch collects
     try:
         while True:
             epoch, first = divmod(progress.step, run.train.steps_per_epoch)
@@ -45,6 +47,7 @@ def fit(run: Run) -> dict[str, Any]:
                 break
             train_epoch(run, epoch, first, agreement, save_due, clock)
     finally:
+        gc.enable()
         agreement.close()
     return finish(run)
 
@@ -69,6 +72,7 @@ def train_epoch(
         meter.add(step, loss, gradient_norm)
         if progress.step % settings.log.every == 0 or progress.step % run.train.steps_per_epoch == 0:
             meter.report(epoch, run.schedule(step))
+            gc.collect(0 if progress.step % run.train.steps_per_epoch else 2)
         run.record.advance(progress.step)
         if save_due.now(progress.step) and world.main:
             agreement.ask_to_save()
@@ -168,7 +172,12 @@ def finish(run: Run) -> dict[str, Any]:
         if progress.train_seconds
         else 0.0,
         "skipped_steps": progress.skipped_steps,
+        "unreadable": _unreadable(run),
     }
+    if fields["unreadable"]:
+        run.record.say(
+            f"{fields['unreadable']} unreadable images were replaced or left out; each is named above"
+        )
     run.record.write("final", **fields)
     run.record.say(
         f"finished: last epoch top-1 {progress.top1:.2f} % top-5 {progress.top5:.2f} %, best epoch "
@@ -176,3 +185,9 @@ def finish(run: Run) -> dict[str, Any]:
         f"{run.folder}"
     )
     return fields
+
+
+def _unreadable(run: Run) -> int:
+    """Files that data.on_error=skip passed over since this start of the run, by any process."""
+    mine = {("train", i) for i in run.train.skipped} | {("val", i) for i in run.evaluator.val.skipped}
+    return len(set().union(*run.world.gather(mine)))

@@ -23,7 +23,7 @@ def main(folder: Path, epochs: int, kills: int) -> int:
     arguments = [
         *(word for word in SMALL if not word.startswith("epochs")),
         "arch=wrn_16_4",
-        "arch.width=1",
+        "arch.widen=1",
         "arch.dropout=0.2",
         "norm=an",
         "mix.mixup=0.2",

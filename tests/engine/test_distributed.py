@@ -354,7 +354,7 @@ def test_an_error_that_nobody_foresaw_shows_its_traceback(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "RuntimeError: an illegal memory access was encountered" in err and "broken.py" in err
-    assert "error: process 1 ended with status 1; see its traceback above" in err
+    assert "ended with status 1; see its traceback above" in err  # of it, or of the one it left
 
 
 @pytest.mark.slow

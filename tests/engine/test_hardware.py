@@ -8,7 +8,9 @@ import torch
 from processes import ROOT
 
 from anorm import __main__ as main
+from anorm.engine.distributed import World
 from anorm.engine.hardware import FOR_V100, Machine, decide
+from anorm.engine.launch import joined_by_others, slurm_environment
 from anorm.engine.settings import Hardware
 
 OLD = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")  # as builds for CUDA 12.6 have
@@ -78,7 +80,7 @@ def test_make_installs_a_torch_that_runs_on_v100s(tmp_path, capability, special)
     program.chmod(0o755)
     venv = tmp_path / "venv"
     told = subprocess.run(
-        ["make", "-n", f"VENV={venv}", f"{venv}/.train"],
+        ["make", "-n", f"VENV={venv}", f"{venv}/.test"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -86,5 +88,52 @@ def test_make_installs_a_torch_that_runs_on_v100s(tmp_path, capability, special)
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     ).stdout
     installs = [line for line in told.splitlines() if "pip install" in line]
-    assert len(installs) == (2 if special else 1) and "[train]" in installs[-1]
+    assert len(installs) == (3 if special else 2) and "[train]" in installs[-2]
+    assert (",dali-cuda12," in installs[-1]) == special and (",dali," in installs[-1]) != special
     assert (FOR_V100.removeprefix("pip install ") in installs[0]) == special
+
+
+def started_by_srun(monkeypatch, **slurm):
+    for key, value in slurm.items():
+        monkeypatch.setenv(key, value)
+    for key, value in slurm_environment(os.environ).items():
+        monkeypatch.setenv(key, value)
+    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+
+
+STEP = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "a[1-2]",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3",
+}
+
+
+def test_tasks_of_srun_share_a_node_or_have_their_own_part_of_it(monkeypatch):
+    whole = Machine(8, 64, (7, 0), "V100", OLD)
+    found = decide(Hardware(), started_by_srun(monkeypatch, **STEP), whole)
+    assert (found.processes, found.workers, found.threads) == (16, 8, 8)
+    # --cpus-per-task: Slurm has bound the task to its cores
+    bound = Machine(8, 6, (7, 0), "V100", OLD)
+    found = decide(Hardware(), started_by_srun(monkeypatch, SLURM_CPUS_PER_TASK="6"), bound)
+    assert (found.workers, found.threads) == (6, 6)
+
+
+def test_a_task_of_srun_that_sees_its_own_gpu_alone(monkeypatch):
+    one = Machine(1, 8, (7, 0), "V100", OLD)
+    world = started_by_srun(monkeypatch, **STEP)
+    with pytest.raises(ValueError, match="there are 1 GPUs"):
+        decide(Hardware(), world, one)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert decide(Hardware(), world, one).processes == 16
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert world.on("gpu").device == torch.device("cuda", 0)
+
+
+def test_a_batch_script_is_no_task_of_srun(monkeypatch):
+    for key, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(key, value)
+    with joined_by_others() as world:
+        assert world is None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -104,6 +105,47 @@ def test_damaged_checkpoints_and_checkpoints_with_code_are_refused(tmp_path):
     torch.save({"x": Code()}, path)
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.load(path)
+
+
+def test_a_log_spoiled_by_a_loss_of_power_is_read_to_there(tmp_path):
+    lines = b'{"event": "start", "step": 0}\n{"event": "train", "step": 1}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(lines + b"\0" * 30 + b"\n" + lines)
+    assert [line["event"] for line in read_metrics(tmp_path)] == ["start", "train"]
+    assert final_metrics(tmp_path) is None
+
+
+def test_a_line_of_the_log_is_written_whole_or_not_at_all(tmp_path):
+    record = Record(tmp_path, tensorboard=False)
+    record.write("start", step=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (record.offset + 10, hard))  # as a disk with ten bytes left
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            record.write("train", step=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    record.write("train", step=2)
+    record.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2]
+
+
+def test_a_file_system_without_locks_or_links(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    monkeypatch.setattr(
+        os, "link", lambda *paths: (_ for _ in ()).throw(OSError(95, "Operation not supported"))
+    )
+    for step in range(3):
+        checkpoint.save(path, {"step": step}, keep=2)
+    assert [checkpoint.load(tmp_path / name)["step"] for name in ("last.ckpt", "last-1.ckpt")] == [2, 1]
+
+    def no_locks(*arguments):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", no_locks)
+    lock = checkpoint.FolderLock(tmp_path)
+    with pytest.raises(ValueError, match="cannot be locked .No locks available."):
+        lock.take_all()
+    lock.close()
 
 
 def test_the_log_loses_what_a_kill_cut_off_and_continues_without_a_gap(tmp_path):
