@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy
@@ -26,6 +27,9 @@ INSTALL = (
 INPUTS = ("encoded", "start", "shape", "size", "first", "mirror")
 
 
+Rows = tuple[list[tuple[numpy.ndarray, ...]], list[int]]
+
+
 class _Sent(NamedTuple):
     """A request on its way through the pipeline, and the images that stand for it."""
 
@@ -33,8 +37,31 @@ class _Sent(NamedTuple):
     indices: list[int]
 
 
+class _Ahead:
+    """The rows of requests in their order, made by threads for `threads` + 1 requests at a time: DALI asks for them in
+    the thread that also trains, and files may be slow.
+    """
+
+    def __init__(self, rows: Callable[[Request], Rows], requests: Iterable[Request], threads: int):
+        self._rows, self._requests, self._depth = rows, iter(requests), threads + 1
+        self._pool, self._coming = ThreadPoolExecutor(threads), deque()
+
+    def __next__(self) -> tuple[Request, Rows]:
+        for request in itertools.islice(self._requests, self._depth - len(self._coming)):
+            self._coming.append((request, self._pool.submit(self._rows, request)))
+        if not self._coming:
+            raise StopIteration
+        request, rows = self._coming.popleft()
+        return request, rows.result()
+
+    def stop(self) -> Iterator[Request]:
+        """Ends the threads; the requests that were not answered."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        return itertools.chain([request for request, _ in self._coming], self._requests)
+
+
 class DaliFeed(Feed):
-    """One DALI pipeline with `workers` threads (at least one). Files are read and cropping is decided in this process."""
+    """One DALI pipeline with `workers` threads (at least one), and as many that read files and decide crops."""
 
     def __init__(self, dataset: EncodedImages, seed: int, batch: int, workers: int, device: torch.device):
         super().__init__()
@@ -52,22 +79,29 @@ class DaliFeed(Feed):
         self._pipeline = None
 
     def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
-        self._waiting, self._sent = iter(requests), deque()
+        threads = max(1, self._workers)
+        self._ahead = ahead = _Ahead(self._rows, requests, threads)
+        self._sent = deque()
         self._pipeline = self._build()  # a pipeline reads ahead, so what it holds is of no use to another run
-        while True:
-            try:
-                (images,) = self._pipeline.run()
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                self._find_bad_files(error)
-                self._waiting = itertools.chain([sent.request for sent in self._sent], self._waiting)
-                self._sent, self._pipeline = deque(), self._build()
-                continue
-            index = torch.tensor(self._sent.popleft().indices, dtype=torch.int64)
-            # a copy, because DALI uses the buffer again
-            pixels = torch.from_dlpack(images.as_tensor()).clone().permute(0, 3, 1, 2)
-            yield Fetched(pixels, self._dataset.labels[index], index, [])
+        try:
+            while True:
+                try:
+                    (images,) = self._pipeline.run()
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    self._find_bad_files(error)
+                    again = itertools.chain([sent.request for sent in self._sent], ahead.stop())
+                    self._ahead = ahead = _Ahead(self._rows, again, threads)
+                    self._sent = deque()
+                    self._pipeline = self._build()
+                    continue
+                index = torch.tensor(self._sent.popleft().indices, dtype=torch.int64)
+                # a copy, because DALI uses the buffer again
+                pixels = torch.from_dlpack(images.as_tensor()).clone().permute(0, 3, 1, 2)
+                yield Fetched(pixels, self._dataset.labels[index], index, [])
+        finally:
+            ahead.stop()  # of this run: another may have begun
 
     def close(self) -> None:
         self._pipeline = None
@@ -112,13 +146,12 @@ class DaliFeed(Feed):
     def _inputs(self) -> tuple[list[numpy.ndarray], ...]:
         """The next request's inputs, in the order of INPUTS; called by DALI, ahead of need."""
         while True:
-            request = next(self._waiting)  # StopIteration tells DALI that there are no more
-            rows, indices = self._rows(request)
+            request, (rows, indices) = next(self._ahead)  # StopIteration tells DALI that there are no more
             if rows:
                 self._sent.append(_Sent(request, indices))
                 return tuple(list(column) for column in zip(*rows, strict=True))
 
-    def _rows(self, request: Request) -> tuple[list[tuple[numpy.ndarray, ...]], list[int]]:
+    def _rows(self, request: Request) -> Rows:
         rngs, rows, indices = generators(request, self._seed), [], []
         for position, index in enumerate(request.indices.tolist()):
             for at in (index,) if rngs is None else range(index, index + len(self._dataset)):
