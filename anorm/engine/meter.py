@@ -90,7 +90,8 @@ class Meter:
             self._stop()
         run.sums.zero_()
         progress.skipped_steps += int(skipped / world.size)
-        progress.skipped_in_a_row = progress.skipped_in_a_row + self.steps if skipped == steps else 0
+        in_a_row = progress.skipped_in_a_row + int(steps / world.size)
+        progress.skipped_in_a_row = in_a_row if skipped == steps else 0
         if progress.skipped_in_a_row >= HOPELESS:
             raise FloatingPointError(
                 f"the gradients of the last {progress.skipped_in_a_row} steps overflowed, now at a loss scale of "
