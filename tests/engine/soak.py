@@ -47,8 +47,8 @@ def main(folder: Path, epochs: int, kills: int) -> int:
             time.sleep(0.01)
         victim, ranks = VICTIMS[done % len(VICTIMS)], ranks_of(process.pid)
         if process.poll() is not None or not ranks:
-            print(process.communicate())
-            return 1  # the run ended before its kills
+            print(f"the run ended before kill {done + 1}: {process.communicate()[1]}")
+            return 1
         if victim == "group":
             os.killpg(process.pid, signal.SIGKILL)
         else:
