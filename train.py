@@ -84,7 +84,7 @@ def frozen(arguments: Arguments, machine=None) -> str:
 
 def run(arguments: Arguments) -> int:
     """One run: planned here, trained by one process a device or by those that torchrun or srun started."""
-    from anorm.engine.distributed import leave
+    from anorm.engine.distributed import or_leave
     from anorm.engine.launch import joined_by_others, launch
 
     with joined_by_others() as world:
@@ -92,8 +92,7 @@ def run(arguments: Arguments) -> int:
             job = plan(composed(arguments))
             return launch(train, job["config"]["hardware"]["processes"], job) if job else 0
         job = world.from_rank_0(lambda: plan(composed(arguments), world))
-        status = train(job, world) if job else 0
-        return leave(status) if status else 0
+        return or_leave(lambda: train(job, world)) if job else 0
 
 
 def plan(found: Composed, world=None) -> dict | None:

@@ -29,10 +29,13 @@ class BuildError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
+    """Where compiled libraries are kept. Raises BuildError where there is no place for them."""
     if "ANORM_CACHE" in os.environ:
         return Path(os.environ["ANORM_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anorm"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anorm"
+    except RuntimeError as error:
+        raise BuildError("there is no home folder for compiled code: set ANORM_CACHE to a folder") from error
 
 
 @dataclass(frozen=True)

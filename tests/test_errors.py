@@ -183,7 +183,6 @@ def test_a_truncated_checkpoint_stops_the_run_that_would_continue_from_it(capsys
     capsys.readouterr()
     metrics = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(metrics[:-1]) + "\n")  # as if killed before the last line
-    (run / "last-1.ckpt").unlink()  # else it is named as the way out
     (run / "last.ckpt").write_bytes((run / "last.ckpt").read_bytes()[:5000])
     before = contents(run)
     message = refused(capsys, *small)
@@ -212,18 +211,12 @@ def test_errors_of_memory_say_what_to_lower(words, remedy, capsys):
     assert message.startswith("error: ") and remedy in message and len(message.splitlines()) == 1
 
 
-def test_no_memory_in_a_step_says_what_to_lower(capsys, tmp_path):
-    huge = [*SMALL, "data.image_size=200000", f"run_dir={tmp_path / 'run'}"]
-    assert train(*huge) == 1
-    assert "out of memory: lower batch_size" in capsys.readouterr().err
-
-
 def test_another_number_of_processes_under_synchronized_statistics_is_another_run(capsys, tmp_path):
     synced = [*SMALL, "norm=bn", "norm.sync=true", "epochs=1", f"run_dir={tmp_path / 'run'}"]
     assert train(*synced) == 0
     capsys.readouterr()
     message = refused(capsys, *synced, "hardware.processes=2")
-    assert "hardware.processes: 1 there, 2 now, and norm.sync pools over them" in message
+    assert "hardware.processes: 1 there, 2 now" in message
 
 
 def test_a_folder_in_use(capsys, tmp_path):

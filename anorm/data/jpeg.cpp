@@ -43,9 +43,19 @@ bool read_header(jpeg_decompress_struct& jpeg, const unsigned char* data, std::s
 // it: at its own border the library would do as at an image's.
 constexpr int kMargin = 4;
 
-void read_region(jpeg_decompress_struct& jpeg, int top, int left, int height, int width, unsigned char* out) {
+// The scans of a progressive file all came. Where some did not, the library smooths over blocks, farther than kMargin.
+bool complete(const jpeg_decompress_struct& jpeg) {
+  if (jpeg.coef_bits == nullptr) return true;
+  for (int component = 0; component < jpeg.num_components; ++component)
+    for (int bits : jpeg.coef_bits[component])
+      if (bits != 0) return false;
+  return true;
+}
+
+bool read_region(jpeg_decompress_struct& jpeg, int top, int left, int height, int width, unsigned char* out) {
   jpeg.out_color_space = JCS_RGB;
   jpeg_start_decompress(&jpeg);
+  if (!complete(jpeg)) return false;
   const int right = left + width + kMargin, whole = static_cast<int>(jpeg.output_width);
   JDIMENSION first = left > kMargin ? left - kMargin : 0;
   JDIMENSION columns = (right < whole ? right : whole) - first;
@@ -57,6 +67,7 @@ void read_region(jpeg_decompress_struct& jpeg, int top, int left, int height, in
     jpeg_read_scanlines(&jpeg, row, 1);
     std::memcpy(out, row[0] + 3 * (left - static_cast<int>(first)), 3 * static_cast<std::size_t>(width));
   }
+  return true;
 }
 
 // Whether use(jpeg) came to its end and said true.
@@ -92,7 +103,6 @@ extern "C" bool anorm_jpeg_region(const unsigned char* data, std::size_t bytes, 
                                   unsigned char* out) {
   return attempt([&](jpeg_decompress_struct& jpeg) {
     if (!read_header(jpeg, data, bytes)) return false;
-    read_region(jpeg, region[0], region[1], region[2], region[3], out);
-    return true;
+    return read_region(jpeg, region[0], region[1], region[2], region[3], out);
   });
 }

@@ -132,10 +132,14 @@ class ShardStore:
 
     def read(self, index: int) -> Tensor:
         number, size = int(self.shard[index]), int(self.size[index])
-        if number not in self._files:
-            self._files[number] = os.open(self.shards[number], os.O_RDONLY | os.O_CLOEXEC)
+        file = self._files.get(number)
+        if file is None:
+            opened = os.open(self.shards[number], os.O_RDONLY | os.O_CLOEXEC)
+            file = self._files.setdefault(number, opened)
+            if file != opened:  # another thread was first
+                os.close(opened)
         buffer = bytearray(size)
-        if os.preadv(self._files[number], [buffer], int(self.offset[index])) != size:
+        if os.preadv(file, [buffer], int(self.offset[index])) != size:
             raise ValueError(f"{self.shards[number]} ended early: it changed while it was read")
         return torch.frombuffer(buffer, dtype=torch.uint8)
 

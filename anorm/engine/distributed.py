@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,13 +120,20 @@ def process_group() -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
-    """End this process of several at once, as the interpreter's own end would take the group down; its launcher, or
-    the connections that break, tell the others.
+def or_leave(work: Callable[[], int]) -> int:
+    """``work()``, if that is 0. After a failure this process of several ends at once, as the interpreter's own end would
+    take the group down; its launcher, or the connections that break, tell the others.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        status = work()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 @torch.no_grad()
@@ -166,6 +174,8 @@ class Agreement:
         self._previous = {}
         for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"):
             number = getattr(signal, name)
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue  # as nohup asks for SIGHUP
             self._previous[number] = signal.signal(number, self._on_signal)
         self._parent = os.getppid()
 

@@ -37,6 +37,7 @@ def fit(run: Run) -> dict[str, Any]:
             epoch, first = divmod(progress.step, run.train.steps_per_epoch)
             if first == 0 and progress.evaluated < epoch:
                 if epoch % settings.eval.every == 0 or progress.step == run.total_steps:
+                    clock.tick()
                     save(run)  # what ends an evaluation costs nothing else
                     evaluate_and_keep_best(run, epoch, agreement.end_alone)
                 progress.evaluated = epoch

@@ -98,14 +98,14 @@ def decide(asked: Hardware, world: World | None = None, machine: Machine | None 
                 f"hardware.processes={asked.processes}, but {world.size} processes were started: leave it out"
             )
         processes, local = world.size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # under srun --gpus-per-task a process sees its own GPU alone
-    if gpu and local > gpus and "SLURM_GPUS_PER_TASK" not in os.environ:
+    # a task of srun may see its own GPU alone
+    task = world is not None and world.size > 1 and os.environ.get("SLURM_STEP_NUM_TASKS") == str(world.size)
+    if gpu and local > gpus and not (task and "SLURM_GPUS_PER_TASK" in os.environ):
         raise ValueError(
             f"hardware.processes={processes}, but there are {gpus} GPUs: one process a GPU at most"
         )
     cores = max(1, machine.cores // local)
-    if world is not None and os.environ.get("SLURM_STEP_NUM_TASKS") == str(world.size) != "1":
-        # a task of srun may be bound to its own share already
+    if task:  # and may be bound to its own cores
         cores = min(machine.cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
     return dataclasses.replace(
         asked,

@@ -30,7 +30,9 @@ def weights_state(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run) -> None:
-    """last.ckpt: all that the next step depends on. Called by every process; rank 0 writes."""
+    """last.ckpt: all that the next step depends on. Called by every process; rank 0 writes. The one before is kept,
+    unless it is of the same step, before its evaluation.
+    """
     world = run.world
     buffers = world.gather([buffer.cpu() for buffer in run.model.buffers()])
     ema_buffers = world.gather([buffer.cpu() for buffer in run.ema.model.buffers()]) if run.ema else []
@@ -47,7 +49,9 @@ def save(run: Run) -> None:
             "log_offset": run.record.offset,
             "threads": torch.get_num_threads(),
         }
-        checkpoint.save(run.folder / "last.ckpt", state, keep=run.settings.checkpoint.keep + 1)
+        older = run.settings.checkpoint.keep if run.saved_step != run.progress.step else 0
+        checkpoint.save(run.folder / "last.ckpt", state, keep=older + 1)
+        run.saved_step = run.progress.step
 
 
 @contextmanager

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anorm.engine.distributed import LAUNCHED, World, leave, process_group
+from anorm.engine.distributed import LAUNCHED, World, or_leave, process_group
 
 Rank = Callable[..., int]
 
@@ -85,7 +85,11 @@ def launch(rank: Rank, processes: int, *arguments: Any) -> int:
         monitor_interval=0.2,
         start_method="spawn",
         local_addr=_local_address(),
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+        signals_to_handle=",".join(
+            name
+            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+            if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN  # nohup
+        ),
     )
     os.environ[LAUNCHED] = "1"
     with tempfile.TemporaryDirectory(prefix="anorm-") as words:
@@ -117,12 +121,7 @@ def _local_address() -> str:
 
 def _in_rank(rank: Rank, words: str, *arguments: Any) -> int:
     """In a new process: a status other than 0 must end it, for the launcher to notice."""
-    try:
-        status = rank(*arguments, words=Path(words) / f"{int(os.environ['RANK']):05d}")
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    return leave(status) if status else 0
+    return or_leave(lambda: rank(*arguments, words=Path(words) / f"{int(os.environ['RANK']):05d}"))
 
 
 def _report(error: Any, words: Path) -> int:

@@ -123,7 +123,7 @@ def create_optimizer(groups: list[dict], settings: Optim) -> torch.optim.Optimiz
         momentum=settings.momentum,
         **arguments,
     )
-    if isinstance(optimizer, torch.optim.SGD) and settings.momentum:
+    if isinstance(optimizer, torch.optim.SGD) and settings.momentum and not settings.args.get("dampening"):
         _start_at_rest(optimizer)
     return optimizer
 

@@ -93,13 +93,12 @@ class Record:
         """Whole or not at all, also on a full disk."""
         start = self.offset
         try:
-            written = self._file.write(line)
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
         except OSError:
-            written = 0
-        if written < len(line):
             self._file.truncate(start)
             self._file.seek(start)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+            raise
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

@@ -58,7 +58,8 @@ class Run:
     ema: Ema | None
     record: Record
     progress: Progress
-    sums: Tensor  # on the device, since the last reading: loss, steps skipped, first bad step + 1
+    sums: Tensor  # on the device, since the last reading: loss, steps, steps skipped, first bad step + 1
+    saved_step: int = -1  # of the last checkpoint that this process wrote
 
     @property
     def total_steps(self) -> int:

@@ -146,15 +146,17 @@ def clear(folder: Path) -> None:
 
 def _difference(held: dict, config: dict) -> str:
     old, new = flatten({k: v for k, v in held.items() if k not in ("signature", "choices")}), flatten(config)
-    key = "hardware.processes"
-    pooled = config["norm"].get("sync") and old.get(key) != new.get(key)
+    counts_here = [
+        *(["hardware.processes"] if config["norm"].get("sync") else []),
+        *(["eval.batch_size"] if config["eval"]["stats"] == "batch" else []),
+    ]
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} now"
         for key in {**old, **new}
-        if old.get(key) != new.get(key) and key.split(".")[0] not in EXCLUDED and key not in EXCLUDED
+        if old.get(key) != new.get(key)
+        and (key in counts_here or (key.split(".")[0] not in EXCLUDED and key not in EXCLUDED))
     ]
     return (
         "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        or (f"{key}: {old[key]} there, {new[key]} now, and norm.sync pools over them" if pooled else "")
         or "other data or weights"
     )

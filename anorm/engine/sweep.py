@@ -49,6 +49,7 @@ def _run(command: list[str], stopped: list[int]) -> int:
     before = {
         number: signal.signal(number, forward)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
     }
     try:
         status = process.wait()

@@ -130,3 +130,16 @@ def test_without_a_compiler_the_same_windows_come_from_whole_images(tmp_path):
     assert "no-such-compiler is not on the PATH" in reason and "apt install libjpeg-dev" in reason
     assert window == (7, 8, 47, 63, True)
     assert torch.equal(pixels, jpeg.region(data, *window[:4]))
+
+
+def test_a_progressive_file_that_lacks_scans_is_decoded_whole():
+    """libjpeg smooths such an image over its blocks."""
+    data = bytes(encoded(rough(96, 128), quality=92, progressive=True).tolist())
+    scans = [at for at in range(len(data) - 1) if data[at : at + 2] == b"\xff\xda"]
+    assert len(scans) > 4
+    cut = torch.frombuffer(bytearray(data[: scans[3]] + b"\xff\xd9"), dtype=torch.uint8)
+    assert jpeg.size(cut) == (96, 128)
+    window = Window(20, 30, 40, 50, False)
+    assert jpeg.region(cut, *window[:4]) is None
+    pixels, _ = decode_window(cut, "x.JPEG", lambda height, width: window)
+    assert torch.equal(pixels, window.cut(decode(cut, "x.JPEG")))

@@ -97,7 +97,7 @@ class DaliFeed(Feed):
                     self._pipeline = self._build()
                     continue
                 index = torch.tensor(self._sent.popleft().indices, dtype=torch.int64)
-                # a copy, because DALI uses the buffer again
+                # a copy, or DALI would need new memory for every batch
                 pixels = torch.from_dlpack(images.as_tensor()).clone().permute(0, 3, 1, 2)
                 yield Fetched(pixels, self._dataset.labels[index], index, [])
         finally:
@@ -137,7 +137,7 @@ class DaliFeed(Feed):
             batch_size=self._batch,
             num_threads=max(1, self._workers),
             prefetch_queue_depth=2,
-            exec_dynamic=True,  # what is handed over stays ours until we are done with it
+            exec_dynamic=True,  # nothing is written over what was handed over while it is being copied
             device_id=(self._device.index or 0) if on_gpu else None,
         )
         pipeline.build()

@@ -93,7 +93,7 @@ class Store(Protocol):
     labels: Tensor
 
     def read(self, index: int) -> Tensor:
-        """The file's bytes, uint8 (n,)."""
+        """The file's bytes, uint8 (n,). Several threads may call it at once."""
 
     def name(self, index: int) -> str:
         """What an error message calls it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 
 import numpy
@@ -21,11 +22,19 @@ class TimmStore:
     def __init__(self, reader, title: str):
         self.reader, self.title = reader, title
         self.labels = torch.from_numpy(numpy.asarray(_labels(reader), dtype=numpy.int64))
+        self._one_at_a_time = threading.Lock()  # the images of a tar share a position in it
 
     def read(self, index: int) -> Tensor:
-        file, _ = self.reader[index]
-        with file:
-            return torch.frombuffer(bytearray(file.read()) or bytearray(1), dtype=torch.uint8)
+        with self._one_at_a_time:
+            file, _ = self.reader[index]
+            with file:
+                return torch.frombuffer(bytearray(file.read()) or bytearray(1), dtype=torch.uint8)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_one_at_a_time"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state | {"_one_at_a_time": threading.Lock()}
 
     def name(self, index: int) -> str:
         return f"{self.title}: image {index}"
