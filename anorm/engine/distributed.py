@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,7 @@ def or_leave(work: Callable[[], int]) -> int:
     try:
         status = work()
     except Exception:
+        time.sleep(2)  # where the cause is that another ended, the launcher names that one, and ends this one meanwhile
         traceback.print_exc()
         status = 1
     if status:
