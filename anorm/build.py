@@ -23,7 +23,7 @@ from anorm.engine.distributed import World
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
 from anorm.engine.hardware import autocast_of, compiled, distributed, place, set_backends, settle
-from anorm.engine.keep import restore
+from anorm.engine.keep import join_again, restore
 from anorm.engine.record import Record, environment
 from anorm.engine.run import Progress, Run
 from anorm.engine.runfolder import CARD, last_weights, write_data_card
@@ -163,16 +163,22 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
     return run
 
 
-def evaluator(config: dict, weights: Path | None = None) -> Evaluator:
+def evaluator(config: dict, weights: Path | None = None, join: str | None = None) -> Evaluator:
     """What evaluates the network of a complete and resolved configuration, in this process; its weights are
     in ``weights``.
+
+    join: "mean" or "rank0", for a checkpoint of a run of several processes: join their statistics in that way again.
     """
     source = create_source(config)
-    return evaluators(config, source.num_classes, weights, source)(source.val)
+    return evaluators(config, source.num_classes, weights, source, join)(source.val)
 
 
 def evaluators(
-    config: dict, num_classes: int, weights: Path | None = None, source: Source | None = None
+    config: dict,
+    num_classes: int,
+    weights: Path | None = None,
+    source: Source | None = None,
+    join: str | None = None,
 ) -> Callable[[Dataset], Evaluator]:
     """Like ``evaluator``, for whatever images: gives what evaluates one network on any data set.
 
@@ -185,6 +191,8 @@ def evaluators(
     model = create_network(config, num_classes)
     if weights:
         load_weights(model, weights)
+    if join:
+        join_again(model, weights, join)
     place(model, settings.hardware, world.device)
     set_backends(settings.hardware, None)
     loading = {

@@ -48,10 +48,10 @@ def environment(**more):
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | more
 
 
-def start_train(*arguments, cwd=None, **more):
-    """train.py in a process group of its own."""
+def start_train(*arguments, cwd=None, code=None, **more):
+    """train.py, or ``code`` in its place, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
+        [sys.executable, *(["-c", code] if code else [str(ROOT / "train.py")]), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

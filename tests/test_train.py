@@ -151,11 +151,6 @@ def test_validate_under_other_statistics(finished, capsys):
     assert len(set(losses.values())) == 3
 
 
-def test_validate_cannot_take_joined_statistics_apart(finished, capsys):
-    assert script("tools/validate.py").main([str(finished), "dist.stats=rank0"]) == 2
-    assert "weights hold them joined" in capsys.readouterr().err
-
-
 def test_predict_names_the_five_likeliest_classes(finished, capsys, tmp_path):
     from anorm.data import sources
 
@@ -194,6 +189,9 @@ def assert_same_run(a, b):
     """Weights bit for bit, and a log with the same steps and values."""
     for name in ("model", "ema"):
         assert_same_tensors(weights(a)[name], weights(b)[name])
+    for name in ("predictions.npz", "predictions_ema.npz"):
+        one, other = numpy.load(a / name), numpy.load(b / name)
+        assert all(numpy.array_equal(one[key], other[key]) for key in one)
     for kind, keys in (
         ("train", ("step", "epoch", "loss", "lr")),
         ("eval", ("step", "epoch", "top1", "top5", "loss", "ema_top1")),
@@ -202,6 +200,14 @@ def assert_same_run(a, b):
             [line[key] for key in keys] for line in events(b, kind)
         ]
     assert len(events(b, "final")) == 1
+
+
+def test_what_the_average_of_weights_made_of_each_image(uninterrupted):
+    last = events(uninterrupted, "eval")[-1]
+    saved, plain = (numpy.load(uninterrupted / f"predictions{of}.npz") for of in ("_ema", ""))
+    assert 100 * saved["top1"].mean() == pytest.approx(last["ema_top1"], abs=1e-9)
+    assert list(saved["index"]) == list(plain["index"])
+    assert not numpy.array_equal(saved["confidence"], plain["confidence"])
 
 
 @pytest.mark.slow

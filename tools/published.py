@@ -26,7 +26,7 @@ from records import Images, Stamp, open_images, stamp_of
 from anorm.build import create_source, evaluators
 from anorm.engine.checkpoint import write_atomic
 from anorm.engine.distributed import World
-from anorm.engine.keep import keep_predictions
+from anorm.engine.keep import PREDICTIONS, keep_predictions
 from anorm.engine.runfolder import data_card
 from anorm.engine.signature import file_digest
 from anorm.options import resolve
@@ -153,7 +153,7 @@ def _evaluate(file: Path, line: Line, runs_dir: Path, which: str) -> Published:
         evaluator = evaluators(config, source.num_classes, file, source)(source.val)
         found = evaluator()
         folder.mkdir(parents=True, exist_ok=True)
-        keep_predictions(folder, World(), found, source.val.identity)
+        keep_predictions(folder / PREDICTIONS, World(), found, source.val.identity)
         result = {
             "file": str(file),
             "row": line.label,

@@ -2,6 +2,7 @@
 
     python tools/validate.py RUN                                           as the run evaluated itself
     python tools/validate.py RUN eval.stats=batch hardware.device=cpu      with other settings
+    python tools/validate.py RUN dist.stats=rank0                          as if its processes' statistics were joined so
     python tools/validate.py RUN/best.ckpt                                 other weights of a run
     python tools/validate.py WEIGHTS arch=resnet50 norm=bn data.root=...   any weights: arguments of train.py
     python tools/validate.py RUN --shift imagenet_r=/data/imagenet-r --shift imagenet_c=/data/imagenet-c
@@ -43,17 +44,13 @@ def main(argv: list[str]) -> int:
         from anorm.build import evaluator
         from anorm.options import resolve
 
-        if any(word.startswith("dist.") for word in asked.arguments):
-            raise ValueError(
-                "dist.stats is how a run joins its processes' statistics while it trains; its weights hold them joined. "
-                "eval.stats=batch or recalibrated evaluates under others"
-            )
         weights, config = what(asked.target, asked.arguments)
         config = resolve(config)
+        join = config["dist"]["stats"] if any(w.startswith("dist.stats=") for w in asked.arguments) else None
         if asked.shift:
-            under_shift(asked.target, weights, config, asked.shift)
+            under_shift(asked.target, weights, config, asked.shift, join)
             return 0
-        found = evaluator(config, weights)()
+        found = evaluator(config, weights, join)()
         print(
             f"{weights}: top-1 {found.top1:.4f} % top-5 {found.top5:.4f} % loss {found.loss:.6f} "
             f"({found.images} images, {config['eval']['stats']} statistics)"
@@ -61,7 +58,7 @@ def main(argv: list[str]) -> int:
     return outcome.status
 
 
-def under_shift(target: Path, weights: Path, config: dict, words: list[str]) -> None:
+def under_shift(target: Path, weights: Path, config: dict, words: list[str], join: str | None) -> None:
     """Print a report for each shift that is asked for."""
     import shift
 
@@ -72,7 +69,7 @@ def under_shift(target: Path, weights: Path, config: dict, words: list[str]) -> 
     card = (target if target.is_dir() else target.parent) / CARD
     if card.is_file():
         shift.check_classes(json.loads(card.read_text())["classes"])
-    on = evaluators(config, len(shift.synsets()), weights)
+    on = evaluators(config, len(shift.synsets()), weights, join=join)
     print(weights, flush=True)
     for name, place in wanted:
         print(shift.report(name, place, config, on), flush=True)

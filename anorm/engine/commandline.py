@@ -117,6 +117,7 @@ class user_errors:
 
 
 _LOST_WORKER = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)")
+_NO_ANSWER = re.compile(r"Timed out waiting \d+ms|collective operation timeout")  # gloo's words, NCCL's
 _NO_MEMORY = re.compile(
     "(CUDA|CUBLAS|CUDNN|NCCL).*(out of memory|ALLOC_FAILED)|can't allocate memory"
 )  # besides OutOfMemoryError
@@ -149,6 +150,11 @@ def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, st
         return 1, (
             "error: a process that reads images was killed, most often because the machine's memory or /dev/shm was "
             "full: lower hardware.workers or batch_size, or enlarge /dev/shm (docker run --shm-size)"
+        )
+    if _NO_ANSWER.search(text):
+        return 1, (
+            "error: another process did not answer for too long and was given up: it hangs, or its disk, its machine or "
+            "the link to it does. Repeat the command to continue from the last checkpoint"
         )
     if name == "OutOfMemoryError" or isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         return 1, (

@@ -162,11 +162,22 @@ def join_statistics(world: World, model: nn.Module, how: str) -> None:
         buffer.copy_(value.view_as(buffer))
 
 
+def joined(apart: list[list[Tensor]], how: str) -> list[Tensor]:
+    """What ``join_statistics`` makes of the buffers of each process."""
+    return [
+        torch.stack([value.double() for value in values]).mean(0).to(values[0].dtype)
+        if how == "mean" and values[0].is_floating_point()
+        else values[0]
+        for values in zip(*apart, strict=True)
+    ]
+
+
 class Agreement:
     """Requests (stop, save) that all processes act on at the same step boundary.
 
     A signal, or rank 0's clock, sets a bit here; ``due()`` is called by all at every boundary and returns the
     bits that any process had set by the previous boundary: the exchange runs beside the step and costs it nothing.
+    A process that torch's launcher has left alone ends without saving: the repeated command needs its folder.
     """
 
     SAVE = 256
@@ -179,12 +190,15 @@ class Agreement:
             if signal.getsignal(number) is signal.SIG_IGN:
                 continue  # as nohup asks for SIGHUP
             self._previous[number] = signal.signal(number, self._on_signal)
-        self._parent = os.getppid()
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self.world.size > 1 and os.getppid() != self._parent:
-            os._exit(128 + number)  # the launcher is gone; the others are told the same: save nothing
+        self._leave_if_orphaned()  # what our launcher's death sends is a SIGINT
         self.wanted = max(self.wanted & ~self.SAVE, number) | (self.wanted & self.SAVE)
+
+    def _leave_if_orphaned(self) -> None:
+        if self._launcher not in (None, os.getppid()):
+            os._exit(128 + signal.SIGINT)
 
     def ask_to_save(self) -> None:
         self.wanted |= self.SAVE
@@ -193,11 +207,13 @@ class Agreement:
         """Raises Interrupted if a signal asked this process to stop. For work that is not in steps and starts from a
         checkpoint: the others are not waited for.
         """
+        self._leave_if_orphaned()  # torchrun's death sends nothing
         if wanted := self.wanted & ~self.SAVE:
             raise Interrupted(wanted)
 
     def due(self) -> tuple[int, bool]:
         """(number of the signal to stop for, or 0; whether to save)."""
+        self._leave_if_orphaned()
         if self.world.size == 1:
             wanted = self.wanted
         else:

@@ -16,9 +16,17 @@ from anorm.data.random import seed_of, stream
 from anorm.engine import checkpoint, optim
 from anorm.engine.distributed import Agreement, join_statistics
 from anorm.engine.ema import after_step
-from anorm.engine.evaluate import Result
 from anorm.engine.interrupt import Interrupted
-from anorm.engine.keep import going_on_without, keep_predictions, save, save_release, weights_state
+from anorm.engine.keep import (
+    PREDICTIONS,
+    PREDICTIONS_EMA,
+    buffers_apart,
+    going_on_without,
+    keep_predictions,
+    save,
+    save_release,
+    weights_state,
+)
 from anorm.engine.meter import Clock, Meter, SaveTimer
 from anorm.engine.run import Run
 
@@ -36,13 +44,15 @@ def fit(run: Run) -> dict[str, Any]:
         while True:
             epoch, first = divmod(progress.step, run.train.steps_per_epoch)
             if first == 0 and progress.evaluated < epoch:
+                apart = None
                 if epoch % settings.eval.every == 0 or progress.step == run.total_steps:
                     clock.tick()
                     save(run)  # what ends an evaluation costs nothing else
+                    apart = buffers_apart(world, run.model)
                     evaluate_and_keep_best(run, epoch, agreement.end_alone)
                 progress.evaluated = epoch
                 clock.tick()
-                save(run)
+                save(run, apart)
                 save_due.restart()
             if progress.step >= run.total_steps:
                 break
@@ -118,11 +128,13 @@ def train_step(run: Run, step: int, step_batches: list[Batch]) -> tuple[Tensor, 
     return loss_sum, gradient_norm
 
 
-def evaluate_and_keep_best(run: Run, epoch: int, between: Callable[[], None]) -> Result:
-    """Evaluate after ``epoch`` epochs, write it down, keep the weights if they are the best so far."""
+def evaluate_and_keep_best(run: Run, epoch: int, between: Callable[[], None]) -> None:
+    """Evaluate after ``epoch`` epochs, write it down, keep the weights if they are the best so far; after the last
+    epoch, keep the weights for release and what they made of each image.
+    """
     settings, world, progress = run.settings, run.world, run.progress
-    join_statistics(world, run.model, settings.dist.stats)
     started = time.perf_counter()
+    join_statistics(world, run.model, settings.dist.stats)
     result = run.evaluator(called=run.evaluated, between=between)
     fields = {
         "step": progress.step,
@@ -133,6 +145,11 @@ def evaluate_and_keep_best(run: Run, epoch: int, between: Callable[[], None]) ->
         "images": result.images,
         "stats": settings.eval.stats,
     }
+    results = {PREDICTIONS: result}
+    if run.ema:
+        join_statistics(world, run.ema.model, settings.dist.stats)
+        average = results[PREDICTIONS_EMA] = run.evaluator(run.ema.model, between=between)
+        fields |= {"ema_top1": average.top1, "ema_top5": average.top5}
     improved = result.top1 > progress.best_top1
     if improved:
         progress.best_top1, progress.best_epoch = result.top1, epoch
@@ -141,13 +158,10 @@ def evaluate_and_keep_best(run: Run, epoch: int, between: Callable[[], None]) ->
         with going_on_without(run, "best weights"):
             checkpoint.save(run.folder / "best.ckpt", weights_state(run))
     if progress.step == run.total_steps:
-        keep_predictions(run.folder, world, result, run.evaluator.val.identity)
+        for name, of_images in results.items():
+            keep_predictions(run.folder / name, world, of_images, run.evaluator.val.identity)
         if world.main:
             save_release(run)
-    if run.ema:
-        join_statistics(world, run.ema.model, settings.dist.stats)
-        average = run.evaluator(run.ema.model, between=between)
-        fields |= {"ema_top1": average.top1, "ema_top5": average.top5}
     fields["seconds"] = time.perf_counter() - started
     run.record.write("eval", **fields)
     averaged = f" (average of weights: {fields['ema_top1']:.2f} %)" if run.ema else ""
@@ -156,7 +170,6 @@ def evaluate_and_keep_best(run: Run, epoch: int, between: Callable[[], None]) ->
         f"{result.images} images"
         f"{averaged}, best {progress.best_top1:.2f} % in epoch {progress.best_epoch}"
     )
-    return result
 
 
 def finish(run: Run) -> dict[str, Any]:

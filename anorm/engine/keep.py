@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy
 import torch
+from torch import Tensor, nn
 
 from anorm.engine import checkpoint, optim
-from anorm.engine.distributed import World
+from anorm.engine.distributed import World, joined
 from anorm.engine.evaluate import Result
 from anorm.engine.run import Progress, Run
 
@@ -29,23 +30,63 @@ def weights_state(run: Run) -> dict[str, Any]:
     } | ({"ema": run.ema.model.state_dict()} if run.ema else {})
 
 
-def save(run: Run) -> None:
+def buffers_apart(world: World, model: nn.Module) -> list[list[Tensor]]:
+    """The buffers of every process, on rank 0."""
+    return world.gather([buffer.to("cpu", copy=True) for buffer in model.buffers()])
+
+
+def with_buffers(state: dict[str, Tensor], model: nn.Module, values: list[Tensor]) -> dict[str, Tensor]:
+    """``state``, of ``model``, with other values of its buffers."""
+    named = zip((name for name, _ in model.named_buffers()), values, strict=True)
+    return state | {name: value for name, value in named if name in state}
+
+
+def join_again(model: nn.Module, path: Path, how: str) -> None:
+    """Statistics for ``model`` from those that each process of a run had at its checkpoint ``path``, joined in the way
+    that ``how`` says. Raises ValueError where the file holds none.
+    """
+    apart = checkpoint.load(path).get("processes", {}).get("apart") if path.suffix == ".ckpt" else None
+    if not apart:
+        raise ValueError(
+            f"{path} holds the statistics of its processes joined: dist.stats is for the last checkpoints of a run "
+            "(last.ckpt, last-1.ckpt, ...), which hold those of each"
+        )
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), joined(apart, how), strict=True):
+            buffer.copy_(value)
+
+
+def save(run: Run, apart: list[list[Tensor]] | None = None) -> None:
     """last.ckpt: all that the next step depends on. Called by every process; rank 0 writes. The one before is kept,
     unless it is of the same step, before its evaluation.
+
+    Its weights hold the statistics of all processes joined; each process continues with its own. apart: those of each
+    before an evaluation joined them, so that ``join_again`` can join them in another way.
     """
     world = run.world
-    buffers = world.gather([buffer.cpu() for buffer in run.model.buffers()])
-    ema_buffers = world.gather([buffer.cpu() for buffer in run.ema.model.buffers()]) if run.ema else []
+    buffers = buffers_apart(world, run.model)
+    ema_buffers = buffers_apart(world, run.ema.model) if run.ema else []
     sums = world.gather(run.sums.cpu())
     if not world.main:
         return
     with going_on_without(run, "checkpoint"):
         run.record.write("checkpoint", step=run.progress.step)
-        state = weights_state(run) | {
+        state = weights_state(run)
+        how = run.settings.dist.stats
+        state["model"] = with_buffers(state["model"], run.model, joined(buffers, how))
+        if run.ema:
+            state["ema"] = with_buffers(state["ema"], run.ema.model, joined(ema_buffers, how))
+        state |= {
             "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(),
             "ema_steps": run.ema.steps if run.ema else 0,
-            "processes": {"size": world.size, "buffers": buffers, "ema_buffers": ema_buffers, "sums": sums},
+            "processes": {
+                "size": world.size,
+                "buffers": buffers,
+                "ema_buffers": ema_buffers,
+                "apart": apart or buffers,
+                "sums": sums,
+            },
             "log_offset": run.record.offset,
             "threads": torch.get_num_threads(),
         }
@@ -91,12 +132,10 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
             "same order, sums in another, so the weights will agree to rounding and not to the last bit"
         )
     for model, kept in models:
-        for i, buffer in enumerate(model.buffers()):
-            values = [rank[i] for rank in kept]
-            if same:
-                buffer.copy_(values[world.rank])
-            else:
-                buffer.copy_(torch.stack(values).mean(0) if buffer.is_floating_point() else values[0])
+        for buffer, value in zip(
+            model.buffers(), kept[world.rank] if same else joined(kept, "mean"), strict=True
+        ):
+            buffer.copy_(value)
     if same:
         run.sums.copy_(processes["sums"][world.rank])
     else:
@@ -105,13 +144,14 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
 
 
 PREDICTIONS = "predictions.npz"
+PREDICTIONS_EMA = "predictions_ema.npz"
 
 
-def keep_predictions(folder: Path, world: World, result: Result, identity: str) -> None:
-    """predictions.npz: for every image of the evaluation, in the data set's order, what the final weights
-    made of it: index, label, predicted (classes), top1, top5 (whether the label was first, or among five),
-    confidence (of the predicted class). data: the identity of the images, so that results of other images
-    are not compared with these. Called by every process; rank 0 writes.
+def keep_predictions(path: Path, world: World, result: Result, identity: str) -> None:
+    """For every image of an evaluation, in the data set's order, what the weights made of it: index, label,
+    predicted (classes), top1, top5 (whether the label was first, or among five), confidence (of the predicted class).
+    data: the identity of the images, so that results of other images are not compared with these. Called by every
+    process; rank 0 writes.
     """
     columns = {
         "index": result.index,
@@ -126,7 +166,7 @@ def keep_predictions(folder: Path, world: World, result: Result, identity: str) 
         whole = (numpy.concatenate(column) for column in zip(*parts, strict=True))
         content = io.BytesIO()
         numpy.savez_compressed(content, data=numpy.array(identity), **dict(zip(columns, whole, strict=True)))
-        checkpoint.write_atomic(folder / PREDICTIONS, content.getbuffer())
+        checkpoint.write_atomic(path, content.getbuffer())
 
 
 def save_release(run: Run) -> None:

@@ -132,8 +132,9 @@ def _report(error: Any, words: Path) -> int:
         print(said[0], file=sys.stderr, flush=True)
     elif failure.exitcode < 0:
         print(
-            f"error: process {number} of {len(error.failures)} was killed by signal {-failure.exitcode}; "
-            "the others were stopped. Repeat the command to continue from the last checkpoint",
+            f"error: process {number} of {len(error.failures)} was killed by signal {-failure.exitcode}"
+            + (" (NCCL's, where another did not answer it)" if -failure.exitcode == signal.SIGABRT else "")
+            + "; the others were stopped. Repeat the command to continue from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -138,7 +138,7 @@ def rehearsal(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple
 
 def clear(folder: Path) -> None:
     """Remove what an earlier, unwanted start of the same run left."""
-    for pattern in ("*.ckpt", METRICS, "*.safetensors", "predictions.npz"):
+    for pattern in ("*.ckpt", METRICS, "*.safetensors", "predictions*.npz"):
         for path in folder.glob(pattern):
             path.unlink()
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)

@@ -1,5 +1,6 @@
 """Several processes over gloo, started in every way that a machine without GPUs can."""
 
+import itertools
 import os
 import re
 import signal
@@ -10,7 +11,20 @@ import time
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, SMALL, environment, events, ranks_of, run_train, start_train, train, weights
+from processes import (
+    ROOT,
+    SMALL,
+    children_of,
+    environment,
+    events,
+    ranks_of,
+    run_train,
+    script,
+    start_train,
+    train,
+    weights,
+)
+from safetensors.torch import load_file
 
 TWO = "hardware.processes=2"
 # four steps an epoch of 2 x 8 images
@@ -57,14 +71,40 @@ def test_statistics_of_each_process_equal_one_process_that_accumulates(tmp_path,
 
 
 @pytest.mark.slow
-def test_running_statistics_are_joined_by_mean_or_rank_0(tmp_path):
-    mean, _ = final_weights(tmp_path / "mean", *FP64, TWO)
-    rank0, _ = final_weights(tmp_path / "rank0", *FP64, TWO, "dist.stats=rank0")
+def test_running_statistics_are_joined_by_mean_or_rank_0(tmp_path, capsys):
+    """For evaluation, for release and in every checkpoint; those of each process are kept, to be joined otherwise."""
+    arguments = [*FP64, TWO, "epochs=1", "ema.decay=0.9", "checkpoint.every_steps=2"]
+    mean, evaluated = final_weights(tmp_path / "mean", *arguments)
+    rank0, by_rank0 = final_weights(tmp_path / "rank0", *arguments, "dist.stats=rank0")
     assert_close(mean, rank0, statistics=False)
     name = next(key for key in mean if key.endswith("running_mean"))
     assert not torch.allclose(mean[name], rank0[name])
-    kept = weights(tmp_path / "mean")["processes"]["buffers"]
-    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    last, third_step = weights(tmp_path / "mean"), weights(tmp_path / "mean", "last-1.ckpt")
+    assert (last["step"], third_step["step"]) == (4, 3)
+    for kept in ("buffers", "ema_buffers"):
+        assert all(torch.equal(a, b) for a, b in zip(*last["processes"][kept], strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(*third_step["processes"][kept], strict=True))
+    number = [key for key in third_step["model"] if "running" in key or "tracked" in key].index(name)
+    for entry, kept in (("model", "buffers"), ("ema", "ema_buffers")):
+        one, other = (buffers[number] for buffers in third_step["processes"][kept])
+        torch.testing.assert_close(third_step[entry][name], (one + other) / 2, rtol=1e-12, atol=0)
+
+    for folder, released in itertools.product(("mean", "rank0"), ("weights", "weights_ema")):
+        state = weights(tmp_path / folder)["ema" if released == "weights_ema" else "model"]
+        saved = load_file(tmp_path / folder / f"{released}.safetensors")
+        assert all(torch.equal(value, saved[key]) for key, value in state.items())
+
+    for folder, stats, expected in (
+        ("mean", "rank0", by_rank0),
+        ("mean", "mean", evaluated),
+        ("rank0", "mean", evaluated),
+    ):
+        assert script("tools/validate.py").main([str(tmp_path / folder), f"dist.stats={stats}"]) == 0
+        assert f"loss {expected['loss']:.6f} " in capsys.readouterr().out
+    assert f"{evaluated['loss']:.6f}" != f"{by_rank0['loss']:.6f}"
+    for file in ("best.ckpt", "weights.safetensors"):
+        assert script("tools/validate.py").main([str(tmp_path / "mean" / file), "dist.stats=rank0"]) == 2
+        assert "holds the statistics of its processes joined" in capsys.readouterr().err
 
 
 LONG = [
@@ -218,14 +258,7 @@ def test_a_signal_where_torchs_launcher_does_not_expect_it(tmp_path):
         api.time = Clock
         sys.exit(train.main(sys.argv[1:]))
     """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *LONG, "checkpoint.every_steps=0", f"run_dir={folder}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
+    process = start_train(*LONG, "checkpoint.every_steps=0", f"run_dir={folder}", code=code)
     try:
         wait_for_step(process, folder, 3)
         now.touch()
@@ -282,20 +315,17 @@ def test_torchrun(tmp_path):
     assert done.stdout.count("run folder:") == 1
 
 
+def tasks_of_srun(number, *arguments, code=None):
+    """Two, with the environment that srun gives them; ``code`` instead of train.py."""
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(number), "SLURM_STEP_NODELIST": "localhost"}
+    return [
+        start_train(*arguments, code=code, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in (0, 1)
+    ]
+
+
 @pytest.mark.slow
 def test_srun(tmp_path):
-    """Two tasks with the environment that srun gives them."""
-    slurm = {
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_JOB_ID": "4242",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x1)",
-    }
-    tasks = [
-        start_train(*SMALL, f"run_dir={tmp_path / 'run'}", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm)
-        for i in (0, 1)
-    ]
-    for task in tasks:
+    for task in tasks_of_srun(4242, *SMALL, f"run_dir={tmp_path / 'run'}"):
         _, err = task.communicate(timeout=300)
         assert task.returncode == 0, err
     assert len(events(tmp_path / "run", "final")) == 1
@@ -303,10 +333,8 @@ def test_srun(tmp_path):
 
 
 def test_a_mistake_under_another_launcher_ends_every_task_with_status_2(tmp_path):
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "4243", "SLURM_STEP_NODELIST": "localhost"}
-    tasks = [start_train("norm=attn", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in (0, 1)]
     errors = []
-    for task in tasks:
+    for task in tasks_of_srun(4243, "norm=attn"):
         errors.append(task.communicate(timeout=300)[1])
         assert task.returncode == 2
     assert sum("unknown norm 'attn'" in err for err in errors) == 1
@@ -324,12 +352,52 @@ def test_an_error_of_one_task_ends_it_at_once_under_another_launcher(tmp_path):
         "schedule.warmup_epochs=0", "batch_size=4", "optim.global_batch=8", "hardware=cpu", "hardware.workers=0",
         "hardware.threads=1", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "4244", "SLURM_STEP_NODELIST": "localhost"}
-    tasks = [start_train(*arguments, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in (0, 1)]
+    tasks = tasks_of_srun(4244, *arguments)
     ends = [(task.communicate(timeout=120)[1], task.returncode) for task in tasks]
     told = [status for err, status in ends if "3.JPEG is not a readable image" in err]
     assert told == [2]
     assert all(status for _, status in ends)  # gloo's connection to it broke
+
+
+def test_a_process_that_hangs_is_given_up_in_words(tmp_path):
+    impatient = """if True:
+        import datetime, sys, train
+        from anorm.engine import distributed
+        distributed.TIMEOUT = datetime.timedelta(seconds=8)
+        sys.exit(train.main(sys.argv[1:]))
+    """
+    folder = tmp_path / "run"
+    tasks = tasks_of_srun(4245, *SMALL, "epochs=500", "log.every=1", f"run_dir={folder}", code=impatient)
+    try:
+        wait_for_step(tasks[0], folder, 3)
+        tasks[1].send_signal(signal.SIGSTOP)
+        _, err = tasks[0].communicate(timeout=120)
+    finally:
+        for task in tasks:
+            task.kill()
+    tasks[1].communicate()
+    assert tasks[0].returncode == 1
+    assert "another process did not answer" in err and "Traceback" not in err and "Repeat the command" in err
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_left_alone_end(tmp_path):
+    """Its death, unlike that of our own launcher, sends them nothing."""
+    folder = tmp_path / "run"
+    torchrun = """if True:
+        import sys
+        from torch.distributed.run import main
+        main(["--nproc-per-node=2", *sys.argv[1:]])
+    """
+    arguments = [str(ROOT / "train.py"), *SMALL, "epochs=500", "log.every=1", f"run_dir={folder}"]
+    process = start_train(*arguments, code=torchrun)
+    wait_for_step(process, folder, 3)
+    ranks = children_of(process.pid, "train.py")
+    assert len(ranks) == 2
+    process.kill()
+    wait_until_gone(ranks)
+    assert not (folder / "last.ckpt").exists() or weights(folder)["step"] % 4 == 0  # saved by no last will
+    process.communicate(timeout=60)
 
 
 def test_a_rank_that_meets_a_mistake_reports_it_once(tmp_path):
