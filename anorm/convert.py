@@ -133,7 +133,7 @@ def convert(
     others = _Law(*_named(elsewhere)) if elsewhere is not None else None
     chosen = _chooser(norm, where)
 
-    layers = {name: layer for name, layer in model.named_modules() if _is_norm(layer)}
+    layers = {name: layer for name, layer in model.named_modules() if is_norm(layer)}
     inside = {child for layer in layers.values() for child in layer.modules() if child is not layer}
     layers = {name: layer for name, layer in layers.items() if layer not in inside}
     if "" in layers:
@@ -244,7 +244,10 @@ class _Law:
         return Placement(self.norm, "all", **options)(site)
 
 
-def _is_norm(layer: nn.Module) -> bool:
+def is_norm(layer: nn.Module) -> bool:
+    """Whether a layer of any library normalizes: by its type, or by its type's name where that holds no weights of
+    convolutions or linear layers.
+    """
     if isinstance(layer, (Norm, nn.BatchNorm2d, nn.SyncBatchNorm)):
         return True
     holds_weights = any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in layer.modules())

@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
 def copy(image: Path, place: Path) -> None:
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(image, place)
+        part = place.with_name(f".{place.name}.part")
+        shutil.copyfile(image, part)
+        part.replace(place)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,12 @@ def test_mistakes_in_the_command_line(capsys, arguments, words):
         (["norm=an", "norm.k=0"], ["k=0", "positive"]),
         (["norm=gn", "norm.groups=7"], ["16 channels", "7"]),
         (["norm=an", "batch_size=1"], ["batch", "2"]),
+        (["norm=an", "norm.sync=true", "batch_size=1"], ["batch", "2"]),  # nothing to pool over: one process
+        (["norm=module", "norm.target=torch.nn.BatchNorm2d", "norm.sync=true"], ["BatchNorm2d", "norm=bn"]),
+        (
+            ["norm=module", "norm.target=torch.nn.BatchNorm2d", "eval.stats=batch"],
+            ["eval.stats=batch", "BatchNorm2d", "recalibrated"],
+        ),
         (["batch_size=3"], ["batch_size=4", "optim.global_batch"]),
         (["hardware.processes=3"], ["hardware.processes=2", "optim.global_batch"]),
         (["hardware=gpu"], ["no GPU", "hardware=cpu"]),
@@ -99,7 +105,11 @@ def test_what_cannot_be_built(capsys, tmp_path, arguments, words):
     message = refused(capsys, *SMALL, f"run_dir={tmp_path / 'run'}", *arguments)
     for word in words:
         assert word in message
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() or "batch_size=1" in arguments
+    assert (
+        not (tmp_path / "run" / "metrics.jsonl").exists()
+        or "batch_size=1" in arguments
+        or "eval.stats=batch" in arguments
+    )
 
 
 def image_folder(root, classes=("cat", "dog"), count=8, size=40):
@@ -142,6 +152,16 @@ def test_a_file_that_is_no_image(capsys, tmp_path):
     run = tmp_path / "run"
     message = refused(capsys, *FOLDER, f"data.root={root}", f"run_dir={run}")
     assert "0.png" in message
+
+
+def test_an_evaluation_that_fails_again_and_again_leaves_the_older_checkpoints(capsys, tmp_path):
+    root, run = image_folder(tmp_path / "set"), tmp_path / "run"
+    (root / "val" / "cat" / "0.png").write_bytes(b"not an image at all")
+    arguments = [*FOLDER, "epochs=1", "batch_size=4", "optim.global_batch=4", "checkpoint.every_steps=1"]
+    for _ in range(4):
+        assert "0.png" in refused(capsys, *arguments, f"data.root={root}", f"run_dir={run}")
+        kept = [torch.load(run / f"last{age}.ckpt", weights_only=True)["step"] for age in ("", "-1", "-2")]
+        assert kept == [4, 3, 2]
 
 
 @pytest.fixture(scope="module")

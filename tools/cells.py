@@ -1,8 +1,8 @@
 """Running the missing cells of a grid: each by train.py in a process of its own, each once, whatever happens to the others.
 
 A cell is a run's signature. Beside the run folders lies ``.grid``: SIGNATURE.lock, which the worker and its train.py hold
-while they run (the system releases it with the last of them), SIGNATURE.log, what the run printed, and SIGNATURE.failed,
-what is known of its last failure. A cell that failed is left alone until it is retried. On a cluster a cell is submitted
+while they run (the system releases it with the last of them), SIGNATURE.yaml, its configuration, SIGNATURE.log, what the
+run printed, and SIGNATURE.failed, what is known of its last failure. A cell that failed is left alone until it is retried. On a cluster a cell is submitted
 instead: SIGNATURE.job holds the job's number, and while Slurm has that job the cell is taken.
 """
 
@@ -42,12 +42,10 @@ class Cell:
     folder: Path
     labels: tuple[str, ...]
 
-    def arguments(self) -> list[str]:
-        return [*self.line.arguments(self.seed), f"run_dir={self.folder}"]
-
-    def frozen(self, machine: Machine) -> str:
-        """The configuration as text for train.py --config, on a machine elsewhere."""
-        config = resolve_for(self.line.config | {"seed": self.seed, "run_dir": str(self.folder)}, machine)
+    def frozen(self, machine: Machine | None = None) -> str:
+        """The configuration as text for train.py --config, on a machine elsewhere or on this one."""
+        config = self.line.config | {"seed": self.seed, "run_dir": str(self.folder)}
+        config = resolve_for(config, machine) if machine else config
         return yaml.safe_dump({"choices": self.line.composed[1]} | config, sort_keys=False)
 
 
@@ -208,7 +206,9 @@ def run_cells(
 
 
 def _run(cell: Cell, book: Book, lock: int, outcome: Outcome) -> None:
-    command, started = [sys.executable, str(ROOT / "train.py"), *cell.arguments()], time.monotonic()
+    file = book.folder / f"{cell.signature}.yaml"
+    file.write_text(cell.frozen())  # files of configs/ may have been edited since the table was opened
+    command, started = [sys.executable, str(ROOT / "train.py"), "--config", str(file)], time.monotonic()
     with open(book.log(cell.signature), "w") as log:
         process = subprocess.Popen(
             command,

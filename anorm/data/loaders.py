@@ -132,9 +132,12 @@ class EvalLoader:
         return -(-(self._stop - self._first) // self.batch)
 
     def __iter__(self) -> Iterator[Batch]:
+        images, wanted = 0, self._stop - self._first
         for fetched in self._feed.run(self._requests()):
+            images += len(fetched.images)
             if len(fetched.images):
                 yield self._finish(fetched)
+        assert wanted - len(self.skipped) <= images <= wanted, (images, wanted, len(self.skipped))
 
     def _requests(self) -> Iterator[Request]:
         for start in range(self._first, self._stop, self.batch):

@@ -104,8 +104,10 @@ class FolderLock:
 
     def keep(self, rank: int) -> None:
         """Hold this rank's byte alone."""
-        fcntl.lockf(self._file, fcntl.LOCK_UN, self.BYTES, 0)
         fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        for first, beyond in ((0, rank), (rank + 1, self.BYTES)):
+            if beyond > first:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, beyond - first, first)
 
     def close(self) -> None:
         self._file.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,12 +28,13 @@ TIMEOUT = timedelta(minutes=20)
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. ``size`` 1 needs no process group."""
+    """This process's place. ``size`` 1 needs no process group. launcher: the process id of torch's, where it started us."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
+    launcher: int | None = None
 
     @property
     def main(self) -> bool:
@@ -70,6 +72,11 @@ class World:
             return replace(self, device=torch.device("cpu"))
         return replace(self, device=torch.device("cuda", self.local_rank % torch.cuda.device_count()))
 
+    def end_if_orphaned(self) -> None:
+        """End this process, saving nothing, when its launcher was killed: the repeated command needs the run's folder."""
+        if self.launcher not in (None, os.getppid()):
+            os._exit(128 + signal.SIGINT)
+
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
         """What ``make`` returns on rank 0, everywhere. When it raises there, the other processes exit with status 2."""
         if self.size == 1:
@@ -80,6 +87,8 @@ class World:
                 box = [True, make()]
         finally:
             dist.broadcast_object_list(box)
+            if not box[0]:
+                _leave_together()
         if not box[0]:
             raise SystemExit(2)
         return box[1]
@@ -115,8 +124,21 @@ def process_group() -> Iterator[World]:
         torch.cuda.set_device(local % gpus)
     # loaders fork their workers when InfiniBand's memory is registered already
     os.environ.setdefault("RDMAV_FORK_SAFE", "1")
+    world = World(rank, size, local, launcher=os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
+    threading.Thread(target=_watch_launcher, args=(world,), daemon=True).start()
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
-    yield World(rank, size, local)
+    yield world
+    _leave_together()
+
+
+def _watch_launcher(world: World) -> None:
+    """Torchrun's death tells a process nothing, and one that waits for a GPU would not hear a signal."""
+    while world.launcher is not None:
+        world.end_if_orphaned()
+        time.sleep(1)
+
+
+def _leave_together() -> None:
     dist.barrier()  # no one closes the connection that another still reads from
     dist.destroy_process_group()
 
@@ -177,7 +199,6 @@ class Agreement:
 
     A signal, or rank 0's clock, sets a bit here; ``due()`` is called by all at every boundary and returns the
     bits that any process had set by the previous boundary: the exchange runs beside the step and costs it nothing.
-    A process that torch's launcher has left alone ends without saving: the repeated command needs its folder.
     """
 
     SAVE = 256
@@ -190,15 +211,11 @@ class Agreement:
             if signal.getsignal(number) is signal.SIG_IGN:
                 continue  # as nohup asks for SIGHUP
             self._previous[number] = signal.signal(number, self._on_signal)
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._leave_if_orphaned()  # what our launcher's death sends is a SIGINT
+        if number == signal.SIGINT:
+            self.world.end_if_orphaned()  # what our launcher's death sends
         self.wanted = max(self.wanted & ~self.SAVE, number) | (self.wanted & self.SAVE)
-
-    def _leave_if_orphaned(self) -> None:
-        if self._launcher not in (None, os.getppid()):
-            os._exit(128 + signal.SIGINT)
 
     def ask_to_save(self) -> None:
         self.wanted |= self.SAVE
@@ -207,13 +224,11 @@ class Agreement:
         """Raises Interrupted if a signal asked this process to stop. For work that is not in steps and starts from a
         checkpoint: the others are not waited for.
         """
-        self._leave_if_orphaned()  # torchrun's death sends nothing
         if wanted := self.wanted & ~self.SAVE:
             raise Interrupted(wanted)
 
     def due(self) -> tuple[int, bool]:
         """(number of the signal to stop for, or 0; whether to save)."""
-        self._leave_if_orphaned()
         if self.world.size == 1:
             wanted = self.wanted
         else:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from anorm.data.loaders import EvalLoader, TrainLoader
+from anorm.data.random import seed_of
 from anorm.engine.distributed import World, join_statistics
 from anorm.engine.hardware import Autocast
 from anorm.engine.settings import Eval
@@ -72,6 +74,7 @@ def evaluate(
         images += len(labels)
         rows.append((indices, labels, ranked[:, 0], first, among_five, logits.softmax(1).amax(1)))
     sums[3] = images
+    world.barrier()  # over gloo: NCCL would not notice that another left by ``between``
     world.sum(sums)
     model.train(was_training)
     torch.backends.cudnn.benchmark = tuned
@@ -111,16 +114,17 @@ class Evaluator:
 
     @torch.no_grad()
     def recalibrate(self, model: nn.Module) -> None:
-        """Pass training images, augmented as in training and not mixed, through ``model``: only its
-        statistics change.
+        """Pass ``eval.recalibrate_batches`` micro-batches in all of training images, augmented as in training and not
+        mixed, through ``model``: only its statistics change.
         """
         left = -(-self.settings.recalibrate_batches // self.world.size)
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
-        for step_batches in self.train.epoch(self.unused_epoch):
-            for images, _, _ in step_batches[:left]:
+        model.eval()  # no dropout, wherever it is
+        for norm in _with_statistics(model):
+            norm.training = True
+        for step, step_batches in enumerate(self.train.epoch(self.unused_epoch)):
+            for k, (images, _, _) in enumerate(step_batches[:left]):
+                number = self.train.micro_batch_number(k)
+                torch.manual_seed(seed_of(self.train.seed, "recalibrate", step, number))  # AFN's own dropout
                 with self.autocast():
                     model(images)
             left -= len(step_batches)
@@ -134,19 +138,26 @@ class Evaluator:
 def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], None]) -> Iterator[None]:
     """Within: norms evaluate with their running statistics ("running", the default), each batch's own
     ("batch"), or statistics taken afresh from training batches by ``recalibrate`` ("recalibrated").
-    Afterwards all is as before.
+    Afterwards all is as before. Raises ValueError for "batch" where another library's norm keeps its statistics.
     """
-    norms = [module for module in model.modules() if isinstance(module, RunningNorm) and not module.frozen]
-    before = [norm.eval_stats for norm in norms]  # a law may have its own way (afn_as_released)
+    norms = _with_statistics(model)
+    ours = [norm for norm in norms if isinstance(norm, RunningNorm)]
+    before = [norm.eval_stats for norm in ours]  # a law may have its own way (afn_as_released)
     if source == "running":
         yield
     elif source == "batch":
-        for norm in norms:
+        if len(ours) < len(norms):
+            other = next(norm for norm in norms if norm not in ours)
+            raise ValueError(
+                f"eval.stats=batch does not reach a {type(other).__name__} of another library: set eval.stats=running "
+                "or recalibrated"
+            )
+        for norm in ours:
             norm.eval_stats = "batch"
         try:
             yield
         finally:
-            for norm, stats in zip(norms, before, strict=True):
+            for norm, stats in zip(ours, before, strict=True):
                 norm.eval_stats = stats
     else:
         kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -154,12 +165,25 @@ def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], Non
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the cumulative average
+        for norm in ours:
             norm.eval_stats = "running"
         try:
             recalibrate()
             yield
         finally:
-            for norm, momentum, stats in zip(norms, momenta, before, strict=True):
-                norm.momentum, norm.eval_stats = momentum, stats
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            for norm, stats in zip(ours, before, strict=True):
+                norm.eval_stats = stats
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
+
+
+def _with_statistics(model: nn.Module) -> list[nn.Module]:
+    """The norms that track statistics and are not frozen, torch's own among them (norm=module, norm=timm:...)."""
+    return [
+        module
+        for module in model.modules()
+        if (isinstance(module, RunningNorm) and not module.frozen)
+        or (isinstance(module, _NormBase) and module.track_running_stats)
+    ]

@@ -57,6 +57,9 @@ def fit(run: Run) -> dict[str, Any]:
             if progress.step >= run.total_steps:
                 break
             train_epoch(run, epoch, first, agreement, save_due, clock)
+    except Interrupted as interrupted:
+        interrupted.saved = not world.main or run.saved_step == progress.step
+        raise
     finally:
         gc.enable()
         agreement.close()

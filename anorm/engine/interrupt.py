@@ -2,8 +2,8 @@
 
 
 class Interrupted(Exception):
-    """A signal stopped the run at a step boundary; everything is saved."""
+    """A signal stopped the run at a step boundary. saved: whether the checkpoint of that step was written."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by signal {number}")
-        self.number = number
+        self.number, self.saved = number, True

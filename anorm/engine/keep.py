@@ -118,7 +118,8 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     optim.lay_out_as_parameters(run.optimizer)
-    run.scaler.load_state_dict(state["scaler"]) if run.scaler.is_enabled() else None
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict(state["scaler"])
     run.progress = Progress(**state["progress"])
     models = [(run.model, processes["buffers"])]
     if run.ema:
@@ -140,6 +141,7 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
         run.sums.copy_(processes["sums"][world.rank])
     else:
         run.sums.copy_(torch.stack(processes["sums"]).mean(0))
+    run.saved_step = run.progress.step
     return said
 
 

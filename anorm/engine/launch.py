@@ -96,7 +96,7 @@ def launch(rank: Rank, processes: int, *arguments: Any) -> int:
         try:
             return max(elastic_launch(config, _in_rank)(rank, words, *arguments).values())
         except ChildFailedError as error:
-            return _report(error, Path(words))
+            return _report(error, processes, Path(words))
         except Exception as error:
             # torch raises it wherever the signal finds this process, also where a `finally` of its own then fails
             # (which stops the ranks with SIGTERM, whatever it was; under torchrun that failure is what one sees)
@@ -124,7 +124,7 @@ def _in_rank(rank: Rank, words: str, *arguments: Any) -> int:
     return or_leave(lambda: rank(*arguments, words=Path(words) / f"{int(os.environ['RANK']):05d}"))
 
 
-def _report(error: Any, words: Path) -> int:
+def _report(error: Any, processes: int, words: Path) -> int:
     """Print why the first process failed; its status."""
     said = [path.read_text() for path in sorted(words.iterdir())]
     number, failure = error.get_first_failure()
@@ -132,7 +132,7 @@ def _report(error: Any, words: Path) -> int:
         print(said[0], file=sys.stderr, flush=True)
     elif failure.exitcode < 0:
         print(
-            f"error: process {number} of {len(error.failures)} was killed by signal {-failure.exitcode}"
+            f"error: process {number} (of 0 to {processes - 1}) was killed by signal {-failure.exitcode}"
             + (" (NCCL's, where another did not answer it)" if -failure.exitcode == signal.SIGABRT else "")
             + "; the others were stopped. Repeat the command to continue from the last checkpoint",
             file=sys.stderr,

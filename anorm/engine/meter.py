@@ -42,8 +42,11 @@ class SaveTimer:
         self._since = time.monotonic()
 
     def now(self, step: int) -> bool:
-        by_step = self.steps and step % self.steps == 0
-        return bool(by_step or (self.seconds and time.monotonic() - self._since > self.seconds))
+        """Whether to ask for one; said once, as several processes save at the next step boundary."""
+        late = self.seconds and time.monotonic() - self._since > self.seconds
+        if late:
+            self.restart()
+        return bool(late or (self.steps and step % self.steps == 0))
 
 
 class Meter:
@@ -79,8 +82,8 @@ class Meter:
         bad = ~good_loss if run.scaler.is_enabled() else ~(good_loss & good)
         sums[3] = torch.where((sums[3] == 0) & bad, float(step + 1), sums[3])
         self.steps += 1
-        if sums.device.type == "cpu" and sums[3] > 0:
-            self._stop()
+        if sums.device.type == "cpu" and run.world.size == 1 and sums[3] > 0:
+            self._stop()  # of several all must come to it: in report()
 
     def report(self, epoch: int, rate: float) -> None:
         run, world, progress = self.run, self.run.world, self.run.progress

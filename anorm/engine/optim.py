@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from anorm.archs.foreign import Foreign
+from anorm.convert import is_norm
 from anorm.engine.names import nearest
 from anorm.engine.settings import Optim
 from anorm.norms.base import Norm, ParamNeeds, RunningNorm
@@ -20,7 +22,8 @@ MIXTURES = "mixtures"
 
 
 def declared_needs(model: nn.Module) -> dict[str, tuple[ParamNeeds, bool]]:
-    """Parameter name -> (its needs, whether a norm declared them). The outermost norm's word counts.
+    """Parameter name -> (its needs, whether they are of a norm). The outermost norm's word counts; those of another
+    library's norm have the role "norm".
 
     Parameters of other modules have the role "bias" where their module calls them so, else "weight".
     """
@@ -29,6 +32,10 @@ def declared_needs(model: nn.Module) -> dict[str, tuple[ParamNeeds, bool]]:
         needs |= {
             f"{name}.{local}" if name else local: (need, True) for local, need in norm.param_needs().items()
         }
+    for name, module in model.named_modules():
+        if not isinstance(module, Norm) and is_norm(module):
+            for local, _ in module.named_parameters():
+                needs.setdefault(f"{name}.{local}" if name else local, (ParamNeeds("norm"), True))
     for name, _ in model.named_parameters():
         if name not in needs:
             needs[name] = (ParamNeeds("bias" if name.rpartition(".")[2] == "bias" else "weight"), False)
@@ -41,7 +48,8 @@ def parameter_groups(
     """Optimizer groups {params, names, roles, weight_decay, lr_scale, clip}; each trainable parameter is in
     exactly one.
 
-    decay_norm: also decay what norms declare (the authors' practice).
+    decay_norm: also decay what norms declare (the authors' practice). It is one switch for all that a norm learns, its
+    attention included: layers that differ in how much of them is attention are compared under one rule.
     layer_decay: the rate of block i of L is multiplied by layer_decay^(L - 1 - i); a block is a child of the
     network, or a child of one of its sequences, in the order of construction.
     """
@@ -253,5 +261,7 @@ def _outermost_norms(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _block(model: nn.Module, name: str) -> tuple[str, ...]:
+    if isinstance(model, Foreign):
+        model, name = model.network, name.removeprefix("network.")
     parts = name.split(".")
     return tuple(parts[:2] if isinstance(getattr(model, parts[0]), nn.Sequential) else parts[:1])

@@ -62,12 +62,13 @@ class Record:
             return
         path = folder / METRICS
         self._file = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # held until close()
-        self._file.truncate(offset)
+        # what somebody shortened meanwhile is not filled up
+        self._file.truncate(min(offset, os.fstat(self._file.fileno()).st_size))
         self._file.seek(0, os.SEEK_END)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # that step's points are there already
         if sys.stdout.isatty():
             self._bar = _Bar(step, total_steps)
 

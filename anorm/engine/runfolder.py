@@ -61,7 +61,9 @@ def freeze(folder: Path, config: dict, choices: dict[str, str], signature: str) 
 
 
 def thaw(path: Path) -> tuple[dict, dict[str, str]]:
-    """(configuration, choices) that ``freeze`` wrote, given the file or its folder. Raises ValueError in words."""
+    """(configuration, choices) that ``freeze`` wrote, given the file or its folder, wherever that lies now. Raises
+    ValueError in words.
+    """
     path = path / CONFIG if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no {path}: give a run folder, or the config.yaml of one")
@@ -69,7 +71,8 @@ def thaw(path: Path) -> tuple[dict, dict[str, str]]:
     if not isinstance(held, dict) or "choices" not in held:
         raise ValueError(f"{path} is no frozen configuration: it has no choices")
     choices = held.pop("choices")
-    held.pop("signature", None)
+    if held.pop("signature", None) and (path.parent / METRICS).exists():
+        held["run_dir"] = str(path.parent.resolve())
     return held, choices
 
 
@@ -121,10 +124,10 @@ def occupied(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple[
                 checkpoint.load(last)  # nothing is written beside a damaged one
             freeze(folder, config, job["choices"], job["signature"])
             lock.keep(0)
-        world.barrier()
+        resumes = world.broadcast(last.exists())  # one answer, also where a network disk's caches differ
         if not world.main:
             lock.keep(world.rank)
-        yield folder, checkpoint.load(last) if last.exists() else None
+        yield folder, checkpoint.load(last) if resumes else None
     finally:
         lock.close()
 
@@ -138,7 +141,7 @@ def rehearsal(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple
 
 def clear(folder: Path) -> None:
     """Remove what an earlier, unwanted start of the same run left."""
-    for pattern in ("*.ckpt", METRICS, "*.safetensors", "predictions*.npz"):
+    for pattern in (METRICS, "*.ckpt", "*.safetensors", "predictions*.npz"):
         for path in folder.glob(pattern):
             path.unlink()
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
@@ -147,7 +150,7 @@ def clear(folder: Path) -> None:
 def _difference(held: dict, config: dict) -> str:
     old, new = flatten({k: v for k, v in held.items() if k not in ("signature", "choices")}), flatten(config)
     counts_here = [
-        *(["hardware.processes"] if config["norm"].get("sync") else []),
+        *(["hardware.processes"] if config["norm"].get("sync") or config["eval"]["stats"] == "batch" else []),
         *(["eval.batch_size"] if config["eval"]["stats"] == "batch" else []),
     ]
     changed = [

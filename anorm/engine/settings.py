@@ -27,7 +27,7 @@ class Optim:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
-    decay_norm: bool = True  # false: no weight decay on the parameters that declare a norm's role
+    decay_norm: bool = True  # false: no weight decay on the parameters of norms
     layer_decay: float | None = None
     clip: float | None = None  # largest allowed norm of the whole gradient
     impl: str = "auto"  # auto (fused where torch has it), foreach, apex

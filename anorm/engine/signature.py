@@ -32,14 +32,16 @@ EXCLUDED = (
 def signature(config: dict, data_identity: str, processes: int) -> str:
     """Ten hexadecimal digits. ``config``: complete and resolved, so that a default counts like the same value typed.
 
-    The number of processes counts only where statistics are pooled over them (norm.sync).
+    The number of processes counts only where statistics are pooled over them (norm.sync), or are those of evaluation's
+    batches (eval.stats=batch).
     """
     counted = {key: value for key, value in flatten(config).items() if not _excluded(key)}
     counted["data.identity"] = data_identity
     if config.get("weights"):
         counted["weights"] = file_digest(Path(config["weights"]))
     if config["eval"]["stats"] == "batch":
-        counted["eval.batch_size"] = config["eval"]["batch_size"]
+        counted["eval.batch_size"] = config["eval"]["batch_size"]  # and each process cuts its own share into batches
+        counted["processes"] = processes
     if config["norm"].get("sync"):
         counted["processes"] = processes
     text = json.dumps(counted, sort_keys=True)

@@ -133,7 +133,7 @@ class AdaptiveFusionNorm(RunningNorm):
         """mu and sigma (C), as the networks see them."""
         mean, var = self.batch_statistics(moments)
         if self.variance == "unbiased" and self.from_batch:
-            count = pool_batch(moments, self.sync).count
+            count = pool_batch(moments, self.sync and self.learning).count
             if isinstance(count, Tensor) or count > 1:
                 var = var * (count / (count - 1))
         # running statistics of a half-precision model: the networks compute in float32

@@ -244,14 +244,14 @@ class RunningNorm(Norm):
         """Mean and variance over the batch (C,): of this batch in training (tracked there), else the running ones."""
         if not self.from_batch:
             return self.running_mean, self.running_var
-        if not self.sync and moments.mean.shape[0] * moments.count == 1 and self.learning:
+        # processes evaluate unequal numbers of batches
+        pooled = pool_batch(moments, self.sync and self.learning)
+        if self.learning and not isinstance(pooled.count, Tensor) and pooled.count == 1:
             raise ValueError(
                 f"{type(self).__name__}({self.channels}) cannot train on one value per channel: use a batch of at "
                 "least 2 per process (batch_size=2), or a norm without batch statistics (norm=gn, norm=an_gn; for "
                 "AN over BN also norm.attention=a1)"
             )
-        # processes evaluate unequal numbers of batches
-        pooled = pool_batch(moments, self.sync and self.learning)
         if self.learning and (isinstance(pooled.count, Tensor) or pooled.count > 0):
             var = pooled.var * (pooled.count / (pooled.count - 1)) if self.unbiased else pooled.var
             self.track(pooled.mean, var)

@@ -9,6 +9,7 @@ import pkgutil
 from functools import cache
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from anorm.norms.base import Norm, RunningNorm
 
@@ -72,7 +73,15 @@ def build_base(base: str | dict, channels: int, affine: bool) -> Norm:
 
 
 def set_sync(module: nn.Module, sync: bool) -> None:
-    """Pool every statistic over N of every law below over all processes, or only over the own batch."""
+    """Pool every statistic over N of every law below over all processes, or only over the own batch.
+
+    Raises ValueError for another library's batch norm, which cannot be told to.
+    """
     for layer in module.modules():
         if isinstance(layer, RunningNorm):
             layer.sync = sync
+        elif sync and isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm):
+            raise ValueError(
+                f"sync=True does not reach a {type(layer).__name__} of another library: take norm=bn, or "
+                "norm.target=torch.nn.SyncBatchNorm without norm.sync"
+            )

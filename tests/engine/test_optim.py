@@ -33,6 +33,19 @@ def test_decay_norm_false_excludes_what_norms_declare_and_nothing_else():
     assert "layer1.0.downsample.1.weight" not in decayed["names"]
 
 
+def test_another_librarys_network_decays_and_scales_as_one_of_ours():
+    model = create_model("timm:resnet18", "timm:groupnorm", 10)
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
+    decayed, excluded = sorted(
+        optim.parameter_groups(model, 1e-4, decay_norm=False), key=lambda group: -group["weight_decay"]
+    )
+    assert {name.rpartition(".")[0] for name in excluded["names"]} == norms and len(norms) == 20
+    assert (decayed["weight_decay"], excluded["weight_decay"]) == (1e-4, 0.0)
+    groups = optim.parameter_groups(model, 1e-4, layer_decay=0.5)
+    scale = {name.removeprefix("network."): group["lr_scale"] for group in groups for name in group["names"]}
+    assert (scale["fc.weight"], scale["layer4.1.conv1.weight"], scale["layer4.0.bn2.bias"]) == (1.0, 0.5, 0.25)
+
+
 def test_a_module_declares_its_own_needs():
     """Switchable norms ask for a tenth of the rate, no decay and a gradient clip for their control
     parameters, if they do.
@@ -119,6 +132,19 @@ def test_clipping_and_a_gradient_that_is_not_finite():
     weight.grad = torch.tensor([1.0, float("nan"), 1.0, 1.0])
     assert not optim.step(optimizer, scaler, clip=None).isfinite()
     assert torch.equal(weight, before)
+
+
+def test_gradients_are_clipped_after_they_are_unscaled():
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = optim.create_optimizer(
+        [{"params": [weight], "lr_scale": 1.0, "clip": None, "weight_decay": 0.0}],
+        Optim(momentum=0.0, weight_decay=0.0),
+    )
+    optim.set_rate(optimizer, 1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((weight * 3).sum()).backward()
+    assert optim.step(optimizer, scaler, clip=1.0).item() == pytest.approx(6.0)
+    assert weight.norm().item() == pytest.approx(1.0, rel=1e-5)
 
 
 def test_a_first_step_that_overflows_leaves_no_trace():

@@ -3,19 +3,26 @@
 import json
 import os
 import resource
+from contextlib import nullcontext
 
 import pytest
 import torch
+from processes import ROOT, SMALL
 from torch import nn
 
 from anorm import create_model, create_norm
-from anorm.engine import checkpoint
+from anorm.build import evaluator
+from anorm.engine import checkpoint, meter
+from anorm.engine.compose import compose
 from anorm.engine.distributed import World
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import evaluate, statistics_from
+from anorm.engine.hardware import compiled, distributed
+from anorm.engine.meter import SaveTimer
 from anorm.engine.record import Record, final_metrics, read_metrics
 from anorm.engine.settings import settings_from
 from anorm.engine.signature import EXCLUDED, flatten, signature
+from anorm.options import accepted, complete, resolve
 
 
 def test_ema_averages_floats_and_copies_integers():
@@ -148,6 +155,29 @@ def test_a_file_system_without_locks_or_links(tmp_path, monkeypatch):
     lock.close()
 
 
+def test_a_log_that_was_shortened_is_gone_on_with(tmp_path):
+    record = Record(tmp_path, tensorboard=False, offset=1000)
+    record.write("final", top1=1.0)
+    record.close()
+    assert final_metrics(tmp_path)["top1"] == 1.0
+
+
+def test_a_resumed_run_keeps_its_points_of_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start in (0, 2):
+        record = Record(tmp_path, step=start)
+        for step in (start + 1, start + 2):
+            record.write("train", step=step, loss=float(step))
+        record.write("eval", step=start + 2, top1=1.0)
+        if not start:
+            record.write("train", step=3, loss=9.0)  # of the part that the kill took
+        record.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in read.Scalars("train/loss")] == [(s, s) for s in (1, 2, 3, 4)]
+    assert [point.step for point in read.Scalars("eval/top1")] == [2, 4]
+
+
 def test_the_log_loses_what_a_kill_cut_off_and_continues_without_a_gap(tmp_path):
     record = Record(tmp_path, tensorboard=False)
     record.write("train", step=1, loss=1.0)
@@ -213,7 +243,8 @@ def test_what_changes_the_mathematics_changes_the_signature():
 def test_data_weights_and_synced_processes_count(tmp_path):
     assert signed(identity="other") != signed()
     assert signed(processes=2) == signed()
-    assert signed(processes=2, **{"norm.sync": True}) != signed(**{"norm.sync": True})
+    for key, value in (("norm.sync", True), ("eval.stats", "batch")):
+        assert signed(processes=2, **{key: value}) != signed(**{key: value})
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(b"same")
     (tmp_path / "c").write_bytes(b"other")
@@ -227,8 +258,6 @@ def test_evaluation_counts_every_image_once_and_its_columns_agree():
     batches = [
         (images[i : i + 5], labels[i : i + 5], torch.arange(i, min(i + 5, 23))) for i in range(0, 23, 5)
     ]
-    from contextlib import nullcontext
-
     result = evaluate(model, batches, World(), nullcontext)
     logits = model(images)
     assert result.images == 23
@@ -246,8 +275,6 @@ def test_evaluation_counts_every_image_once_and_its_columns_agree():
 
 def test_a_process_without_images_has_columns_of_the_same_types():
     """Columns of all processes are put together: one of another type would change that of the whole."""
-    from contextlib import nullcontext
-
     class Two(World):
         """Another process has four images, of which one is right."""
 
@@ -260,6 +287,115 @@ def test_a_process_without_images_has_columns_of_the_same_types():
     assert (none.images, none.top1, none.top5, none.loss) == (4, 25.0, 100.0, 0.5)
     for name in ("index", "label", "predicted", "first", "among_five", "confidence"):
         assert len(getattr(none, name)) == 0 and getattr(none, name).dtype == getattr(some, name).dtype, name
+
+
+def test_an_evaluation_tunes_nothing_and_puts_back_what_it_finds(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    seen = []
+
+    class Watching(nn.Linear):
+        def forward(self, x):
+            seen.append((torch.backends.cudnn.benchmark, self.training))
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Flatten(), Watching(12, 7)).train()
+    evaluate(model, [(torch.randn(4, 3, 2, 2), torch.randint(7, (4,)), torch.arange(4))], World(), nullcontext)
+    assert seen == [(False, False)] and torch.backends.cudnn.benchmark and model.training
+
+
+def test_a_data_set_that_loses_an_image_is_noticed():
+    from anorm.data import sources
+    from anorm.data.loaders import EvalLoader
+
+    val = sources.create("synthetic", image_size=8, val_images=10).val
+
+    class Losing(type(val)):
+        def fetch(self, indices, rngs):
+            found = super().fetch(indices, rngs)
+            return found._replace(images=found.images[1:]) if 7 in indices else found
+
+    val.__class__ = Losing
+    with pytest.raises(AssertionError):
+        list(EvalLoader(val, 4))
+
+
+@pytest.mark.parametrize("norm", [["norm=bn"], ["norm=afn", "norm.dropout=0.3"]], ids=lambda n: n[0])
+def test_recalibration_takes_so_many_plain_training_batches_and_no_dropout(norm):
+    """Repeated, as after a kill, it gives the same: functional dropout is off too, a norm's own is seeded."""
+    asked = [
+        *SMALL,
+        "arch=wrn_16_4",
+        "arch.widen=1",
+        "arch.dropout=0.5",
+        *norm,
+        "mix.mixup=0.4",
+        "eval.stats=recalibrated",
+        "eval.recalibrate_batches=5",
+    ]
+    found = evaluator(resolve(complete(compose(ROOT / "configs", asked, accepted).config)))
+    inputs, counts = [], []
+    first = next(m for m in found.model.modules() if hasattr(m, "running_mean"))
+    found.model.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    first.register_forward_pre_hook(lambda module, given: counts.append(int(module.num_batches_tracked)))
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        results.append(found())
+    assert results[0].loss == results[1].loss and torch.equal(results[0].confidence, results[1].confidence)
+    assert counts[: len(counts) // 2] == [0, 1, 2, 3, 4, 5, 5, 5]  # 21 images in batches of 8
+    plain = [batch.images for step in found.train.epoch(found.unused_epoch) for batch in step][:5]
+    assert all(torch.equal(a, b) for a, b in zip(inputs[:5], plain, strict=True))
+    assert int(first.num_batches_tracked) == 0
+
+
+def test_torchs_own_norms_are_recalibrated_and_not_passed_over_by_batch_statistics():
+    model = nn.Sequential(nn.BatchNorm2d(3), create_norm("bn", 3))
+    batches = [torch.randn(8, 3, 4, 4) * 2 + 1 for _ in range(3)]
+
+    def recalibrate():
+        model.train()
+        for batch in batches:
+            model(batch)
+        model.eval()
+
+    with statistics_from(model, "recalibrated", recalibrate):
+        mean = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
+        torch.testing.assert_close(model[0].running_mean, mean)
+    assert model[0].momentum == 0.1 and torch.equal(model[0].running_mean, torch.zeros(3))
+    with (
+        pytest.raises(ValueError, match="eval.stats=batch does not reach a BatchNorm2d"),
+        statistics_from(model, "batch", recalibrate),
+    ):
+        pass
+
+
+def test_each_process_keeps_its_own_statistics_under_ddp():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        network = distributed(create_model("convnet", "bn", 4), torch.device("cpu"))
+        overwriting = "forward_sync_buffers" if hasattr(network, "forward_sync_buffers") else "broadcast_buffers"
+        assert getattr(network, overwriting) is False
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_compiling_that_changes_a_network_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: lambda images: 1.001 * model(images))
+    model = create_model("convnet", "bn", 4)
+    with pytest.raises(ValueError, match=r"changes this network's outputs by 0\.1 %"):
+        compiled(model, 2, 32, torch.device("cpu"), nullcontext, settings_from({}).hardware)
+
+
+def test_a_checkpoint_is_asked_for_once(monkeypatch):
+    """Several processes save a step after rank 0 asked: asking again meanwhile would be a second checkpoint."""
+    now = [0.0]
+    monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])
+    timer = SaveTimer(settings_from({"checkpoint": {"every_minutes": 1}}))
+    due = []
+    for step in range(1, 10):
+        now[0] += 20
+        due.append(timer.now(step))
+    assert [step for step, asked in enumerate(due, 1) if asked] == [4, 8]
 
 
 def test_recalibrated_statistics_are_those_of_the_batches_and_are_put_back():

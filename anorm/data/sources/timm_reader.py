@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Sequence
 
@@ -40,9 +41,15 @@ class TimmStore:
         return f"{self.title}: image {index}"
 
     def digest(self) -> str:
-        """Of the title and the labels: the names of the images are not known without reading them."""
-        content = self.title.encode() + self.labels.numpy().tobytes()
-        return hashlib.blake2b(content, digest_size=16).hexdigest()
+        """Of the title, the classes, the labels, and the files' names where the reader lists files: the names of Hugging
+        Face's images are not known without reading them.
+        """
+        found = hashlib.blake2b(self.title.encode(), digest_size=16)
+        found.update("\n".join(self.classes()).encode() + self.labels.numpy().tobytes())
+        if hasattr(self.reader, "samples"):
+            for index in range(len(self.labels)):
+                found.update(self.reader.filename(index, basename=True).encode() + b"\n")
+        return found.hexdigest()
 
     def classes(self) -> list[str]:
         """The reader's names in the order of their labels, else the labels' numbers."""
@@ -82,8 +89,6 @@ def timm(
 
     Raises ValueError for the readers that only stream (hfids, tfds, wds): their epochs are not exact.
     """
-    import os
-
     from timm.data.readers import create_reader
 
     if reader is None:
@@ -114,9 +119,7 @@ def timm(
         stores.append(TimmStore(found, f"{reader} {split}"))
     if stores[0].classes() != stores[1].classes():
         raise ValueError(f"the classes of data.train={train} and data.val={val} differ in {reader}")
-    digest = hashlib.blake2b(reader.encode(), digest_size=16)
-    for store in stores:
-        digest.update(store.labels.numpy().tobytes())
+    digest = hashlib.blake2b("".join(store.digest() for store in stores).encode(), digest_size=16)
     return Source(
         *(EncodedImages(store, crop, on_error, loader, mean, std) for store in stores),
         stores[0].classes(),
