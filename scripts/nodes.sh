@@ -7,8 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# under nohup, a lost connection ends nothing
-hangup=$(trap -p HUP)
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2
+[ -n "$(trap -p HUP)" ] || signals+=,SIGHUP # under nohup, a lost connection ends nothing
 torchrun --nnodes="${NODES:?machines}" --node-rank="${NODE:?0 to NODES - 1}" --nproc-per-node="${GPUS:-gpu}" \
     --master-addr="${MASTER:?name of the machine with NODE=0}" --master-port="${PORT:-29500}" \
-    --signals-to-handle="SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2${hangup:-,SIGHUP}" train.py "$@"
+    --signals-to-handle="$signals" train.py "$@"

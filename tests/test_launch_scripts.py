@@ -14,7 +14,7 @@ AROUND = {"NODES": "2", "NODE": "1", "MASTER": "host0", "PARTITION": "gpu", "GPU
 def started(tmp_path):
     """Run a script among programs that only write down how they were called: (status, their calls)."""
 
-    def run(name, *arguments, python="true", srun="true"):
+    def run(name, *arguments, python="true", srun="true", before=()):
         tmp_path.joinpath("calls").write_text("")
         for program, then in {"python": python, "torchrun": "true", "srun": srun, "scontrol": "true"}.items():
             path = tmp_path / program
@@ -24,7 +24,7 @@ def started(tmp_path):
             path.chmod(0o755)
         around = environment(PATH=f"{tmp_path}:/usr/bin:/bin", **AROUND)
         done = subprocess.run(
-            [ROOT / "scripts" / name, *arguments], env=around, cwd=ROOT, capture_output=True, text=True
+            [*before, ROOT / "scripts" / name, *arguments], env=around, cwd=ROOT, capture_output=True, text=True
         )
         lines = (tmp_path / "calls").read_text().splitlines()
         return done.returncode, [line.strip("\0").split("\0") for line in lines]
@@ -67,7 +67,10 @@ def test_several_nodes(started, capsys):
     composes(calls[0][at + 1 :], capsys)
     import torch.distributed.run
 
-    torch.distributed.run.parse_args(calls[0][1:])  # it knows these options
+    told = torch.distributed.run.parse_args(calls[0][1:])  # it knows these options
+    assert told.signals_to_handle == "SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2,SIGHUP"
+    _, calls = started("nodes.sh", "norm=an", before=["nohup"])
+    assert "SIGHUP" not in torch.distributed.run.parse_args(calls[0][1:]).signals_to_handle
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """scripts/: what a person runs once."""
 
+import shutil
+
+import pytest
 from commands import script
 
 
-def test_the_subset_of_tiny_imagenet(tmp_path, capsys):
+def test_the_subset_of_tiny_imagenet(tmp_path, capsys, monkeypatch):
     source = tmp_path / "tiny-imagenet-200"
     classes = [f"n{i:08d}" for i in (7, 3, 5, 1, 9, 11)]
     for name in classes:
@@ -28,4 +31,12 @@ def test_the_subset_of_tiny_imagenet(tmp_path, capsys):
         ]  # fmt: skip
     assert (tmp_path / "out/val/n00000009/val_4.JPEG").read_text() == "val n00000009"
     assert "2 classes, 4 training and 2 evaluation images" in capsys.readouterr().out
+    (tmp_path / "out/val/n00000009/val_4.JPEG").unlink()
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "copyfile", lambda image, place: place.write_text("half") and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([str(source), str(tmp_path / "out")])
+    assert not (tmp_path / "out/val/n00000009/val_4.JPEG").exists()
+    assert main([str(source), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/val/n00000009/val_4.JPEG").read_text() == "val n00000009"
     assert main([str(tmp_path)]) == 2 and main([str(tmp_path), "x"]) == 2

@@ -1,9 +1,12 @@
 """train.py and the tools, run for real."""
 
+import gc
 import json
 import math
+import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -287,6 +290,54 @@ def test_the_run_folder_is_named_by_the_signature(tmp_path, monkeypatch, capsys)
     assert "is finished" in capsys.readouterr().out
     [folder] = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"resnet20-bn-synthetic-vanilla-s0-[0-9a-f]{10}", folder.name)
+
+
+def test_a_frozen_configuration_belongs_to_the_folder_that_it_lies_in(tmp_path, monkeypatch, capsys):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert train(*SMALL, "epochs=1", "run_dir=run") == 0 and train(*SMALL, "epochs=1", "seed=1") == 0
+    [derived] = (tmp_path / "here" / "runs").iterdir()
+    monkeypatch.chdir(tmp_path / "there")
+    moved = tmp_path / "moved"
+    derived.rename(moved)
+    for folder in (tmp_path / "here" / "run", moved, moved / "config.yaml"):
+        capsys.readouterr()
+        assert train("--config", str(folder)) == 0
+        assert "is finished" in capsys.readouterr().out
+    assert not list((tmp_path / "there").iterdir())
+
+
+class Disturbed(torch.nn.BatchNorm2d):
+    """At its 30th call asks the run to stop, on a disk that takes no large file any more; looks at the collector."""
+
+    calls, collecting = 0, set()
+
+    def forward(self, x):
+        Disturbed.calls += 1
+        Disturbed.collecting.add(gc.isenabled())
+        if Disturbed.calls == 30:
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().forward(x)
+
+
+def test_a_signal_on_a_full_disk_does_not_say_that_all_is_saved(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Disturbed, "calls", 0)
+    monkeypatch.setattr(Disturbed, "collecting", set())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        status = train(
+            *SMALL, "norm=module", f"norm.target={__name__}.Disturbed", f"run_dir={tmp_path / 'run'}"
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr()
+    assert status == 128 + signal.SIGTERM
+    assert "no checkpoint at step" in said.out and "could not be saved" in said.err
+    assert "everything is saved" not in said.err and not (tmp_path / "run" / "last.ckpt").exists()
+    assert Disturbed.collecting == {False} and gc.isenabled()  # no process stops at a moment of its own
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_layer(tmp_path, capsys):

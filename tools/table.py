@@ -12,8 +12,9 @@
     python tools/table.py table2 --html table2.html           a page: table with sort and filter, curves, comparisons
 
 Tables: table1, table2, table3, v1_table1 (configs/table). Further arguments are train.py's, for every cell. Several such
-commands may run at once on one folder of runs: no cell is run twice. A run that failed stays in the table's end with
-its last error, and is run again with --retry.
+commands may run at once on one folder of runs: no cell is run twice. On one machine give each its own GPUs
+(CUDA_VISIBLE_DEVICES=0,1,2,3 python tools/table.py ...), as a run takes all that it sees. A run that failed stays in the
+table's end with its last error, and is run again with --retry.
 
 --weights: each file under DIR fills the row whose network takes all of its tensors, whatever the file is
 called; rows that differ in the setup alone (AOGNet) are told apart by the word vanilla or sota in its name or

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from photographs import difference, picture
+from photographs import difference, picture, write_folder
 
 from anorm.data.random import stream
 from anorm.data.sources import create
@@ -16,6 +16,26 @@ def test_timms_folder_reader_gives_what_imagefolder_gives(folder):
     for i in (0, 8, 20):
         rngs = [stream(0, "augment", i)], [stream(0, "augment", i)]
         assert torch.equal(ours.train.fetch([i], rngs[0]).images, plain.train.fetch([i], rngs[1]).images)
+
+
+def test_other_files_or_classes_are_another_data_set(tmp_path):
+    def identity(*words):
+        root = write_folder(tmp_path / words[0])
+        for old, new in zip(words[1::2], words[2::2], strict=True):
+            for split in ("train", "val"):
+                (root / split / old).rename(root / split / new)
+        source = create("timm", reader="folder", root=str(root), val="val", image_size=20)
+        return source.identity, source.train.identity, source.val.identity
+
+    one = identity("one")
+    assert identity("same") == one
+    name = sorted(path.name for path in (tmp_path / "one" / "train").iterdir())[0]
+    for found, here in zip(identity("classes", name, f"{name}x"), one, strict=True):
+        assert found != here
+    first = sorted((tmp_path / "same" / "train" / name).iterdir())[0]
+    first.rename(first.with_stem("another"))
+    source = create("timm", reader="folder", root=str(tmp_path / "same"), val="val", image_size=20)
+    assert source.identity != one[0] and source.train.identity != one[1] and source.val.identity == one[2]
 
 
 def test_hugging_face_parquet(tmp_path, monkeypatch):

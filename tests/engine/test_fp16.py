@@ -1,10 +1,12 @@
 """fp16 with loss scaling, on a CPU, which the configuration refuses for its slowness: the arithmetic is the same."""
 
 import math
+import os
+import signal
 
 import pytest
 import torch
-from processes import SMALL, events, train
+from processes import SMALL, events, train, weights
 
 from anorm.engine import hardware
 
@@ -17,7 +19,7 @@ def fp16_on_a_cpu(monkeypatch):
 class Overflow(torch.autograd.Function):
     """The identity, with a gradient that is infinite at some calls of its backward."""
 
-    calls, bad = 0, ()
+    calls, bad, stop = 0, (), None
 
     @staticmethod
     def forward(context, x):
@@ -26,6 +28,8 @@ class Overflow(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient):
         Overflow.calls += 1
+        if Overflow.calls == Overflow.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
         return gradient * math.inf if Overflow.calls in Overflow.bad else gradient
 
 
@@ -65,6 +69,27 @@ def test_overflows_are_skipped_and_counted(tmp_path, fp16_on_a_cpu, monkeypatch)
     lines = events(tmp_path / "run", "train")
     assert [line["skipped_steps"] for line in lines] == [1, 2, 2, 2]
     assert [line["loss_scale"] for line in lines] == [32768.0, 16384.0, 16384.0, 16384.0]
+
+
+def test_a_run_that_was_stopped_continues_at_its_scale(tmp_path, fp16_on_a_cpu, monkeypatch):
+    """Its first step overflows; it is stopped in the third."""
+    layers = 19
+    monkeypatch.setattr(Overflow, "bad", range(1, layers + 1))
+    for folder, stop in (("whole", None), ("cut", 2 * layers + 5)):
+        monkeypatch.setattr(Overflow, "calls", 0)
+        monkeypatch.setattr(Overflow, "stop", stop)
+        status = fp16(tmp_path / folder, *OVERFLOWING)
+        assert status == (128 + signal.SIGTERM if stop else 0)
+    assert weights(tmp_path / "cut")["step"] == 3
+    assert fp16(tmp_path / "cut", *OVERFLOWING) == 0
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert one["scaler"] == other["scaler"] and one["scaler"]["scale"] == 32768.0
+    assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
+    kept = ("step", "loss", "loss_scale", "skipped_steps")
+    lines = [
+        [[line[key] for key in kept] for line in events(tmp_path / name, "train")] for name in ("whole", "cut")
+    ]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.slow

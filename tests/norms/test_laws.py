@@ -315,6 +315,33 @@ def test_evaluation_with_batch_statistics():
     torch.testing.assert_close(layer.running_mean, before)
 
 
+@pytest.mark.parametrize("stats", ["running", "batch"])
+@pytest.mark.parametrize("name", [n for n in NORMS if n != "module"])
+def test_evaluation_waits_for_no_other_process(name, stats, monkeypatch):
+    """Processes evaluate unequal numbers of batches: an exchange in a layer would meet another one."""
+    layer = make(name, sync=True).eval()
+    for part in layer.modules():
+        if hasattr(part, "eval_stats"):
+            part.eval_stats = stats
+
+    def exchange(*arguments, **options):
+        raise AssertionError(f"{name} waits for others in evaluation")
+
+    for function, answer in {"is_initialized": True, "get_world_size": 2}.items():
+        monkeypatch.setattr(torch.distributed, function, lambda *group, answer=answer: answer)
+    monkeypatch.setattr(torch.distributed, "all_reduce", exchange)
+    x = torch.randn(4, C, 5, 3, dtype=torch.double)
+    layer(x)
+    if name in ("bn", "an", "sn"):  # the exchange is where it should be
+        with pytest.raises(AssertionError, match="waits for others"):
+            layer.train()(x)
+
+
+def test_another_librarys_batch_norm_is_not_taken_for_synchronized():
+    with pytest.raises(ValueError, match="sync=True does not reach a BatchNorm2d"):
+        make("module", sync=True)
+
+
 def test_group_count():
     assert anorm.create_norm("gn", 48).groups == 24
     assert anorm.create_norm("gn", 64).groups == 32

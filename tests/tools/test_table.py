@@ -541,6 +541,9 @@ def test_two_workers_and_a_killed_one(tmp_path):
         ), kind
     # at most the one that was stopped began twice
     assert sorted(len(e) for e in events(runs, "start").values())[-1] <= 2
+    # by the configuration that the worker composed when it began, whatever became of the files since
+    commands = [e["environment"]["command"] for started in events(runs, "start").values() for e in started]
+    assert all(command[1] == "--config" for command in commands)
     last = start(*arguments)
     out, _ = last.communicate(timeout=240)
     assert last.returncode == 0 and "2 finished, 0 failed" in out and "Missing" not in out
