@@ -191,12 +191,12 @@ def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip: f
     """
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for group in optimizer.param_groups:
         if group["clip"]:
-            torch.nn.utils.clip_grad_norm_(group["params"], group["clip"], foreach=True)
+            torch.nn.utils.clip_grad_norm_(group["params"], group["clip"])
     if scaler.is_enabled():
         scaler.step(optimizer)
     elif norm.device.type == "cpu":
