@@ -1,6 +1,6 @@
 """How fast images are read: this project's loaders beside torchvision's usual one and DALI's own pipeline.
 
-    python tools/benchmark_loader.py FOLDER [--shards SHARDS] [--workers 1] [--device cpu]
+    python tools/benchmark_loader.py FOLDER [--shards SHARDS] [--workers 1]
 
 FOLDER holds CLASS/IMAGE files (full-size photographs make it meaningful), SHARDS what tools/prepare_imagenet.py wrote.
 Every row reads the same images with as many worker processes (or threads, for DALI), in turns, several times; the best

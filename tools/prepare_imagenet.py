@@ -12,15 +12,19 @@ does as well. Nothing is unpacked on the way. Repeating the command goes on wher
 from __future__ import annotations
 
 import argparse
+import ctypes
+import fcntl
 import hashlib
 import io
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +34,7 @@ if str(ROOT) not in sys.path:
 
 from anorm.data import archives, shards
 from anorm.data.archives import Item
+from anorm.engine.commandline import user_errors
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
 CLASSES = 1000
@@ -61,7 +66,7 @@ def reencode(encoded: bytes, name: str, short_side: int, quality: int) -> bytes:
             if ratio >= 1 and image.format == "JPEG" and image.mode == "RGB":
                 return encoded
             image = image.convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{name} is not a readable image ({error}): replace it in the source, or remove it there"
         ) from error
@@ -97,7 +102,8 @@ def run(job: Job) -> int:
         return len(job.items)
     for item in job.items:
         path = target / item.class_name / item.name
-        if not path.exists():  # a name appears only when its content is whole
+        # a name appears only when its content is whole, but for a loss of power
+        if not path.exists() or (not job.short_side and path.stat().st_size != item.size):
             path.parent.mkdir(exist_ok=True)
             partial = path.with_name(path.name + ".partial")
             partial.write_bytes(prepared(item, job))
@@ -237,7 +243,8 @@ def work(jobs: list[tuple[str, Job]], workers: int) -> dict[str, int]:
 def in_processes(jobs: list[tuple[str, Job]], workers: int) -> Iterator[tuple[str, int]]:
     """(split, images) of each job as it is done; the first error cancels what has not begun."""
     waiting, running = iter(jobs), {}
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=end_with, initargs=(os.getpid(),)) as pool:
         try:
             while True:
                 while len(running) < 2 * workers and (following := next(waiting, None)):
@@ -250,6 +257,26 @@ def in_processes(jobs: list[tuple[str, Job]], workers: int) -> Iterator[tuple[st
             pool.shutdown(cancel_futures=True)
 
 
+def end_with(parent: int) -> None:
+    """In a worker: be killed when the parent ends, however. The repeated command writes the same files."""
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within: no other preparation writes to ``folder``. Raises ValueError while one does."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another preparation writes to {folder}: wait for it, or stop it") from None
+        yield
+
+
 def check_sample(jobs: list[tuple[str, Job]], count: int) -> int:
     """Prepare about `count` images spread over all jobs again and compare them, byte for byte, with what was written."""
     checked = 0
@@ -258,7 +285,7 @@ def check_sample(jobs: list[tuple[str, Job]], count: int) -> int:
         written = _members(Path(job.target)) if job.labels is not None else None
         for item in job.items[::every]:
             path = Path(job.target) / item.class_name / item.name
-            content = written[key(item)] if written is not None else path.read_bytes()
+            content = written.get(key(item)) if written is not None else path.read_bytes()
             if content != prepared(item, job):
                 raise ValueError(
                     f"{job.target}: {item.name} is not what its source gives: delete it and repeat the command"
@@ -316,20 +343,10 @@ def prepare(args: argparse.Namespace) -> None:
     items = archives.find(args.source)
     check_source(items, args)
     args.to.mkdir(parents=True, exist_ok=True)
-    check_same_plan(args, items)
-    check_space(args, items)
-    if args.format == "folder":
-        for split in items:
-            (args.to / split).mkdir(exist_ok=True)
-    jobs = list(plan(items, args))
-    done = work(jobs, args.workers)
-    if args.format == "shards":
-        classes = sorted({item.class_name for item in items["train"]})
-        done = {split: shards.write_index(args.to, split, classes) for split in items}
-    for name in ("LOC_synset_mapping.txt", "classes.txt"):
-        if (args.source / name).is_file():
-            shutil.copyfile(args.source / name, args.to / name)
-    checked = check_sample(jobs, args.check)
+    with alone(args.to):
+        check_space(args, items)
+        check_same_plan(args, items)
+        done, checked = write(items, args)
     print(
         ", ".join(f"{split}: {count} images" for split, count in done.items())
         + f"; {checked} compared with their source"
@@ -338,9 +355,31 @@ def prepare(args: argparse.Namespace) -> None:
     print(f"python train.py data={choice} data.root={args.to.resolve()}")
 
 
+def write(items: dict[str, list[Item]], args: argparse.Namespace) -> tuple[dict[str, int], int]:
+    """(images by split, images compared with their source)."""
+    if args.format == "folder":
+        for split in items:
+            (args.to / split).mkdir(exist_ok=True)
+    jobs = list(plan(items, args))
+    done = work(jobs, args.workers)
+    if args.format == "shards":
+        classes = sorted({item.class_name for item in items["train"]})
+        for split, found in items.items():
+            done[split] = shards.write_index(args.to, split, classes)
+            if done[split] != len(found):
+                raise ValueError(
+                    f"{args.to} holds {done[split]} images of {split} instead of {len(found)}: remove {split}-*.tar "
+                    "and repeat the command"
+                )
+    for name in ("LOC_synset_mapping.txt", "classes.txt"):
+        if (args.source / name).is_file():
+            shutil.copyfile(args.source / name, args.to / name)
+    return done, check_sample(jobs, args.check)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+    with user_errors() as outcome:
         if args.index is not None:
             for split in ("train", "val"):
                 print(
@@ -348,10 +387,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
         else:
             prepare(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return outcome.status
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from __future__ import annotations
 import csv
 import io
 import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,10 +152,13 @@ def _devkit_classes(path: Path, count: int) -> list[str]:
     return [folders[number] for number in numbers]
 
 
-def _open(path: Path) -> tarfile.TarFile:
+@contextmanager
+def _open(path: Path) -> Iterator[tarfile.TarFile]:
+    """The tar file; damage that is met within, too, is an error in words."""
     try:
-        return tarfile.open(path)
-    except tarfile.TarError as error:
+        with tarfile.open(path) as tar:
+            yield tar
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path} is not a readable tar file ({str(error).splitlines()[0]}): download it again"
         ) from error

@@ -29,7 +29,7 @@ def decode(encoded: Tensor, name: str) -> Tensor:
     """
     if is_jpeg(encoded):
         try:
-            return _jpeg_decoder()(encoded, mode="RGB")
+            return jpeg_decoder()(encoded, mode="RGB")
         except RuntimeError:
             pass  # CMYK, arithmetic coding, damage: Pillow reads it or says what is wrong
     return _decode_with_pillow(encoded, name)
@@ -55,7 +55,7 @@ def is_jpeg(encoded: Tensor) -> bool:
 
 
 @functools.cache
-def _jpeg_decoder() -> Callable[..., Tensor]:
+def jpeg_decoder() -> Callable[..., Tensor]:
     """torchvision's, which is deprecated since 0.29, and where it is gone its successor; both are libjpeg-turbo."""
     try:
         from torchvision.io import decode_jpeg
@@ -82,6 +82,8 @@ def _decode_with_pillow(encoded: Tensor, name: str) -> Tensor:
 
     try:
         with Image.open(io.BytesIO(encoded.numpy().tobytes())) as image:
+            if image.mode.startswith("I;16"):  # 16 bits of grey, which convert() would clip to white
+                image = Image.fromarray((numpy.array(image) >> 8).astype(numpy.uint8))
             pixels = numpy.array(image.convert("RGB"))
     except (
         OSError,

@@ -86,13 +86,13 @@ def index_folder(folder: Path, on_error: str = "error", cache: bool = True) -> F
     stamps = numpy.array(
         [os.stat(folder).st_mtime_ns] + [os.stat(folder / name).st_mtime_ns for name in classes]
     )
-    cached = _cache_file(folder, on_error)
-    if cache:
+    cached = _cache_file(folder, on_error) if cache else None
+    if cached:
         found = _load(cached, folder, classes, stamps)
         if found is not None:
             return found
     index = _scan(folder, classes, on_error, [str(folder / name) for name in files])
-    if cache and stamps.max() < (time.time() - SETTLED) * 1e9:
+    if cached and stamps.max() < (time.time() - SETTLED) * 1e9:
         _save(cached, index, stamps)
     return index
 
@@ -142,9 +142,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anorm" / "index"
 
 
-def _cache_file(folder: Path, on_error: str) -> Path:
+def _cache_file(folder: Path, on_error: str) -> Path | None:
+    """None on a machine without a home."""
     key = hashlib.blake2b(os.fsencode(folder.resolve()) + on_error.encode(), digest_size=12).hexdigest()
-    return cache_folder() / f"{key}.npz"
+    try:
+        return cache_folder() / f"{key}.npz"
+    except RuntimeError as error:
+        log.warning("no file index is kept: %s", error)
+        return None
 
 
 def _load(path: Path, folder: Path, classes: list[str], stamps: numpy.ndarray) -> FileIndex | None:

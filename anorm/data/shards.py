@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import resource
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,6 +30,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -57,7 +60,9 @@ def write_index(
         labels: dict[str, int] = {}
         with tarfile.open(shard) as tar:
             for member in tar:
-                key, dot, extension = member.name.partition(".")
+                folders, slash, name = member.name.rpartition("/")
+                name, dot, extension = name.partition(".")  # WebDataset's rule
+                key = folders + slash + name
                 if not member.isfile():
                     continue
                 if (dot + extension).lower() in EXTENSIONS:
@@ -70,6 +75,8 @@ def write_index(
         rows += [(number, *images[key], labels[key]) for key in images]
         keys += [key.encode() for key in images]
         progress(number + 1)
+    if not rows:
+        raise ValueError(f"{shards[0]} and the other shards hold no images (KEY.jpg beside KEY.cls)")
     shard_numbers, offsets, sizes, labels_ = numpy.array(rows, dtype=numpy.int64).T
     if classes is None:
         classes = [str(label) for label in range(int(labels_.max()) + 1)]
@@ -107,7 +114,8 @@ def classes_of(folder: Path, split: str) -> list[str] | None:
 class ShardStore:
     """Random access to the images of FOLDER/SPLIT-*.tar through their index.
 
-    Files stay open, and are read by position, so that forked workers share them without disturbing one another.
+    Files are read by position, so that forked workers share them without disturbing one another. As many stay open as a
+    quarter of the descriptors that a process may have: ImageNet has 1,282 shards, and 1,024 is a usual limit.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -129,19 +137,22 @@ class ShardStore:
                     f"with python tools/prepare_imagenet.py --index {folder}"
                 )
         self._files: dict[int, int] = {}
+        self._keep = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
 
     def read(self, index: int) -> Tensor:
-        number, size = int(self.shard[index]), int(self.size[index])
+        number, buffer = int(self.shard[index]), bytearray(int(self.size[index]))
         file = self._files.get(number)
-        if file is None:
-            opened = os.open(self.shards[number], os.O_RDONLY | os.O_CLOEXEC)
-            file = self._files.setdefault(number, opened)
-            if file != opened:  # another thread was first
+        opened = None if file is not None else os.open(self.shards[number], os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if opened is not None:
+                file = self._files.setdefault(number, opened) if len(self._files) < self._keep else opened
+            read = os.preadv(file, [buffer], int(self.offset[index]))
+        finally:
+            if opened is not None and self._files.get(number) != opened:  # not kept, or another thread was first
                 os.close(opened)
-        buffer = bytearray(size)
-        if os.preadv(file, [buffer], int(self.offset[index])) != size:
+        if read != len(buffer):
             raise ValueError(f"{self.shards[number]} ended early: it changed while it was read")
-        return torch.frombuffer(buffer, dtype=torch.uint8)
+        return torch.frombuffer(buffer or bytearray(1), dtype=torch.uint8)
 
     def name(self, index: int) -> str:
         return f"{self.shards[self.shard[index]]}: {self.key[index].decode()}"

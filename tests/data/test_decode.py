@@ -35,6 +35,12 @@ def test_other_formats_named_jpeg_are_read_by_pillow(form):
     assert difference(decode(data, "n02105855_2933.JPEG").permute(1, 2, 0), expected) == 0
 
 
+def test_sixteen_bits_of_grey_keep_their_high_eight():
+    grey = numpy.arange(20 * 30, dtype=numpy.uint16).reshape(20, 30) * 109
+    found = decode(encoded(Image.fromarray(grey), "PNG"), "x.png")
+    assert difference(found.permute(1, 2, 0), numpy.repeat((grey >> 8)[..., None], 3, 2)) == 0
+
+
 def test_transparency_is_dropped():
     image = Image.fromarray(picture(0, 20, 30)).convert("RGBA")
     image.putalpha(7)

@@ -2,7 +2,9 @@
 
 import gc
 import os
+import weakref
 
+import numpy
 import pytest
 import torch
 from photographs import write_folder
@@ -133,6 +135,78 @@ def test_a_set_that_does_not_fit_is_refused_with_the_numbers(root, monkeypatch):
         ValueError, match=r"data.loader=device: \d+ of 27 images already take .* GB .* use data.loader=torch"
     ):
         TrainLoader(source(root, "device"), 0, 8, 4)
+
+
+def test_images_of_many_sizes_are_cut_out_a_few_at_a_time(root, monkeypatch):
+    """Windows are padded to the largest of those that are cut out at once."""
+    expected = list(EvalLoader(source(root, "device").val, 15))[0]
+    monkeypatch.setattr(device_feed, "WINDOWS", 3 * 60 * 60)
+    [found] = EvalLoader(source(root, "device").val, 15)
+    assert torch.equal(found.indices, expected.indices)
+    assert (levels(found, source(root, "torch")) - levels(expected, source(root, "torch"))).abs().max() < 1.1
+
+
+def test_a_feed_of_dali_ends_with_its_last_name(root):
+    """DALI's threads are not in a process that is forked later: nothing must be left for a collector there."""
+    pytest.importorskip("nvidia.dali", reason="the extra anorm[dali] is not installed")
+    loader = TrainLoader(source(root, "dali"), 0, 8, 4)
+    next(loader.epoch(0))
+    feed = weakref.ref(loader._feed)
+    gc.collect()
+    gc.disable()
+    try:
+        del loader
+        assert feed() is None
+    finally:
+        gc.enable()
+
+
+def test_what_dali_alone_refuses_is_decoded_by_others(root, monkeypatch):
+    """A file that the torch loader reads ends no run: the requests under way are repeated with bitmaps."""
+    dali = pytest.importorskip("anorm.data.feeds.dali")
+    pytest.importorskip("nvidia.dali", reason="the extra anorm[dali] is not installed")
+    content = (root / "train/ant/ant_3.JPEG").read_bytes()
+    # DALI is given damage where the others are given the file
+    readable, given = dali.DaliFeed._readable, []
+
+    def damaged(feed, index):
+        data, height, width = readable(feed, index)
+        if data.tobytes() == content:
+            given.append(index)
+            data = numpy.frombuffer(content[:200] + bytes(40) + content[-2:], dtype=numpy.uint8)
+        return data, height, width
+
+    monkeypatch.setattr(dali.DaliFeed, "_readable", damaged)
+    plain, other = source(root, "torch"), source(root, "dali")
+    for theirs, ours in zip(
+        TrainLoader(plain, 0, 9, 9).epoch(0), TrainLoader(other, 0, 9, 9).epoch(0), strict=True
+    ):
+        assert_close(ours[0], theirs[0], plain, "dali")
+    assert given == [given[0]]
+
+
+def test_a_file_that_is_gone_is_a_bad_file(tmp_path):
+    root = write_folder(tmp_path / "set")
+    for loader in ("torch", *LOADERS):
+        found = source(root, loader, on_error="skip")
+        (root / "train/bee/bee_2.JPEG").rename(tmp_path / "away")
+        train = TrainLoader(found, 0, 21, 21, workers=1)
+        [[batch]] = train.epoch(0)
+        assert len(batch.labels) == 21 and list(train.skipped) == [9]
+        assert "bee_2.JPEG cannot be read (No such file or directory)" in train.skipped[9]
+        train.close()
+        with pytest.raises(ValueError, match=r"bee_2.JPEG cannot be read"):
+            list(TrainLoader(found_or_error(root, loader, tmp_path), 0, 21, 21, workers=1).epoch(0))
+        if (tmp_path / "away").exists():
+            (tmp_path / "away").rename(root / "train/bee/bee_2.JPEG")
+
+
+def found_or_error(root, loader, away):
+    """The set with on_error=error, whose file is taken away once it is indexed."""
+    (away / "away").rename(root / "train/bee/bee_2.JPEG")
+    found = source(root, loader)
+    (root / "train/bee/bee_2.JPEG").rename(away / "away")
+    return found
 
 
 def test_dali_that_is_not_installed_is_explained(root, monkeypatch):

@@ -215,9 +215,73 @@ def test_what_was_damaged_afterwards_is_found(official, tmp_path, main, capsys):
     command = ["--from", str(official), "--to", str(out), "--any"]
     assert main(command) == 0
     path = out / "train/n01440764/n01440764_0.JPEG"
-    path.write_bytes(path.read_bytes()[:-10])
+    content = path.read_bytes()
+    path.write_bytes(content[:-10] + bytes(10))
     assert main(command) == 2
     assert "n01440764_0.JPEG is not what its source gives" in capsys.readouterr().err
+    path.write_bytes(content[:-10])  # as a loss of power leaves it: written anew
+    assert main(command) == 0 and path.read_bytes() == content
+
+
+def test_a_shard_that_lacks_images_is_found(official, tmp_path, main, capsys):
+    out = tmp_path / "shards"
+    command = ["--from", str(official), "--to", str(out), "--any", "--format", "shards"]
+    assert main(command) == 0
+    with tarfile.open(out / "val-000000.tar") as tar:
+        entries = [(m.name, tar.extractfile(m).read()) for m in tar]
+    (out / "val-000000.tar").write_bytes(tar_of(entries[:-2]))
+    assert main(command) == 2
+    assert "holds 5 images of val instead of 6: remove val-*.tar" in capsys.readouterr().err
+
+
+def test_workers_end_with_the_preparation_that_was_killed(official, tmp_path, main):
+    """And while it lives another one is refused."""
+    out = tmp_path / "shards"
+    command = ["--from", str(official), "--to", str(out), "--any", "--format", "shards", "--short-side", "32"]
+    slow = f"""if True:
+        import os, pathlib, sys, time
+        sys.path.insert(0, {str(TOOL.parent)!r})
+        import prepare_imagenet as tool
+        with tool.alone(pathlib.Path(sys.argv[1])):
+            for _ in tool.in_processes(((split, tool.Job("", [], None, 0, 0)) for split in ["train"] * 9), 2):
+                children = pathlib.Path(f"/proc/self/task/{{os.getpid()}}/children").read_text()
+                print(children, flush=True)
+                time.sleep(600)
+    """
+    out.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", slow, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) >= 2
+        done = subprocess.run([sys.executable, str(TOOL), *command], capture_output=True, text=True)
+        assert done.returncode == 2 and "another preparation writes to" in done.stderr
+    finally:
+        process.kill()
+        process.communicate()
+    deadline = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [pid for pid in workers if os.path.exists(f"/proc/{pid}")]
+    assert main(command) == 0
+
+
+def test_without_room_nothing_is_begun(official, tmp_path, main, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    command = ["--from", str(official), "--to", str(tmp_path / "out"), "--any"]
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+        assert main(command) == 2
+    assert "are needed" in capsys.readouterr().err
+    assert main([*command, "--short-side", "32"]) == 0  # the remedy is not another preparation
+
+
+@pytest.mark.parametrize("name", [archives.VAL_TAR, archives.DEVKIT])
+def test_a_tar_file_that_ends_early_is_explained(official, tmp_path, main, capsys, name):
+    content = (official / name).read_bytes()
+    (official / name).write_bytes(content[: len(content) // 2])
+    assert main(["--from", str(official), "--to", str(tmp_path / "out"), "--any"]) == 2
+    said = capsys.readouterr().err
+    assert name in said and said.startswith("error: ") and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -298,6 +362,43 @@ def test_shards_of_others_are_indexed(tmp_path, main):
     source = create("imagenet_shards", root=str(tmp_path), image_size=16)
     assert source.classes == ["0", "1"] and source.train.labels.tolist() == [0, 1, 0, 1, 0]
     assert source.train.store.read(4).numpy().tobytes() == jpeg(4)
+
+
+def test_keys_are_cut_at_the_first_dot_of_a_name(tmp_path):
+    for folder in ("./", "imagenet-1.0/"):
+        entries = [(f"{folder}0001.{kind}", content) for kind, content in (("jpg", jpeg(1)), ("cls", b"0"))]
+        (tmp_path / "train-0.tar").write_bytes(tar_of(entries))
+        assert shards.write_index(tmp_path, "train") == 1
+    (tmp_path / "train-0.tar").write_bytes(tar_of([("README", b"")]))
+    with pytest.raises(ValueError, match="hold no images"):
+        shards.write_index(tmp_path, "train")
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    """ImageNet has 1,282, and 1,024 is a usual limit. An image that is empty is one that cannot be read."""
+    for i in range(60):
+        content = jpeg(i) if i else b""
+        entries = [(f"{i:05d}.jpg", content), (f"{i:05d}.cls", str(i % 2).encode())]
+        for split in ("train", "val"):
+            (tmp_path / f"{split}-{i:03d}.tar").write_bytes(tar_of(entries))
+    for split in ("train", "val"):
+        shards.write_index(tmp_path, split)
+    read = f"""if True:
+        import resource
+        from anorm.data.loaders import TrainLoader
+        from anorm.data.sources import create
+        resource.setrlimit(resource.RLIMIT_NOFILE, (50, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        source = create("imagenet_shards", root={str(tmp_path)!r}, image_size=16, on_error="skip")
+        for workers in (0, 1):
+            loader = TrainLoader(source, 0, 20, 20, workers=workers)
+            batches = [batch for step in loader.epoch(0) for batch in step]
+            assert sum(len(batch.labels) for batch in batches) == 60, batches
+            assert list(loader.skipped) == [0], loader.skipped
+            loader.close()
+        assert 0 < len(source.train.store._files) <= 12
+    """
+    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, cwd=TOOL.parents[1])
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_index_that_no_longer_fits_is_refused(written):

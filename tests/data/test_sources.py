@@ -197,6 +197,17 @@ def test_a_damaged_index_cache_is_replaced(folder, caplog):
     assert not caplog.text
 
 
+def test_a_machine_without_a_home_keeps_no_index(folder, monkeypatch, caplog):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(index.Path, "home", home)
+    for cache in (True, False):
+        assert len(create("imagefolder", root=str(folder), cache=cache).train) == 21
+    assert caplog.text.count("no file index is kept") == 2  # of train and of val
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +77,7 @@ class DaliFeed(Feed):
             workers,
             device,
         )
-        self._pipeline = None
+        self._pipeline, self._refused = None, set()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         threads = max(1, self._workers)
@@ -101,7 +102,9 @@ class DaliFeed(Feed):
                 pixels = torch.from_dlpack(images.as_tensor()).clone().permute(0, 3, 1, 2)
                 yield Fetched(pixels, self._dataset.labels[index], index, [])
         finally:
-            ahead.stop()  # of this run: another may have begun
+            ahead.stop()
+            if self._ahead is ahead:  # another run may have begun
+                self._ahead = None
 
     def close(self) -> None:
         self._pipeline = None
@@ -114,10 +117,12 @@ class DaliFeed(Feed):
             self._dataset.crop.interpolation
         ]
 
+        inputs = weakref.WeakMethod(self._inputs)  # or the feed, and DALI's threads, would wait for the collector
+
         @pipeline_def
         def crop_resize_flip():
             encoded, start, shape, to, first, mirror = fn.external_source(
-                source=self._inputs, num_outputs=len(INPUTS), batch=True
+                source=lambda: inputs()(), num_outputs=len(INPUTS), batch=True
             )
             region = fn.decoders.image_slice(
                 encoded,
@@ -133,6 +138,7 @@ class DaliFeed(Feed):
             cropped = fn.slice(resized, start=first, shape=[size, size], axis_names="HW")
             return fn.flip(cropped, horizontal=mirror)
 
+        self._pipeline = None  # two would take twice the memory
         pipeline = crop_resize_flip(
             batch_size=self._batch,
             num_threads=max(1, self._workers),
@@ -173,9 +179,9 @@ class DaliFeed(Feed):
 
     def _readable(self, index: int) -> tuple[numpy.ndarray, int, int]:
         """The file, or, where DALI might not read it as Pillow does, the decoded image as a bitmap; height and width."""
-        encoded, name = self._dataset.store.read(index), self._dataset.store.name(index)
+        encoded, name = self._dataset.read(index), self._dataset.store.name(index)
         data = encoded.numpy()
-        shape = jpeg_shape(memoryview(data)) if is_jpeg(encoded) else None
+        shape = jpeg_shape(memoryview(data)) if is_jpeg(encoded) and index not in self._refused else None
         if shape is not None and data[-2:].tobytes() == b"\xff\xd9":
             return data, *shape
         # no colour JPEG, or one that may be cut off, which decoding a region need not notice
@@ -196,15 +202,17 @@ class DaliFeed(Feed):
         return start, shape, to.astype(numpy.float32), first, numpy.array(mirror, dtype=numpy.int32)
 
     def _find_bad_files(self, error: RuntimeError) -> None:
-        """DALI does not say which file it could not decode."""
-        before = len(self.bad)
-        for index in dict.fromkeys(index for sent in self._sent for index in sent.indices):
+        """DALI does not say which file it could not decode. One that others can goes as a bitmap from now on."""
+        before, sent = len(self.bad), {index for sent in self._sent for index in sent.indices}
+        for index in sorted(sent):
             try:
                 self._dataset.decoded(index)
             except BadImage as bad:
                 self._reject(index, bad)
         if len(self.bad) == before:
-            raise error
+            if sent <= self._refused:
+                raise error
+            self._refused |= sent
 
     def _reject(self, index: int, error: BadImage) -> None:
         if self._dataset.on_error == "error":

@@ -7,8 +7,10 @@ small matrix products an image, and agrees to one level of 255. For a set that f
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -17,10 +19,12 @@ from torch.utils.data import Dataset as TorchDataset
 
 from anorm.data.decode import BadImage
 from anorm.data.feeds.base import Feed, Request, generators
+from anorm.data.feeds.workers import forking, start_worker
 from anorm.data.sources.base import EncodedImages, Fetched
 
 CHUNK = 64  # images that a worker decodes and sends at once
 FREE_SHARE = 0.6  # of the device's free memory for images; the rest is the network's
+WINDOWS = 1 << 25  # pixels that are cut out at once, at 36 bytes each
 
 
 class DeviceFeed(Feed):
@@ -32,29 +36,39 @@ class DeviceFeed(Feed):
         self._load(workers)
 
     def _load(self, workers: int) -> None:
-        limit, parts, shapes, used = FREE_SHARE * _free_memory(self._device), [], [], 0
+        # they are gathered in the machine's memory, whatever the device
+        limit, where = min((FREE_SHARE * _free_memory(d), d) for d in {torch.device("cpu"), self._device})
+        # pages that are not written take no memory, and forked processes share them
+        memory, shapes, used = mmap.mmap(-1, int(limit)), [], 0
         chunks = DataLoader(
-            _Whole(self._dataset), batch_size=None, num_workers=workers, generator=torch.Generator()
+            _Whole(self._dataset),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),
         )
-        for pixels, sizes, bad in chunks:
+        with forking():
+            chunks = iter(chunks)
+        for part, sizes, bad in chunks:
             if bad and self._dataset.on_error == "error":
                 raise ValueError(bad[0][1])
             self.note(bad)
             shapes += sizes
-            used += len(pixels)
-            if used > limit:
+            if used + len(part) > limit:
                 raise ValueError(
-                    f"data.loader=device: {len(shapes)} of {len(self._dataset)} images already take {used / 1e9:.1f} GB, and "
-                    f"{self._device} has {limit / 1e9:.1f} GB for them: use data.loader=torch, or smaller images "
-                    "(tools/prepare_imagenet.py --short-side)"
+                    f"data.loader=device: {len(shapes)} of {len(self._dataset)} images already take "
+                    f"{(used + len(part)) / 1e9:.1f} GB, and {where} has {limit / 1e9:.1f} GB for them: use "
+                    "data.loader=torch, or smaller images (tools/prepare_imagenet.py --short-side)"
                 )
-            parts.append(pixels.clone())  # what a worker sent keeps a file open as long as it lives
+            memory[used : used + len(part)] = part.numpy()
+            used += len(part)
         if len(self.bad) == len(shapes):
             raise ValueError(f"every one of the {len(shapes)} images is unreadable; the first: {self.bad[0]}")
         self._shapes = shapes
         starts = list(itertools.accumulate((3 * height * width for height, width in shapes), initial=0))
         self._starts = torch.tensor(starts[:-1]).to(self._device)
-        self._pixels = torch.cat(parts).to(self._device)
+        memory.resize(used)
+        self._pixels = torch.frombuffer(memory, dtype=torch.uint8).to(self._device)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         for request in requests:
@@ -66,14 +80,11 @@ class DeviceFeed(Feed):
                 indices = [self._good(i) for i in request.indices.tolist()]
                 cuts = [self._training(*self._shapes[i], rng) for i, rng in zip(indices, rngs, strict=True)]
             index = torch.tensor(indices, dtype=torch.int64)
-            images = (
-                self._resized(index, torch.tensor(cuts, dtype=torch.int64).view(-1, CUT))
-                if indices
-                else torch.empty(
-                    (0, 3, self._dataset.image_size, self._dataset.image_size), dtype=torch.uint8
-                )
-            )
-            yield Fetched(images, self._dataset.labels[index], index, [])
+            size = self._dataset.image_size
+            images = [torch.empty((0, 3, size, size), dtype=torch.uint8, device=self._device)]
+            for part in _parts(cuts):
+                images.append(self._resized(index[part], torch.tensor(cuts[part], dtype=torch.int64)))
+            yield Fetched(torch.cat(images), self._dataset.labels[index], index, [])
 
     def _good(self, index: int) -> int:
         while index in self.bad:
@@ -101,7 +112,7 @@ class DeviceFeed(Feed):
         return (height, width, 0, 0, height, width, tall, wide, top, left, 0)
 
     def _resized(self, index: Tensor, cuts: Tensor) -> Tensor:
-        """uint8 (n,3,S,S). cuts (n,CUT): image height and width; top, left, height and width of the window; height and
+        """uint8 (n,3,S,S). cuts (n,11): image height and width; top, left, height and width of the window; height and
         width it is resized to; the first row and column of that which are wanted; mirror."""
         extent = cuts[:, 4:6].amax(0).tolist()
         tall, wide = extent
@@ -122,7 +133,16 @@ class DeviceFeed(Feed):
         return torch.matmul(rows[:, None], narrow).add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
 
 
-CUT = 11
+def _parts(cuts: list[tuple[int, ...]]) -> Iterator[slice]:
+    """Images in a row whose windows, each padded to the tallest and the widest, have at most ``WINDOWS`` pixels."""
+    start = tall = wide = 0
+    for i, cut in enumerate(cuts):
+        tall, wide = max(tall, cut[4]), max(wide, cut[5])
+        if i > start and (i + 1 - start) * tall * wide > WINDOWS:
+            yield slice(start, i)
+            start, tall, wide = i, cut[4], cut[5]
+    if cuts:
+        yield slice(start, len(cuts))
 
 
 def _filter(length: Tensor, to: Tensor, first: Tensor, extent: int, size: int, kind: str) -> Tensor:
@@ -174,4 +194,6 @@ class _Whole(TorchDataset):
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError), open("/proc/meminfo") as lines:  # what caches hold is free, too
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

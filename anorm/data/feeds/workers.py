@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader
@@ -53,7 +54,7 @@ class WorkerFeed(Feed):
                 num_workers=workers,
                 pin_memory=self._pin,
                 persistent_workers=True,
-                worker_init_fn=_start,
+                worker_init_fn=start_worker,
                 generator=torch.Generator(),
             )
 
@@ -71,7 +72,8 @@ class WorkerFeed(Feed):
         if self._loader is None:
             return map(self._answers.__getitem__, requests)
         self._requests.current = requests
-        return iter(self._loader)
+        with forking():
+            return iter(self._loader)
 
     def close(self) -> None:
         self._loader = None  # the DataLoader ends its workers when it is collected
@@ -86,10 +88,25 @@ class _Requests:
         return iter(self.current)
 
 
-def _start(worker: int) -> None:
-    # What was forked is the rank's to collect: a worker that collected the remains of another loader would close
-    # that one's queues. It also keeps the collector from copying the rank's memory.
+@contextmanager
+def forking() -> Iterator[None]:
+    """Within: workers are forked. What they inherit is the rank's to collect: a worker that collected the remains of
+    another loader would close that one's queues, or wait for threads of DALI's that it does not have. It would also copy
+    the rank's memory. So they start without the collector, which ``start_worker`` lets them have for what is theirs.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def start_worker(worker: int) -> None:
+    """What every worker does first."""
     gc.freeze()
+    gc.enable()
     keep_freed_memory()
     _leave_signals_to_the_rank()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anorm.data import jpeg
-from anorm.data.decode import BadImage, decode, decode_window
+from anorm.data.decode import BadImage, decode, decode_window, jpeg_decoder
 from anorm.data.transforms import Crop
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -130,7 +131,9 @@ class EncodedImages(Dataset):
             tuple(std),
         )
         self.identity = store.digest()
-        jpeg.why_not()  # compiles it now, once, and not in every worker
+        # compiled and imported now, once, and not in every worker
+        jpeg.why_not()
+        jpeg_decoder()
 
     def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
         size = self.image_size
@@ -149,7 +152,18 @@ class EncodedImages(Dataset):
 
     def decoded(self, index: int) -> Tensor:
         """The whole image, uint8 (3,H,W). Raises BadImage."""
-        return decode(self.store.read(index), self.store.name(index))
+        return decode(self.read(index), self.store.name(index))
+
+    def read(self, index: int) -> Tensor:
+        """The file's bytes, uint8 (n,). Raises BadImage for a file that is gone, or that its disk does not give."""
+        try:
+            return self.store.read(index)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise  # nothing is wrong with the file
+            raise BadImage(
+                f"{self.store.name(index)} cannot be read ({error.strerror or error}): bring it back, or set data.on_error=skip"
+            ) from error
 
     def _sample(
         self, index: int, rng: torch.Generator | None, bad: list[tuple[int, str]]
@@ -172,7 +186,7 @@ class EncodedImages(Dataset):
 
     def _cropped(self, index: int, rng: torch.Generator) -> Tensor:
         pixels, window = decode_window(
-            self.store.read(index),
+            self.read(index),
             self.store.name(index),
             lambda height, width: self.crop.window(height, width, rng),
         )
