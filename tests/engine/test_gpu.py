@@ -131,14 +131,14 @@ def test_precisions_agree_to_their_rounding(tmp_path):
         folder = tmp_path / f"{number}"
         assert train(*GPU, f"hardware.dtype={dtype}", *more, "norm=an", f"run_dir={folder}") == 0
         lines = events(folder, "train")
-        losses[dtype, *more] = [line["loss"] for line in lines]
+        losses[(dtype, *more)] = [line["loss"] for line in lines]
         assert {line.get("loss_scale", 128.0 if more else 65536.0) for line in lines} <= {
             128.0 if more else 65536.0
         }
         assert all(line["memory_mib"] > 0 for line in lines)
     for found in losses.values():
         # 2^-8 (bf16) a rounding, twenty layers, eight steps
-        assert found == pytest.approx(losses["fp32",], rel=0.1)
+        assert found == pytest.approx(losses[("fp32",)], rel=0.1)
 
 
 def test_a_step_that_overflows_on_the_device_changes_nothing(tmp_path):
