@@ -2,16 +2,18 @@
 
 import os
 import subprocess
+from contextlib import nullcontext
 
 import pytest
 import torch
 from processes import ROOT
 
 from anorm import __main__ as main
+from anorm import create_model
 from anorm.engine.distributed import World
-from anorm.engine.hardware import FOR_V100, Machine, decide
+from anorm.engine.hardware import FOR_V100, Machine, compiled, decide, distributed
 from anorm.engine.launch import joined_by_others, slurm_environment
-from anorm.engine.settings import Hardware
+from anorm.engine.settings import Hardware, settings_from
 
 OLD = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")  # as builds for CUDA 12.6 have
 NEW = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")  # as builds for CUDA 13 have
@@ -137,3 +139,20 @@ def test_a_batch_script_is_no_task_of_srun(monkeypatch):
         monkeypatch.setenv(key, value)
     with joined_by_others() as world:
         assert world is None
+
+
+def test_each_process_keeps_its_own_statistics_under_ddp():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        network = distributed(create_model("convnet", "bn", 4), torch.device("cpu"))
+        overwriting = "forward_sync_buffers" if hasattr(network, "forward_sync_buffers") else "broadcast_buffers"
+        assert getattr(network, overwriting) is False
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_compiling_that_changes_a_network_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: lambda images: 1.001 * model(images))
+    model = create_model("convnet", "bn", 4)
+    with pytest.raises(ValueError, match=r"changes this network's outputs by 0\.1 %"):
+        compiled(model, 2, 32, torch.device("cpu"), nullcontext, settings_from({}).hardware)
