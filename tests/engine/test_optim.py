@@ -1,3 +1,6 @@
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +99,35 @@ def test_names_of_timms_factory(name):
     optim.set_rate(optimizer, 0.3)
     assert {group["lr"] for group in optimizer.param_groups} == {0.3}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+
+
+def test_apexs_sgd_where_it_can_be_imported(monkeypatch):
+    """A stand-in with the arguments of NVIDIA's class, which needs its GPU: it gets what torch's own would."""
+
+    class FusedSGD(torch.optim.SGD):
+        def __init__(self, params, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
+                     wd_after_momentum=False, materialize_master_grads=True, set_grad_none=False):  # fmt: skip
+            super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
+
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", types.ModuleType("apex.optimizers"))
+    sys.modules["apex.optimizers"].FusedSGD = FusedSGD
+    weights = []
+    for impl in ("apex", "foreach"):
+        torch.manual_seed(0)
+        model = create_model("convnet", "an", 4)
+        optimizer = optim.create_optimizer(
+            optim.parameter_groups(model, 1e-2, decay_norm=False), Optim(impl=impl, nesterov=True)
+        )
+        assert isinstance(optimizer, FusedSGD) == (impl == "apex")
+        for _ in range(3):
+            optim.set_rate(optimizer, 0.1)
+            model(torch.randn(4, 3, 32, 32)).square().mean().backward()
+            optim.step(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0)
+            optimizer.zero_grad()
+        weights.append(model.state_dict())
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=1e-6, atol=1e-7)
 
 
 def test_sgd_is_torchs_and_not_nesterov_unless_asked():
