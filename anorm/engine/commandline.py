@@ -129,8 +129,12 @@ def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, st
 
     name = type(error).__name__
     if isinstance(error, Interrupted):
-        kept = "everything is saved" if error.saved else "this step could not be saved, an earlier one is"
-        return 128 + error.number, f"{error}; {kept}: repeat the command to continue"
+        kept = {
+            True: "; everything is saved",
+            False: "; this step could not be saved, an earlier one is",
+            None: "",
+        }[error.saved]
+        return 128 + error.number, f"{error}{kept}: repeat the command to continue"
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped"
     if isinstance(error, FloatingPointError):

@@ -65,7 +65,8 @@ def agreeing(run: Run) -> Iterator[Agreement]:
     try:
         yield agreement
     except Interrupted as interrupted:
-        interrupted.saved = not run.world.main or run.saved_step == run.progress.step
+        if run.world.main:
+            interrupted.saved = run.saved_step == run.progress.step
         raise
     finally:
         agreement.close()

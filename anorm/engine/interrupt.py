@@ -2,8 +2,11 @@
 
 
 class Interrupted(Exception):
-    """A signal stopped the run at a step boundary. saved: whether the checkpoint of that step was written."""
+    """A signal stopped the run at a step boundary. saved: whether the checkpoint of that step was written; None in a
+    process that writes none.
+    """
 
     def __init__(self, number: int):
         super().__init__(f"stopped by signal {number}")
-        self.number, self.saved = number, True
+        self.number: int = number
+        self.saved: bool | None = None
