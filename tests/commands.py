@@ -61,6 +61,16 @@ def start_train(*arguments, cwd=None, code=None, **more):
     )
 
 
+def start_torchrun(processes, *arguments):
+    """train.py under torchrun, which is this process."""
+    code = f"""if True:
+        import sys
+        from torch.distributed.run import main
+        main(["--nproc-per-node={processes}", {str(ROOT / "train.py")!r}, *sys.argv[1:]])
+    """
+    return start_train(*arguments, code=code)
+
+
 def run_train(*arguments, cwd=None, **more):
     """(status, stdout, stderr) of train.py in a process of its own."""
     process = start_train(*arguments, cwd=cwd, **more)

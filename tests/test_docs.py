@@ -51,8 +51,15 @@ def test_the_size_of_a_checkpoint():
 
 
 def test_what_a_run_folder_holds(tmp_path):
-    assert train(*SMALL, "log.tensorboard=true", "ema.decay=0.9", "checkpoint.every_steps=1", f"run_dir={tmp_path}") == 0
-    there = {path.name for path in tmp_path.iterdir() if path.name[0] != "."} - {"last-2.ckpt"}  # one stands for all
+    assert (
+        train(
+            *SMALL, "log.tensorboard=true", "ema.decay=0.9", "checkpoint.every_steps=1", f"run_dir={tmp_path}"
+        )
+        == 0
+    )
+    there = {path.name for path in tmp_path.iterdir() if path.name[0] != "."} - {
+        "last-2.ckpt"
+    }  # one stands for all
     told = set(
         re.findall(
             r"`([\w.-]+)/?`",

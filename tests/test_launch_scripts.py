@@ -24,7 +24,11 @@ def started(tmp_path):
             path.chmod(0o755)
         around = environment(PATH=f"{tmp_path}:/usr/bin:/bin", **AROUND)
         done = subprocess.run(
-            [*before, ROOT / "scripts" / name, *arguments], env=around, cwd=ROOT, capture_output=True, text=True
+            [*before, ROOT / "scripts" / name, *arguments],
+            env=around,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         lines = (tmp_path / "calls").read_text().splitlines()
         return done.returncode, [line.strip("\0").split("\0") for line in lines]

@@ -25,7 +25,7 @@ from anorm.build import build
 from anorm.engine.commandline import user_errors
 from anorm.engine.compose import compose
 from anorm.engine.distributed import Agreement, enter
-from anorm.engine.fit import collecting_at_reports, train_epoch
+from anorm.engine.fit import garbage_collected_at_reports, train_epoch
 from anorm.engine.meter import Clock, SaveTimer
 from anorm.engine.run import Run
 from anorm.options import accepted, complete, resolve
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         with enter(None, config["hardware"]["device"]) as world, tempfile.TemporaryDirectory() as folder:
             run = build(config, Path(folder), "benchmark", world, None)
             bare = bare_loop(run)
-            with collecting_at_reports():
+            with garbage_collected_at_reports():
                 ratios = [ratio(run, bare, epoch) for epoch in range(ROUNDS + 2)][2:]
             run.close()
         low, middle, high = statistics.quantiles(ratios, n=4)

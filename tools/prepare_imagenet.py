@@ -252,7 +252,12 @@ def in_processes(jobs: list[tuple[str, Job]], workers: int) -> Iterator[tuple[st
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
+                    try:
+                        yield running.pop(future), future.result()
+                    except ValueError as error:
+                        raise ValueError(
+                            str(error)
+                        ) from None  # without the worker's traceback: it is for a user
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -274,6 +279,11 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another preparation writes to {folder}: wait for it, or stop it") from None
+        except OSError as error:
+            print(
+                f"{folder} cannot be locked ({error.strerror}): see that no other preparation writes to it",
+                flush=True,
+            )
         yield
 
 

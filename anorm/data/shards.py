@@ -140,16 +140,19 @@ class ShardStore:
         self._keep = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
 
     def read(self, index: int) -> Tensor:
-        number, buffer = int(self.shard[index]), bytearray(int(self.size[index]))
+        number, offset = int(self.shard[index]), int(self.offset[index])
+        buffer = bytearray(int(self.size[index]))
         file = self._files.get(number)
-        opened = None if file is not None else os.open(self.shards[number], os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if opened is not None:
-                file = self._files.setdefault(number, opened) if len(self._files) < self._keep else opened
-            read = os.preadv(file, [buffer], int(self.offset[index]))
-        finally:
-            if opened is not None and self._files.get(number) != opened:  # not kept, or another thread was first
-                os.close(opened)
+        if file is not None:
+            read = os.preadv(file, [buffer], offset)
+        else:
+            file = os.open(self.shards[number], os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                read = os.preadv(file, [buffer], offset)
+            finally:
+                # another thread may have been first
+                if len(self._files) >= self._keep or self._files.setdefault(number, file) != file:
+                    os.close(file)
         if read != len(buffer):
             raise ValueError(f"{self.shards[number]} ended early: it changed while it was read")
         return torch.frombuffer(buffer or bytearray(1), dtype=torch.uint8)

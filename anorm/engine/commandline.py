@@ -131,7 +131,7 @@ def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, st
     if isinstance(error, Interrupted):
         kept = {
             True: "; everything is saved",
-            False: "; this step could not be saved, an earlier one is",
+            False: "; this step could not be saved",
             None: "",
         }[error.saved]
         return 128 + error.number, f"{error}{kept}: repeat the command to continue"

@@ -125,7 +125,8 @@ def process_group() -> Iterator[World]:
     # loaders fork their workers when InfiniBand's memory is registered already
     os.environ.setdefault("RDMAV_FORK_SAFE", "1")
     world = World(rank, size, local, launcher=os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
-    threading.Thread(target=_watch_launcher, args=(world,), daemon=True).start()
+    if world.launcher is not None:
+        threading.Thread(target=_watch_launcher, args=(world,), daemon=True).start()
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
     yield world
     _leave_together()
@@ -133,7 +134,7 @@ def process_group() -> Iterator[World]:
 
 def _watch_launcher(world: World) -> None:
     """Torchrun's death tells a process nothing, and one that waits for a GPU would not hear a signal."""
-    while world.launcher is not None:
+    while True:
         world.end_if_orphaned()
         time.sleep(1)
 
@@ -150,7 +151,9 @@ def or_leave(work: Callable[[], int]) -> int:
     try:
         status = work()
     except Exception:
-        time.sleep(2)  # where the cause is that another ended, the launcher names that one, and ends this one meanwhile
+        time.sleep(
+            2
+        )  # where the cause is that another ended, the launcher names that one, and ends this one meanwhile
         traceback.print_exc()
         status = 1
     if status:
@@ -184,13 +187,13 @@ def join_statistics(world: World, model: nn.Module, how: str) -> None:
         buffer.copy_(value.view_as(buffer))
 
 
-def joined(apart: list[list[Tensor]], how: str) -> list[Tensor]:
+def joined(buffers: list[list[Tensor]], how: str) -> list[Tensor]:
     """What ``join_statistics`` makes of the buffers of each process."""
     return [
         torch.stack([value.double() for value in values]).mean(0).to(values[0].dtype)
         if how == "mean" and values[0].is_floating_point()
         else values[0]
-        for values in zip(*apart, strict=True)
+        for values in zip(*buffers, strict=True)
     ]
 
 

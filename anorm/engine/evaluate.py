@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.random import seed_of
@@ -90,6 +90,7 @@ class Evaluator:
     """What it takes to evaluate a network under the statistics that ``settings`` names.
 
     train: for recalibration, an epoch of it that training does not use; None where ``settings`` ask for none.
+    Raises ValueError where the network has norms whose statistics ``settings`` do not reach.
     """
 
     model: nn.Module
@@ -99,6 +100,9 @@ class Evaluator:
     autocast: Autocast
     settings: Eval
     unused_epoch: int
+
+    def __post_init__(self):
+        check_statistics(self.model, self.settings.stats)
 
     def __call__(
         self,
@@ -138,7 +142,7 @@ class Evaluator:
 def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], None]) -> Iterator[None]:
     """Within: norms evaluate with their running statistics ("running", the default), each batch's own
     ("batch"), or statistics taken afresh from training batches by ``recalibrate`` ("recalibrated").
-    Afterwards all is as before. Raises ValueError for "batch" where another library's norm keeps its statistics.
+    Afterwards all is as before.
     """
     norms = _with_statistics(model)
     ours = [norm for norm in norms if isinstance(norm, RunningNorm)]
@@ -146,12 +150,6 @@ def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], Non
     if source == "running":
         yield
     elif source == "batch":
-        if len(ours) < len(norms):
-            other = next(norm for norm in norms if norm not in ours)
-            raise ValueError(
-                f"eval.stats=batch does not reach a {type(other).__name__} of another library: set eval.stats=running "
-                "or recalibrated"
-            )
         for norm in ours:
             norm.eval_stats = "batch"
         try:
@@ -185,5 +183,19 @@ def _with_statistics(model: nn.Module) -> list[nn.Module]:
         module
         for module in model.modules()
         if (isinstance(module, RunningNorm) and not module.frozen)
-        or (isinstance(module, _NormBase) and module.track_running_stats)
+        or (isinstance(module, _BatchNorm) and module.track_running_stats)
     ]
+
+
+def check_statistics(model: nn.Module, source: str) -> None:
+    """Raises ValueError where ``source`` does not reach the statistics of a norm of another library."""
+    for module in model.modules():
+        tracks = any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
+        if not tracks or isinstance(module, RunningNorm) or source == "running":
+            continue
+        if source == "batch" or not isinstance(module, _BatchNorm):
+            other = " or recalibrated" if isinstance(module, _BatchNorm) else ""
+            raise ValueError(
+                f"eval.stats={source} does not reach a {type(module).__name__} of another library: set "
+                f"eval.stats=running{other}"
+            )

@@ -20,7 +20,7 @@ from anorm.engine.interrupt import Interrupted
 from anorm.engine.keep import (
     PREDICTIONS,
     PREDICTIONS_EMA,
-    buffers_apart,
+    gather_buffers,
     going_on_without,
     keep_predictions,
     save,
@@ -34,23 +34,23 @@ from anorm.engine.run import Run
 def fit(run: Run) -> dict[str, Any]:
     """Train to the end of ``settings.epochs``, evaluating and saving where due. Returns the final event's fields.
 
-    Raises Interrupted after saving when a signal asked to stop, FloatingPointError when the loss is no longer finite.
+    Raises Interrupted, once it has tried to save, when a signal asked to stop, FloatingPointError when the loss is no longer finite.
     """
     settings, world, progress = run.settings, run.world, run.progress
     clock, save_due = Clock(progress), SaveTimer(settings)
-    with agreeing(run) as agreement, collecting_at_reports():
+    with agreeing(run) as agreement, garbage_collected_at_reports():
         while True:
             epoch, first = divmod(progress.step, run.train.steps_per_epoch)
             if first == 0 and progress.evaluated < epoch:
-                apart = None
+                before_joining = None
                 if epoch % settings.eval.every == 0 or progress.step == run.total_steps:
                     clock.tick()
                     save(run)  # what ends an evaluation costs nothing else
-                    apart = buffers_apart(world, run.model)
+                    before_joining = gather_buffers(world, run.model)
                     evaluate_and_keep_best(run, epoch, agreement.end_alone)
                 progress.evaluated = epoch
                 clock.tick()
-                save(run, apart)
+                save(run, before_joining)
                 save_due.restart()
             if progress.step >= run.total_steps:
                 break
@@ -73,7 +73,7 @@ def agreeing(run: Run) -> Iterator[Agreement]:
 
 
 @contextmanager
-def collecting_at_reports() -> Iterator[None]:
+def garbage_collected_at_reports() -> Iterator[None]:
     """Within: Python's collector runs where ``train_epoch`` calls it. By itself it would stop each process at another
     moment, and all wait for each. It passes over what is there already, which takes a fifth of a second to look through.
     """

@@ -30,7 +30,7 @@ def weights_state(run: Run) -> dict[str, Any]:
     } | ({"ema": run.ema.model.state_dict()} if run.ema else {})
 
 
-def buffers_apart(world: World, model: nn.Module) -> list[list[Tensor]]:
+def gather_buffers(world: World, model: nn.Module) -> list[list[Tensor]]:
     """The buffers of every process, on rank 0."""
     return world.gather([buffer.to("cpu", copy=True) for buffer in model.buffers()])
 
@@ -45,27 +45,29 @@ def join_again(model: nn.Module, path: Path, how: str) -> None:
     """Statistics for ``model`` from those that each process of a run had at its checkpoint ``path``, joined in the way
     that ``how`` says. Raises ValueError where the file holds none.
     """
-    apart = checkpoint.load(path).get("processes", {}).get("apart") if path.suffix == ".ckpt" else None
-    if not apart:
+    held = (
+        checkpoint.load(path).get("processes", {}).get("before_joining") if path.suffix == ".ckpt" else None
+    )
+    if not held:
         raise ValueError(
-            f"{path} holds the statistics of its processes joined: dist.stats is for the last checkpoints of a run "
-            "(last.ckpt, last-1.ckpt, ...), which hold those of each"
+            f"{path} does not hold the statistics of each process: dist.stats is for the last checkpoints of a run "
+            "(last.ckpt, last-1.ckpt, ...)"
         )
     with torch.no_grad():
-        for buffer, value in zip(model.buffers(), joined(apart, how), strict=True):
+        for buffer, value in zip(model.buffers(), joined(held, how), strict=True):
             buffer.copy_(value)
 
 
-def save(run: Run, apart: list[list[Tensor]] | None = None) -> None:
+def save(run: Run, before_joining: list[list[Tensor]] | None = None) -> None:
     """last.ckpt: all that the next step depends on. Called by every process; rank 0 writes. The one before is kept,
     unless it is of the same step, before its evaluation.
 
-    Its weights hold the statistics of all processes joined; each process continues with its own. apart: those of each
-    before an evaluation joined them, so that ``join_again`` can join them in another way.
+    Its weights hold the statistics of all processes joined; each process continues with its own. before_joining:
+    the buffers of each before an evaluation joined them, so that ``join_again`` can join them in another way.
     """
     world = run.world
-    buffers = buffers_apart(world, run.model)
-    ema_buffers = buffers_apart(world, run.ema.model) if run.ema else []
+    buffers = gather_buffers(world, run.model)
+    ema_buffers = gather_buffers(world, run.ema.model) if run.ema else []
     sums = world.gather(run.sums.cpu())
     if not world.main:
         return
@@ -84,7 +86,7 @@ def save(run: Run, apart: list[list[Tensor]] | None = None) -> None:
                 "size": world.size,
                 "buffers": buffers,
                 "ema_buffers": ema_buffers,
-                "apart": apart or buffers,
+                "before_joining": before_joining or buffers,
                 "sums": sums,
             },
             "log_offset": run.record.offset,

@@ -17,8 +17,8 @@ def explain(run: Run, step: int) -> str:
     """One sentence with the step and the first layer whose output, or gradient, is not finite. Called by every process.
 
     The step's own batch and dropout are drawn again. Non-finite gradients were not applied (except by optimizers that
-    cannot be told so on a GPU), so the weights are those of that step; on a GPU, which is asked every log.every steps,
-    those of a step soon after it.
+    cannot be told so on a GPU), so the weights are those of that step; on a GPU, or with several processes, which are
+    asked every log.every steps, those of a step soon after it.
     """
     where = [found for found in run.world.gather(_first(run, step)) if found]
     first = (

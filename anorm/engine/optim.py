@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from anorm.archs.foreign import Foreign
 from anorm.convert import is_norm
@@ -48,7 +49,7 @@ def parameter_groups(
     """Optimizer groups {params, names, roles, weight_decay, lr_scale, clip}; each trainable parameter is in
     exactly one.
 
-    decay_norm: also decay what norms declare (the authors' practice). It is one switch for all that a norm learns, its
+    decay_norm: also decay the parameters of norms (the authors' practice). It is one switch for all that a norm learns, its
     attention included: layers that differ in how much of them is attention are compared under one rule.
     layer_decay: the rate of block i of L is multiplied by layer_decay^(L - 1 - i); a block is a child of the
     network, or a child of one of its sequences, in the order of construction.
@@ -217,7 +218,8 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
 
     A word is a role (weight, bias, norm, mixture, attention, control), ``mixtures`` (AN's mixtures and the
     statistics of its base, attention free: section 3.3 of the paper), or a pattern of parameter names such as
-    "layer1.*". A norm whose parameters are all frozen by a role or pattern keeps its running statistics too.
+    "layer1.*". A norm whose parameters are all frozen by a role or pattern keeps its running statistics too, but for other
+    libraries' norms, which go on tracking theirs: the line says so.
     """
     said, needs = [], declared_needs(model)
     roles = {need.role for need, _ in needs.values()}
@@ -248,7 +250,19 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
                     layer.frozen = True
                     statistics += 1
         said.append(f"frozen by {word}: {len(named)} parameters, the statistics of {statistics} norms")
+        if others := _others_tracking(model, named):
+            said[-1] += f"; those of {others} norms of other libraries go on being tracked"
     return said
+
+
+def _others_tracking(model: nn.Module, frozen: set[str]) -> int:
+    """Norms of torch's, all of whose parameters are ``frozen``, with running statistics."""
+    count = 0
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            own = {f"{name}.{local}" for local, _ in module.named_parameters(recurse=False)}
+            count += bool(own) and own <= frozen
+    return count
 
 
 def _outermost_norms(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Norm]]:

@@ -68,7 +68,7 @@ class Record:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # that step's points are there already
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # its own are there
         if sys.stdout.isatty():
             self._bar = _Bar(step, total_steps)
 

@@ -16,7 +16,7 @@ from anorm.data.sources import Source
 from anorm.engine import checkpoint
 from anorm.engine.distributed import World
 from anorm.engine.record import METRICS, final_metrics
-from anorm.engine.signature import EXCLUDED, flatten
+from anorm.engine.signature import EXCLUDED, counting_here, flatten
 
 CONFIG, CARD = "config.yaml", "data.json"
 
@@ -149,15 +149,11 @@ def clear(folder: Path) -> None:
 
 def _difference(held: dict, config: dict) -> str:
     old, new = flatten({k: v for k, v in held.items() if k not in ("signature", "choices")}), flatten(config)
-    counts_here = [
-        *(["hardware.processes"] if config["norm"].get("sync") or config["eval"]["stats"] == "batch" else []),
-        *(["eval.batch_size"] if config["eval"]["stats"] == "batch" else []),
-    ]
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} now"
         for key in {**old, **new}
         if old.get(key) != new.get(key)
-        and (key in counts_here or (key.split(".")[0] not in EXCLUDED and key not in EXCLUDED))
+        and (key in counting_here(config) or (key.split(".")[0] not in EXCLUDED and key not in EXCLUDED))
     ]
     return (
         "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")

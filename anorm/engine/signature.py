@@ -39,13 +39,22 @@ def signature(config: dict, data_identity: str, processes: int) -> str:
     counted["data.identity"] = data_identity
     if config.get("weights"):
         counted["weights"] = file_digest(Path(config["weights"]))
-    if config["eval"]["stats"] == "batch":
-        counted["eval.batch_size"] = config["eval"]["batch_size"]  # and each process cuts its own share into batches
-        counted["processes"] = processes
-    if config["norm"].get("sync"):
+    if "eval.batch_size" in counting_here(config):
+        counted["eval.batch_size"] = config["eval"]["batch_size"]
+    if "hardware.processes" in counting_here(config):
         counted["processes"] = processes
     text = json.dumps(counted, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+def counting_here(config: dict) -> set[str]:
+    """The excluded keys that change the mathematics of this configuration all the same."""
+    keys = set()
+    if config["eval"]["stats"] == "batch":  # each process cuts its own share of the images into batches
+        keys |= {"eval.batch_size", "hardware.processes"}
+    if config["norm"].get("sync"):
+        keys |= {"hardware.processes"}
+    return keys
 
 
 def flatten(config: dict, prefix: str = "") -> dict:

@@ -133,7 +133,7 @@ def hot_bn(weight: Tensor | None, bias: Tensor | None, eps: float, track: Callab
             *laws.bn_coefficients_backward(dscale, dshift, made[1], made[2], count),
         ),
         law=lambda moments, p: then(standardize(*pool_batch(moments)[:2], eps), *p),
-        track=track and (lambda made: track(made[0], made[3])),
+        track=None if track is None else lambda made: track(made[0], made[3]),
     )
 
 
@@ -174,7 +174,7 @@ def hot_an(parameters: Tensors, eps: tuple[float, float, float], track: Callable
             ),
         ),
         law=lambda moments, p: _an(moments, p, eps),
-        track=track and (lambda made: track(made[0], made[4], made[8], made[9])),
+        track=None if track is None else lambda made: track(made[0], made[4], made[8], made[9]),
     )
 
 
@@ -266,7 +266,7 @@ def hot_sn(parameters: Tensors, unbias: float, eps: float, track: Callable | Non
             *laws.sn_coefficients_backward(dscale, dshift, mean, made[-1], *made[1:-1], count, unbias),
         ),
         law=lambda moments, p: _sn(moments, p, unbias, eps),
-        track=track and (lambda made: track(made[5], made[6])),
+        track=None if track is None else lambda made: track(made[5], made[6]),
     )
 
 

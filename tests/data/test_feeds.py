@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import weakref
 
 import numpy
@@ -11,6 +12,7 @@ from photographs import write_folder
 from PIL import Image
 
 from anorm.data.feeds import device as device_feed
+from anorm.data.feeds.dali import DaliFeed
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.sources import create
 
@@ -148,7 +150,6 @@ def test_images_of_many_sizes_are_cut_out_a_few_at_a_time(root, monkeypatch):
 
 def test_a_feed_of_dali_ends_with_its_last_name(root):
     """DALI's threads are not in a process that is forked later: nothing must be left for a collector there."""
-    pytest.importorskip("nvidia.dali", reason="the extra anorm[dali] is not installed")
     loader = TrainLoader(source(root, "dali"), 0, 8, 4)
     next(loader.epoch(0))
     feed = weakref.ref(loader._feed)
@@ -161,13 +162,11 @@ def test_a_feed_of_dali_ends_with_its_last_name(root):
         gc.enable()
 
 
-def test_what_dali_alone_refuses_is_decoded_by_others(root, monkeypatch):
+def test_what_dali_alone_refuses_is_decoded_by_others(root, monkeypatch, caplog):
     """A file that the torch loader reads ends no run: the requests under way are repeated with bitmaps."""
-    dali = pytest.importorskip("anorm.data.feeds.dali")
-    pytest.importorskip("nvidia.dali", reason="the extra anorm[dali] is not installed")
     content = (root / "train/ant/ant_3.JPEG").read_bytes()
     # DALI is given damage where the others are given the file
-    readable, given = dali.DaliFeed._readable, []
+    readable, given = DaliFeed._readable, []
 
     def damaged(feed, index):
         data, height, width = readable(feed, index)
@@ -176,37 +175,33 @@ def test_what_dali_alone_refuses_is_decoded_by_others(root, monkeypatch):
             data = numpy.frombuffer(content[:200] + bytes(40) + content[-2:], dtype=numpy.uint8)
         return data, height, width
 
-    monkeypatch.setattr(dali.DaliFeed, "_readable", damaged)
+    monkeypatch.setattr(DaliFeed, "_readable", damaged)
     plain, other = source(root, "torch"), source(root, "dali")
     for theirs, ours in zip(
         TrainLoader(plain, 0, 9, 9).epoch(0), TrainLoader(other, 0, 9, 9).epoch(0), strict=True
     ):
         assert_close(ours[0], theirs[0], plain, "dali")
-    assert given == [given[0]]
+    assert given == [given[0]] and re.search(r"DALI refuses one of \d+ images", caplog.text)
 
 
-def test_a_file_that_is_gone_is_a_bad_file(tmp_path):
+@pytest.mark.parametrize("loader", ["torch", *LOADERS])
+def test_a_file_that_is_gone_is_a_bad_file(tmp_path, loader):
     root = write_folder(tmp_path / "set")
-    for loader in ("torch", *LOADERS):
-        found = source(root, loader, on_error="skip")
-        (root / "train/bee/bee_2.JPEG").rename(tmp_path / "away")
-        train = TrainLoader(found, 0, 21, 21, workers=1)
-        [[batch]] = train.epoch(0)
-        assert len(batch.labels) == 21 and list(train.skipped) == [9]
-        assert "bee_2.JPEG cannot be read (No such file or directory)" in train.skipped[9]
-        train.close()
-        with pytest.raises(ValueError, match=r"bee_2.JPEG cannot be read"):
-            list(TrainLoader(found_or_error(root, loader, tmp_path), 0, 21, 21, workers=1).epoch(0))
-        if (tmp_path / "away").exists():
-            (tmp_path / "away").rename(root / "train/bee/bee_2.JPEG")
+    skipping, strict = source(root, loader, on_error="skip"), source(root, loader)
+    (root / "train/bee/bee_2.JPEG").unlink()  # indexed before
+    train = TrainLoader(skipping, 0, 21, 21, workers=1)
+    [[batch]] = train.epoch(0)
+    assert len(batch.labels) == 21 and list(train.skipped) == [9]
+    assert "bee_2.JPEG cannot be read (No such file or directory)" in train.skipped[9]
+    train.close()
+    with pytest.raises(ValueError, match=r"bee_2.JPEG cannot be read"):
+        list(TrainLoader(strict, 0, 21, 21, workers=1).epoch(0))
 
 
-def found_or_error(root, loader, away):
-    """The set with on_error=error, whose file is taken away once it is indexed."""
-    (away / "away").rename(root / "train/bee/bee_2.JPEG")
-    found = source(root, loader)
-    (root / "train/bee/bee_2.JPEG").rename(away / "away")
-    return found
+def test_memory_that_the_system_does_not_give_is_explained(root, monkeypatch):
+    monkeypatch.setattr(device_feed, "_free_memory", lambda device: 2**60)
+    with pytest.raises(ValueError, match=r"the system gives no .* GB for images \(Cannot allocate memory\)"):
+        TrainLoader(source(root, "device"), 0, 8, 4)
 
 
 def test_dali_that_is_not_installed_is_explained(root, monkeypatch):

@@ -1,5 +1,6 @@
 """tools/prepare_imagenet.py on small files in the official form."""
 
+import fcntl
 import io
 import os
 import runpy
@@ -313,6 +314,26 @@ def test_wrong_sources_are_explained(official, tmp_path, main, capsys, spoil, wo
 def test_a_wrong_official_file_is_found_by_its_md5(official, tmp_path, main, capsys):
     assert main(["--from", str(official), "--to", str(tmp_path / "out"), "--any", "--md5"]) == 2
     assert "has MD5" in capsys.readouterr().err
+
+
+def test_a_worker_that_meets_a_damaged_image_names_it_in_one_line(official, tmp_path):
+    spoiled = tmp_path / "set"
+    for split in ("train", "val"):
+        (spoiled / split / "cat").mkdir(parents=True)
+        (spoiled / split / "cat" / f"{split}.JPEG").write_bytes(jpeg(1) if split == "val" else b"damaged")
+    command = ["--from", spoiled, "--to", tmp_path / "out", "--any", "--workers", "2", "--short-side", "32"]
+    done = subprocess.run([sys.executable, TOOL, *command], capture_output=True, text=True)
+    assert done.returncode == 2 and "train.JPEG is not a readable image" in done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_system_without_locks_is_written_to(official, tmp_path, main, monkeypatch, capsys):
+    def no_locks(*arguments):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert main(["--from", str(official), "--to", str(tmp_path / "out"), "--any"]) == 0
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
 
 
 def test_a_source_image_that_cannot_be_read_is_named(official, tmp_path, main, capsys):

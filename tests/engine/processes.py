@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fake_slurm
-from commands import ROOT, SMALL, environment, run_train, script, start_train, train
+from commands import ROOT, SMALL, environment, run_train, script, start_torchrun, start_train, train
 
 from anorm.engine.record import read_metrics
 
@@ -23,6 +23,7 @@ __all__ = [
     "ranks_of",
     "run_train",
     "script",
+    "start_torchrun",
     "start_train",
     "train",
     "weights",

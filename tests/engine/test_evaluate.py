@@ -11,7 +11,7 @@ from anorm import create_model, create_norm
 from anorm.build import evaluator
 from anorm.engine.compose import compose
 from anorm.engine.distributed import World
-from anorm.engine.evaluate import evaluate, statistics_from
+from anorm.engine.evaluate import check_statistics, evaluate, statistics_from
 from anorm.options import accepted, complete, resolve
 
 
@@ -128,11 +128,14 @@ def test_torchs_own_norms_are_recalibrated_and_not_passed_over_by_batch_statisti
         mean = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
         torch.testing.assert_close(model[0].running_mean, mean)
     assert model[0].momentum == 0.1 and torch.equal(model[0].running_mean, torch.zeros(3))
-    with (
-        pytest.raises(ValueError, match="eval.stats=batch does not reach a BatchNorm2d"),
-        statistics_from(model, "batch", recalibrate),
-    ):
-        pass
+    check_statistics(model, "recalibrated")
+    with pytest.raises(ValueError, match="batch does not reach a BatchNorm2d .*running or recalibrated"):
+        check_statistics(model, "batch")
+    check_statistics(nn.InstanceNorm2d(3), "batch")  # it tracks nothing
+    for stats in ("batch", "recalibrated"):
+        check_statistics(create_model("convnet", "afn", 4), stats)
+        with pytest.raises(ValueError, match=f"{stats} does not reach an? InstanceNorm2d .*running$"):
+            check_statistics(nn.InstanceNorm2d(3, track_running_stats=True), stats)
 
 
 def test_recalibrated_statistics_are_those_of_the_batches_and_are_put_back():

@@ -87,7 +87,8 @@ def test_a_run_that_was_stopped_continues_at_its_scale(tmp_path, fp16_on_a_cpu, 
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
     kept = ("step", "loss", "loss_scale", "skipped_steps")
     lines = [
-        [[line[key] for key in kept] for line in events(tmp_path / name, "train")] for name in ("whole", "cut")
+        [[line[key] for key in kept] for line in events(tmp_path / name, "train")]
+        for name in ("whole", "cut")
     ]
     assert lines[0] == lines[1]
 

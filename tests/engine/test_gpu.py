@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, SMALL, events, run_train, start_train, train, weights
+from processes import ROOT, SMALL, events, run_train, start_torchrun, start_train, train, weights
 
 from anorm.build import build
 from anorm.data.loaders import EvalLoader, TrainLoader
@@ -74,12 +74,7 @@ def test_a_process_group_of_one(tmp_path):
         "ema.decay=0.9",
         "checkpoint.every_steps=2",
     ]
-    torchrun = """if True:
-        import sys
-        from torch.distributed.run import main
-        main(["--nproc-per-node=1", *sys.argv[1:]])
-    """
-    process = start_train(str(ROOT / "train.py"), *arguments, f"run_dir={tmp_path / 'group'}", code=torchrun)
+    process = start_torchrun(1, *arguments, f"run_dir={tmp_path / 'group'}")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert run_train(*arguments, f"run_dir={tmp_path / 'alone'}")[0] == 0

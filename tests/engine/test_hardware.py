@@ -145,7 +145,9 @@ def test_each_process_keeps_its_own_statistics_under_ddp():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         network = distributed(create_model("convnet", "bn", 4), torch.device("cpu"))
-        overwriting = "forward_sync_buffers" if hasattr(network, "forward_sync_buffers") else "broadcast_buffers"
+        overwriting = (
+            "forward_sync_buffers" if hasattr(network, "forward_sync_buffers") else "broadcast_buffers"
+        )
         assert getattr(network, overwriting) is False
     finally:
         torch.distributed.destroy_process_group()

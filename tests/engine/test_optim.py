@@ -46,7 +46,11 @@ def test_another_librarys_network_decays_and_scales_as_one_of_ours():
     assert (decayed["weight_decay"], excluded["weight_decay"]) == (1e-4, 0.0)
     groups = optim.parameter_groups(model, 1e-4, layer_decay=0.5)
     scale = {name.removeprefix("network."): group["lr_scale"] for group in groups for name in group["names"]}
-    assert (scale["fc.weight"], scale["layer4.1.conv1.weight"], scale["layer4.0.bn2.bias"]) == (1.0, 0.5, 0.25)
+    assert (scale["fc.weight"], scale["layer4.1.conv1.weight"], scale["layer4.0.bn2.bias"]) == (
+        1.0,
+        0.5,
+        0.25,
+    )
 
 
 def test_a_module_declares_its_own_needs():
@@ -236,6 +240,15 @@ def test_freeze_mixtures_leaves_the_attention_free():
         before[layer + "attention.norm.running_mean"], after[layer + "attention.norm.running_mean"]
     )
     assert not torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])  # no AN there
+
+
+def test_freezing_norms_of_others_says_what_it_leaves():
+    [said] = optim.freeze(create_model("timm:resnet18", "timm:batchnorm2d", 10), ["norm"])
+    assert said.endswith(
+        "40 parameters, the statistics of 0 norms; those of 20 norms of other libraries go on being tracked"
+    )
+    [said] = optim.freeze(create_model("timm:resnet18", "timm:groupnorm", 10), ["norm"])
+    assert said.endswith("the statistics of 0 norms")
 
 
 def test_freeze_by_role_and_by_pattern():

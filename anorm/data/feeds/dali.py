@@ -18,7 +18,7 @@ import numpy
 import torch
 
 from anorm.data.decode import BadImage, decode, is_jpeg
-from anorm.data.feeds.base import Feed, Request, generators
+from anorm.data.feeds.base import Feed, Request, generators, log
 from anorm.data.sources.base import EncodedImages, Fetched
 
 INSTALL = (
@@ -117,7 +117,9 @@ class DaliFeed(Feed):
             self._dataset.crop.interpolation
         ]
 
-        inputs = weakref.WeakMethod(self._inputs)  # or the feed, and DALI's threads, would wait for the collector
+        inputs = weakref.WeakMethod(
+            self._inputs
+        )  # or the feed, and DALI's threads, would wait for the collector
 
         @pipeline_def
         def crop_resize_flip():
@@ -202,7 +204,7 @@ class DaliFeed(Feed):
         return start, shape, to.astype(numpy.float32), first, numpy.array(mirror, dtype=numpy.int32)
 
     def _find_bad_files(self, error: RuntimeError) -> None:
-        """DALI does not say which file it could not decode. One that others can goes as a bitmap from now on."""
+        """DALI does not say which file it could not decode. Where all can be read, they go as bitmaps from now on."""
         before, sent = len(self.bad), {index for sent in self._sent for index in sent.indices}
         for index in sorted(sent):
             try:
@@ -212,6 +214,8 @@ class DaliFeed(Feed):
         if len(self.bad) == before:
             if sent <= self._refused:
                 raise error
+            words = " ".join(str(error).split())[:300]
+            log.warning("DALI refuses one of %d images, which others decode: %s", len(sent), words)
             self._refused |= sent
 
     def _reject(self, index: int, error: BadImage) -> None:

@@ -37,9 +37,18 @@ class DeviceFeed(Feed):
 
     def _load(self, workers: int) -> None:
         # they are gathered in the machine's memory, whatever the device
-        limit, where = min((FREE_SHARE * _free_memory(d), d) for d in {torch.device("cpu"), self._device})
-        # pages that are not written take no memory, and forked processes share them
-        memory, shapes, used = mmap.mmap(-1, int(limit)), [], 0
+        free = {device: FREE_SHARE * _free_memory(device) for device in (torch.device("cpu"), self._device)}
+        scarcest = min(free, key=free.get)
+        limit, shapes, used = free[scarcest], [], 0
+        try:
+            memory = mmap.mmap(
+                -1, int(limit)
+            )  # pages that are not written take none, and forked processes share them
+        except OSError as error:
+            raise ValueError(
+                f"data.loader=device: the system gives no {limit / 1e9:.1f} GB for images ({error.strerror}): use "
+                "data.loader=torch, or lift the limit (ulimit -v, vm.overcommit_memory)"
+            ) from error
         chunks = DataLoader(
             _Whole(self._dataset),
             batch_size=None,
@@ -57,7 +66,7 @@ class DeviceFeed(Feed):
             if used + len(part) > limit:
                 raise ValueError(
                     f"data.loader=device: {len(shapes)} of {len(self._dataset)} images already take "
-                    f"{(used + len(part)) / 1e9:.1f} GB, and {where} has {limit / 1e9:.1f} GB for them: use "
+                    f"{(used + len(part)) / 1e9:.1f} GB, and {scarcest} has {limit / 1e9:.1f} GB for them: use "
                     "data.loader=torch, or smaller images (tools/prepare_imagenet.py --short-side)"
                 )
             memory[used : used + len(part)] = part.numpy()
