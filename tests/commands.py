@@ -76,3 +76,17 @@ def run_train(*arguments, cwd=None, **more):
     process = start_train(*arguments, cwd=cwd, **more)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def children_of(parent, word):
+    """Process ids of the children whose command holds ``word``, in the order of their start."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            theirs = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            continue
+        if theirs == parent and word in command:
+            found.append(int(pid))
+    return sorted(found)

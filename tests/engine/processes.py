@@ -1,6 +1,5 @@
 """train.py in processes of its own, and what they leave."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -9,7 +8,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fake_slurm
-from commands import ROOT, SMALL, environment, run_train, script, start_torchrun, start_train, train
+from commands import (
+    ROOT,
+    SMALL,
+    children_of,
+    environment,
+    run_train,
+    script,
+    start_torchrun,
+    start_train,
+    train,
+)
 
 from anorm.engine.record import read_metrics
 
@@ -41,17 +50,3 @@ def weights(folder, name="last.ckpt"):
 def ranks_of(launcher):
     """Process ids of the ranks of our launcher, in the order of their start."""
     return children_of(launcher, "spawn_main")
-
-
-def children_of(parent, word):
-    """Process ids of the children whose command holds ``word``, in the order of their start."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            theirs = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-            command = Path(f"/proc/{pid}/cmdline").read_text()
-        except OSError:
-            continue
-        if theirs == parent and word in command:
-            found.append(int(pid))
-    return sorted(found)

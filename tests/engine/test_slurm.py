@@ -20,7 +20,7 @@ CPU = [
     "slurm.time=2-12",
     "slurm.exclusive=true",
 ]
-LONG = [*SMALL, "data.train_images=128", "epochs=8", "log.every=1"]
+LONG = [*SMALL, "data.train_images=128", "epochs=30", "log.every=1"]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -24,7 +25,7 @@ import tables
 import tally
 import torch
 import yaml
-from commands import ROOT, SMALL, environment
+from commands import ROOT, SMALL, children_of, environment
 from judgement import Interval, mean_interval
 
 from anorm.engine.hardware import Machine
@@ -514,19 +515,24 @@ def test_a_failed_cell_stays_visible_until_it_is_retried(two_norms, tmp_path, ca
 def test_two_workers_and_a_killed_one(tmp_path):
     """Whatever dies, in the end every cell is complete and was trained once."""
     path, runs = (
-        written(tmp_path, {"norm": ["bn", "gn"]}, ["epochs=8", "checkpoint.every_steps=1"]),
+        written(tmp_path, {"norm": ["bn", "gn"]}, ["epochs=20", "checkpoint.every_steps=1"]),
         tmp_path / "runs",
     )
     arguments = (path, "--run", "--seeds", 1, "--runs", runs)
     killed = start(*arguments)
     until(lambda: any(events(runs, "checkpoint").values()))
+    [orphan] = children_of(killed.pid, "train.py")
+    os.kill(orphan, signal.SIGSTOP)  # it shall not end before the second worker looks
     killed.kill()  # its train.py lives on, and keeps the cell
     killed.wait()
     killed.stdout.close()
-    second = start(*arguments)
-    until(lambda: len(events(runs, "checkpoint")) == 2 and all(events(runs, "checkpoint").values()))
-    second.send_signal(signal.SIGTERM)
-    out, _ = second.communicate(timeout=240)
+    try:
+        second = start(*arguments)
+        until(lambda: len(events(runs, "checkpoint")) == 2 and all(events(runs, "checkpoint").values()))
+        second.send_signal(signal.SIGTERM)
+        out, _ = second.communicate(timeout=240)
+    finally:
+        os.kill(orphan, signal.SIGCONT)
     assert (
         second.returncode == 128 + signal.SIGTERM and "another worker has it" in out and "stopped" in out
     ), out
@@ -535,7 +541,7 @@ def test_two_workers_and_a_killed_one(tmp_path):
     workers = [start(*arguments) for _ in range(2)]
     outs = [worker.communicate(timeout=240)[0] for worker in workers]
     assert {worker.returncode for worker in workers} == {0}, outs
-    for kind, times in (("final", 1), ("train", 16)):  # 8 epochs of 4 steps, every second reported
+    for kind, times in (("final", 1), ("train", 40)):  # 20 epochs of 4 steps, every second reported
         assert {name: len(e) for name, e in events(runs, kind).items()} == dict.fromkeys(
             events(runs, kind), times
         ), kind
