@@ -2,8 +2,9 @@
 
 A cell is a run's signature. Beside the run folders lies ``.grid``: SIGNATURE.lock, which the worker and its train.py hold
 while they run (the system releases it with the last of them), SIGNATURE.yaml, its configuration, SIGNATURE.log, what the
-run printed, and SIGNATURE.failed, what is known of its last failure. A cell that failed is left alone until it is retried. On a cluster a cell is submitted
-instead: SIGNATURE.job holds the job's number, and while Slurm has that job the cell is taken.
+run printed, and SIGNATURE.failed, what is known of its last failure. A cell that failed is left alone until it is
+retried. On a cluster a cell is submitted instead: SIGNATURE.job holds the job's number, and while Slurm has that job the
+cell is taken.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ TIMEOUT = timedelta(minutes=20)
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. ``size`` 1 needs no process group. launcher: the process id of torch's, where it started us."""
+    """This process's place. ``size`` 1 needs no process group. launcher: the process id of torch's, where that began us."""
 
     rank: int = 0
     size: int = 1

@@ -34,7 +34,8 @@ from anorm.engine.run import Run
 def fit(run: Run) -> dict[str, Any]:
     """Train to the end of ``settings.epochs``, evaluating and saving where due. Returns the final event's fields.
 
-    Raises Interrupted, once it has tried to save, when a signal asked to stop, FloatingPointError when the loss is no longer finite.
+    Raises Interrupted, once it has tried to save, when a signal asked to stop, FloatingPointError when the loss is no
+    longer finite.
     """
     settings, world, progress = run.settings, run.world, run.progress
     clock, save_due = Clock(progress), SaveTimer(settings)

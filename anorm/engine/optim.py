@@ -49,8 +49,8 @@ def parameter_groups(
     """Optimizer groups {params, names, roles, weight_decay, lr_scale, clip}; each trainable parameter is in
     exactly one.
 
-    decay_norm: also decay the parameters of norms (the authors' practice). It is one switch for all that a norm learns, its
-    attention included: layers that differ in how much of them is attention are compared under one rule.
+    decay_norm: also decay the parameters of norms (the authors' practice). It is one switch for all that a norm learns,
+    its attention included: layers that differ in how much of them is attention are compared under one rule.
     layer_decay: the rate of block i of L is multiplied by layer_decay^(L - 1 - i); a block is a child of the
     network, or a child of one of its sequences, in the order of construction.
     """
@@ -218,8 +218,8 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
 
     A word is a role (weight, bias, norm, mixture, attention, control), ``mixtures`` (AN's mixtures and the
     statistics of its base, attention free: section 3.3 of the paper), or a pattern of parameter names such as
-    "layer1.*". A norm whose parameters are all frozen by a role or pattern keeps its running statistics too, but for other
-    libraries' norms, which go on tracking theirs: the line says so.
+    "layer1.*". A norm whose parameters are all frozen by a role or pattern keeps its running statistics too, but for
+    other libraries' norms, which go on tracking theirs: the line says so.
     """
     said, needs = [], declared_needs(model)
     roles = {need.role for need, _ in needs.values()}

@@ -162,7 +162,8 @@ class EncodedImages(Dataset):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # nothing is wrong with the file
             raise BadImage(
-                f"{self.store.name(index)} cannot be read ({error.strerror or error}): bring it back, or set data.on_error=skip"
+                f"{self.store.name(index)} cannot be read ({error.strerror or error}): bring it back, or set "
+                "data.on_error=skip"
             ) from error
 
     def _sample(
