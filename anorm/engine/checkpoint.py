@@ -39,7 +39,8 @@ def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
     content = io.BytesIO()
     torch.save(state, content)
     fresh = path.with_name(f"{path.stem}-new{path.suffix}")
-    write_atomic(fresh, content.getbuffer())
+    with content.getbuffer() as encoded:
+        write_atomic(fresh, encoded)
     older = [path, *(path.with_name(f"{path.stem}-{age}{path.suffix}") for age in range(1, keep))]
     for newer, old in reversed(list(zip(older, older[1:], strict=False))):
         if newer.exists():

@@ -170,7 +170,7 @@ def keep_predictions(path: Path, world: World, result: Result, identity: str) ->
         whole = (numpy.concatenate(column) for column in zip(*parts, strict=True))
         content = io.BytesIO()
         numpy.savez_compressed(content, data=numpy.array(identity), **dict(zip(columns, whole, strict=True)))
-        checkpoint.write_atomic(path, content.getbuffer())
+        checkpoint.write_atomic(path, content.getvalue())
 
 
 def save_release(run: Run) -> None:
