@@ -75,10 +75,11 @@ def frozen(arguments: Arguments, machine=None) -> str:
     """The complete configuration as text for --config, checked for the machine that it is meant for."""
     import yaml
 
+    from anorm.engine.runfolder import wherever
     from anorm.options import resolve_for
 
     found = composed(arguments)
-    config = resolve_for(found.config, machine) if machine else found.config
+    config = wherever(resolve_for(found.config, machine) if machine else found.config)
     return yaml.safe_dump({"choices": found.choices} | config, sort_keys=False)
 
 
@@ -118,6 +119,8 @@ def plan(found: Composed, world=None) -> dict | None:
             "(resume=never trains it again)"
         )
         return None
+    if finished:
+        print(f"resume=never: what is finished in {folder}, top-1 {finished['top1']:.2f} %, is deleted")
     if config["dry"]:
         print(outline(config, source))
     print(f"run folder: {folder}", flush=True)

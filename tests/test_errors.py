@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from commands import SMALL, run_train, train
+from commands import SMALL, run_train, script, train
 from PIL import Image
 
 
@@ -58,6 +58,9 @@ def refused(capsys, *arguments):
         (["--multi"], ["--multirun"]),
         (["--cfg"], ["--cfg job"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--cfg", "job", "-m"], ["--cfg job", "-m"]),
+        (["norm=BN"], ["unknown norm 'BN'", "did you mean bn"]),
+        (["data.root=~/x"], ["""'data.root="~/x"'"""]),
     ],
 )
 def test_mistakes_in_the_command_line(capsys, arguments, words):
@@ -147,7 +150,35 @@ def test_a_file_that_is_no_image(capsys, tmp_path):
     (root / "train" / "cat" / "0.png").write_bytes(b"not an image at all")
     run = tmp_path / "run"
     message = refused(capsys, *FOLDER, f"data.root={root}", f"run_dir={run}")
-    assert "0.png" in message
+    assert "0.png" in message and "data.on_error=skip" in message
+
+
+def test_files_that_are_passed_over_are_listed_once(capsys, tmp_path, monkeypatch):
+    """Also those that an earlier part of the run met. And the data are found from any folder."""
+    root, run = image_folder(tmp_path / "set"), tmp_path / "run"
+    for split in ("train", "val"):
+        (root / split / "cat" / "0.png").write_bytes(b"not an image at all")
+    here = [
+        *FOLDER,
+        "data.root=set",
+        "data.on_error=skip",
+        "batch_size=4",
+        "optim.global_batch=4",
+        f"run_dir={run}",
+    ]
+    assert train(*here) == 0
+    said = capsys.readouterr()
+    assert f"2 unreadable images were replaced or left out: {run / 'unreadable.txt'}" in said.out
+    lines = (run / "unreadable.txt").read_text().splitlines()
+    assert [line.split(" is not")[0] for line in lines] == [
+        "train: set/train/cat/0.png",
+        "val: set/val/cat/0.png",
+    ]
+    assert all(line.endswith("(no image file)") for line in lines)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert script("tools/validate.py").main([str(run), "data.on_error=skip"]) == 0
+    assert "(15 images" in capsys.readouterr().out
 
 
 def test_an_evaluation_that_fails_again_and_again_leaves_the_older_checkpoints(capsys, tmp_path):

@@ -262,11 +262,13 @@ def test_a_signal_saves_at_a_step_boundary_and_the_run_continues_from_there(unin
     assert_same_run(uninterrupted, folder)
 
 
-def test_resume_never_starts_again(tmp_path):
+def test_resume_never_starts_again(tmp_path, capsys):
     arguments = [*SMALL, "epochs=1", f"run_dir={tmp_path / 'run'}"]
     assert train(*arguments) == 0
     first = weights(tmp_path / "run")["model"]
+    capsys.readouterr()
     assert train(*arguments, "resume=never") == 0
+    assert "resume=never: what is finished in" in capsys.readouterr().out
     assert [line["step"] for line in events(tmp_path / "run", "start")] == [0]
     assert_same_tensors(first, weights(tmp_path / "run")["model"])
 
@@ -359,7 +361,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_layer(tmp_path, c
 def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(tmp_path):
     status, out, err = run_train("-m", *SMALL, "epochs=1", "seed=0,1", "norm=bn,attn", cwd=tmp_path)
     assert status == 1
-    assert err.count("unknown norm 'attn'") == 2
+    assert err.count("unknown norm 'attn'") == 2 and re.search(r"job 2 of 4: .*seed=0 norm=attn", err)
     assert len(re.findall(r"^  done", out, re.M)) == 2 and len(re.findall(r"^  failed", out, re.M)) == 2
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
@@ -383,6 +385,54 @@ def test_setups_differ_as_the_paper_says(capsys):
     assert vanilla["arch"] == {"name": "resnet50", "stem": "7x7", "shortcut": "conv", "zero_init": False}
     assert sota["arch"] == {"name": "resnet50", "stem": "deep", "shortcut": "avgpool", "zero_init": True}
     assert code["arch"]["zero_init"] is True and vanilla["batch_size"] == 128
+
+
+def test_validate_says_what_it_evaluates(finished, tmp_path, capsys):
+    validate = script("tools/validate.py").main
+    assert validate([str(tmp_path / "nowhere")]) == 2
+    assert f"there is no {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    cut = tmp_path / "cut"
+    shutil.copytree(finished, cut)
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    (cut / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    for folder, words in (
+        (finished, "running statistics)"),
+        (cut, "statistics, of a run that is not finished)"),
+    ):
+        assert validate([str(folder)]) == 0
+        assert words in capsys.readouterr().out
+    assert validate([str(finished), "eval.batch_size=50"]) == 0
+    assert "running statistics, eval.batch_size=50)" in capsys.readouterr().out
+
+
+def test_a_dry_run_that_is_stopped_leaves_nothing(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    process = start_train(
+        *SMALL,
+        "arch=resnet18",
+        "data.image_size=224",
+        "dry=true",
+        f"run_dir={tmp_path / 'run'}",
+        TMPDIR=f"{tmp_path}/tmp",
+    )
+    while process.poll() is None and not list((tmp_path / "tmp").glob("anorm-dry-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in err
+    assert not list((tmp_path / "tmp").glob("anorm-dry-*")) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_says_what_it_did_not_run(tmp_path):
+    process = start_train("-m", *SMALL, "epochs=500", "log.every=1", "seed=0,1", cwd=tmp_path)
+    while process.poll() is None and not any(events(f, "train") for f in tmp_path.glob("runs/*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "everything is saved" in err
+    assert re.search(r"^  stopped  .*seed=0$", out, re.M) and re.search(r"^  not run  .*seed=1$", out, re.M)
+    assert "job 2" not in out
 
 
 def test_metrics_are_one_json_object_a_line(finished):

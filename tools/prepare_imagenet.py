@@ -12,6 +12,7 @@ does as well. Nothing is unpacked on the way. Repeating the command goes on wher
 from __future__ import annotations
 
 import argparse
+import collections
 import ctypes
 import fcntl
 import hashlib
@@ -150,9 +151,10 @@ def check_source(items: dict[str, list[Item]], args: argparse.Namespace) -> None
                 f"{split} has {len(found)} images of {len(classes[split])} classes; ImageNet has {COUNTS[split]} of "
                 f"{CLASSES}: complete the source, or give --any for another set"
             )
-        if args.format == "shards" and len({key(item) for item in found}) != len(found):
+        [(name, count)] = collections.Counter(key(item) for item in found).most_common(1)
+        if args.format == "shards" and count > 1:
             raise ValueError(
-                f"{split} holds two images of one name: shards need a name an image; use --format folder"
+                f"{split} holds {count} images that are called {name}: shards need a name an image; use --format folder"
             )
 
 
@@ -360,6 +362,7 @@ def prepare(args: argparse.Namespace) -> None:
     print(
         ", ".join(f"{split}: {count} images" for split, count in done.items())
         + f"; {checked} compared with their source"
+        + ("" if args.short_side else "; the bytes of images were kept, and not decoded")
     )
     choice = "imagenet_shards" if args.format == "shards" else "imagefolder" if args.any else "imagenet"
     print(f"python train.py data={choice} data.root={args.to.resolve()}")

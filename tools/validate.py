@@ -42,8 +42,11 @@ def main(argv: list[str]) -> int:
     with user_errors() as outcome:
         asked = parser().parse_intermixed_args(argv)
         from anorm.build import evaluator
+        from anorm.engine.record import final_metrics
         from anorm.options import resolve
 
+        if not asked.target.exists():
+            raise ValueError(f"there is no {asked.target}: give a run folder, or a file of weights")
         weights, config = what(asked.target, asked.arguments)
         config = resolve(config)
         join = config["dist"]["stats"] if any(w.startswith("dist.stats=") for w in asked.arguments) else None
@@ -51,9 +54,11 @@ def main(argv: list[str]) -> int:
             under_shift(asked.target, weights, config, asked.shift, join)
             return 0
         found = evaluator(config, weights, join)()
+        words = [f"{found.images} images", f"{config['eval']['stats']} statistics", *asked.arguments]
+        if asked.target.is_dir() and not final_metrics(asked.target):
+            words.append("of a run that is not finished")
         print(
-            f"{weights}: top-1 {found.top1:.4f} % top-5 {found.top5:.4f} % loss {found.loss:.6f} "
-            f"({found.images} images, {config['eval']['stats']} statistics)"
+            f"{weights}: top-1 {found.top1:.4f} % top-5 {found.top5:.4f} % loss {found.loss:.6f} ({', '.join(words)})"
         )
     return outcome.status
 

@@ -17,7 +17,12 @@ EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", 
 
 
 class BadImage(ValueError):
-    """A file that no decoder reads; the message names it."""
+    """A file that no decoder reads; the message names it and says why."""
+
+    @property
+    def with_advice(self) -> BadImage:
+        """For a user whose run it ends."""
+        return BadImage(f"{self}: mend or remove it, or set data.on_error=skip")
 
 
 def decode(encoded: Tensor, name: str) -> Tensor:
@@ -78,7 +83,7 @@ def jpeg_decoder() -> Callable[..., Tensor]:
 
 def _decode_with_pillow(encoded: Tensor, name: str) -> Tensor:
     import numpy
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(encoded.numpy().tobytes())) as image:
@@ -91,8 +96,6 @@ def _decode_with_pillow(encoded: Tensor, name: str) -> Tensor:
         ValueError,
         Image.DecompressionBombError,
     ) as error:  # Pillow's words for "not readable"
-        raise BadImage(
-            f"{name} is not a readable image ({str(error).splitlines()[0]}): replace or remove it, "
-            "or set data.on_error=skip"
-        ) from error
+        reason = "no image file" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
+        raise BadImage(f"{name} is not a readable image ({reason})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)

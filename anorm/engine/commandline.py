@@ -64,6 +64,8 @@ def parse(argv: list[str]) -> Arguments:
             arguments.overrides.append(word)
     if arguments.slurm and not arguments.submit:
         raise ValueError(f"{arguments.slurm[0]} is for jobs of a Slurm cluster: add --submit slurm")
+    if arguments.print_config and (arguments.multirun or arguments.submit):
+        raise ValueError("--cfg job prints one configuration: leave out -m and --submit")
     if arguments.frozen and (arguments.overrides or arguments.multirun):
         raise ValueError("--config runs a frozen configuration as it is: leave out the other arguments")
     return arguments

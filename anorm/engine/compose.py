@@ -101,9 +101,14 @@ def _parse(override: str) -> Any:
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
-        reason = "give key=value" if "=" not in override else "quote values that hold special characters"
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(
+                f"cannot read the argument {override!r}: give key=value, for example norm=an or epochs=90"
+            ) from error
         raise ValueError(
-            f"cannot read the argument {override!r}: {reason}, for example norm=an or epochs=90"
+            f"cannot read the argument {override!r}: a value with special characters wants quotes that the shell leaves, "
+            f"""'{key}="{value}"'"""
         ) from error
 
 

@@ -20,9 +20,11 @@ from anorm.engine.interrupt import Interrupted
 from anorm.engine.keep import (
     PREDICTIONS,
     PREDICTIONS_EMA,
+    UNREADABLE,
     gather_buffers,
     going_on_without,
     keep_predictions,
+    list_unreadable,
     save,
     save_release,
     weights_state,
@@ -49,6 +51,7 @@ def fit(run: Run) -> dict[str, Any]:
                     save(run)  # what ends an evaluation costs nothing else
                     before_joining = gather_buffers(world, run.model)
                     evaluate_and_keep_best(run, epoch, agreement.end_alone)
+                list_unreadable(run)
                 progress.evaluated = epoch
                 clock.tick()
                 save(run, before_joining)
@@ -211,11 +214,11 @@ def finish(run: Run) -> dict[str, Any]:
         if progress.train_seconds
         else 0.0,
         "skipped_steps": progress.skipped_steps,
-        "unreadable": _unreadable(run),
+        "unreadable": list_unreadable(run),
     }
     if fields["unreadable"]:
         run.record.say(
-            f"{fields['unreadable']} unreadable images were replaced or left out; each is named above"
+            f"{fields['unreadable']} unreadable images were replaced or left out: {run.folder / UNREADABLE}"
         )
     run.record.write("final", **fields)
     run.record.say(
@@ -224,9 +227,3 @@ def finish(run: Run) -> dict[str, Any]:
         f"{run.folder}"
     )
     return fields
-
-
-def _unreadable(run: Run) -> int:
-    """Files that data.on_error=skip passed over since this start of the run, by any process."""
-    mine = {("train", i) for i in run.train.skipped} | {("val", i) for i in run.evaluator.val.skipped}
-    return len(set().union(*run.world.gather(mine)))

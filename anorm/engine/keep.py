@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,7 +132,7 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
     same = processes["size"] == world.size
     if not same:
         said.append(
-            f"continuing on {world.size} processes what ran on {processes['size']}: same batches in the "
+            f"continuing with {world.size} instead of {processes['size']} processes: same batches in the "
             "same order, sums in another, so the weights will agree to rounding and not to the last bit"
         )
     for model, kept in models:
@@ -147,6 +148,7 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
     return said
 
 
+UNREADABLE = "unreadable.txt"
 PREDICTIONS = "predictions.npz"
 PREDICTIONS_EMA = "predictions_ema.npz"
 
@@ -171,6 +173,27 @@ def keep_predictions(path: Path, world: World, result: Result, identity: str) ->
         content = io.BytesIO()
         numpy.savez_compressed(content, data=numpy.array(identity), **dict(zip(columns, whole, strict=True)))
         checkpoint.write_atomic(path, content.getvalue())
+
+
+def list_unreadable(run: Run) -> int:
+    """unreadable.txt: a line for each file that data.on_error=skip passed over since the run began, by any process. Called
+    by every process; rank 0 writes, and has their number.
+    """
+    mine = [
+        f"{split}: {message}"
+        for split, loader in (("train", run.train), ("val", run.evaluator.val))
+        for message in loader.skipped.values()
+    ]
+    found = run.world.gather(mine)
+    if not run.world.main:
+        return 0
+    path = run.folder / UNREADABLE
+    before = path.read_text().splitlines() if path.exists() else []
+    lines = list(dict.fromkeys([*before, *sorted(itertools.chain(*found))]))
+    if len(lines) > len(before):
+        with going_on_without(run, "list of unreadable files"):
+            checkpoint.write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    return len(lines)
 
 
 def save_release(run: Run) -> None:

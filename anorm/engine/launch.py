@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anorm.engine.distributed import LAUNCHED, World, or_leave, process_group
+from anorm.engine.interrupt import interruptible
 
 Rank = Callable[..., int]
 
@@ -67,7 +68,8 @@ def launch(rank: Rank, processes: int, *arguments: Any) -> int:
     One process runs here. Of several, the first to fail ends the others; what it had to say is printed.
     """
     if processes == 1:
-        return rank(*arguments)
+        with interruptible():
+            return rank(*arguments)
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -13,6 +13,7 @@ def nearest(name: str, known: Iterable[str], what: str = "known") -> str:
     """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = near or [other for other in known if other.lower() == name.lower()]
     if not near:
         near = [other for other in known if name and (name in other or other in name)][:3]
     question = f"did you mean {' or '.join(near)}? " if near else ""

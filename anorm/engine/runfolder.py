@@ -55,9 +55,19 @@ def freeze(folder: Path, config: dict, choices: dict[str, str], signature: str) 
     """Write config.yaml: the resolved configuration, its signature, the choices it was composed from. Running it again
     continues, whatever the first start was told.
     """
-    held = {"signature": signature, "choices": choices} | config | {"resume": "auto"}
+    held = {"signature": signature, "choices": choices} | wherever(config) | {"resume": "auto"}
     text = yaml.safe_dump(held, sort_keys=False)
     checkpoint.write_atomic(folder / CONFIG, text.encode())
+
+
+def wherever(config: dict) -> dict:
+    """``config`` with data.root as it is called from any folder."""
+    root = config["data"].get("root")
+    return (
+        config | {"data": config["data"] | {"root": str(Path(root).expanduser().absolute())}}
+        if root
+        else config
+    )
 
 
 def thaw(path: Path) -> tuple[dict, dict[str, str]]:
@@ -141,7 +151,7 @@ def rehearsal(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple
 
 def clear(folder: Path) -> None:
     """Remove what an earlier, unwanted start of the same run left."""
-    for pattern in (METRICS, "*.ckpt", "*.safetensors", "predictions*.npz"):
+    for pattern in (METRICS, "*.ckpt", "*.safetensors", "predictions*.npz", "unreadable.txt"):
         for path in folder.glob(pattern):
             path.unlink()
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)

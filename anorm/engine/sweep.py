@@ -12,6 +12,8 @@ from pathlib import Path
 
 from anorm.engine.commandline import user_errors
 
+NOT_RUN = -1
+
 
 def run_sweep(jobs: list[list[str]], script: Path, freeze: Callable[[list[str], Path], None]) -> int:
     """Run ``script --config FILE`` for each job, one after the other; 0 when all succeed, else 1.
@@ -25,16 +27,23 @@ def run_sweep(jobs: list[list[str]], script: Path, freeze: Callable[[list[str], 
             path = Path(folder) / f"{number}.yaml"
             with user_errors() as outcome:
                 freeze(overrides, path)
+            if outcome.status:
+                print(
+                    f"  (job {number + 1} of {len(jobs)}: {' '.join(overrides)})", file=sys.stderr, flush=True
+                )
             files.append((overrides, path, outcome.status))
         stopped, statuses = [], []
         for number, (overrides, path, status) in enumerate(files, 1):
-            print(f"job {number} of {len(files)}: {' '.join(overrides)}", flush=True)
-            if not status:
-                status = 1 if stopped else _run([sys.executable, str(script), "--config", str(path)], stopped)
+            if not status and stopped:
+                status = NOT_RUN
+            elif not status:
+                print(f"job {number} of {len(files)}: {' '.join(overrides)}", flush=True)
+                status = _run([sys.executable, str(script), "--config", str(path)], stopped)
             statuses.append(status)
     print("sweep:")
     for (overrides, _, _), status in zip(files, statuses, strict=True):
-        print(f"  {'done' if status == 0 else f'failed ({status})'}  {' '.join(overrides)}")
+        words = {0: "done", NOT_RUN: "not run"} | {128 + number: "stopped" for number in stopped}
+        print(f"  {words.get(status, f'failed ({status})')}  {' '.join(overrides)}")
     return 128 + stopped[0] if stopped else int(any(statuses))
 
 

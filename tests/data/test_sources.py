@@ -270,7 +270,7 @@ def no_root(folder):
 
 
 def missing_root(folder):
-    return folder / "nowhere", r"nowhere is not a folder: set it \(or \$IMAGENET_DIR\)"
+    return folder / "nowhere", r"nowhere is not a folder: set it \(for data=imagenet also \$IMAGENET_DIR\)"
 
 
 def missing_val(folder):

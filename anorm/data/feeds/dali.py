@@ -220,7 +220,7 @@ class DaliFeed(Feed):
 
     def _reject(self, index: int, error: BadImage) -> None:
         if self._dataset.on_error == "error":
-            raise error
+            raise error.with_advice from error
         self.note([(index, str(error))])
 
 

@@ -60,7 +60,7 @@ class DeviceFeed(Feed):
             chunks = iter(chunks)
         for part, sizes, bad in chunks:
             if bad and self._dataset.on_error == "error":
-                raise ValueError(bad[0][1])
+                raise BadImage(bad[0][1]).with_advice
             self.note(bad)
             shapes += sizes
             if used + len(part) > limit:

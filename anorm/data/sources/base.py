@@ -161,10 +161,7 @@ class EncodedImages(Dataset):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # nothing is wrong with the file
-            raise BadImage(
-                f"{self.store.name(index)} cannot be read ({error.strerror or error}): bring it back, or set "
-                "data.on_error=skip"
-            ) from error
+            raise BadImage(f"{self.store.name(index)} cannot be read ({error.strerror or error})") from error
 
     def _sample(
         self, index: int, rng: torch.Generator | None, bad: list[tuple[int, str]]
@@ -179,7 +176,7 @@ class EncodedImages(Dataset):
                 return self._cropped(at, rng.clone_state()), at
             except BadImage as error:
                 if self.on_error == "error":
-                    raise
+                    raise error.with_advice from error
                 bad.append((at, str(error)))
         if rng is None:
             return None

@@ -65,7 +65,7 @@ def imagefolder(
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise ValueError(
-            f"data.root={root} is not a folder: set it (or $IMAGENET_DIR) to the one with train and val"
+            f"data.root={root} is not a folder: set it (for data=imagenet also $IMAGENET_DIR) to the one with train and val"
         )
     crop = Crop(image_size, eval_resize, interpolation, tuple(crop_scale), tuple(crop_ratio), flip)
     train_index = index_folder(folder / train, on_error, cache)
