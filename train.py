@@ -75,11 +75,11 @@ def frozen(arguments: Arguments, machine=None) -> str:
     """The complete configuration as text for --config, checked for the machine that it is meant for."""
     import yaml
 
-    from anorm.engine.runfolder import wherever
+    from anorm.engine.runfolder import with_absolute_root
     from anorm.options import resolve_for
 
     found = composed(arguments)
-    config = wherever(resolve_for(found.config, machine) if machine else found.config)
+    config = with_absolute_root(resolve_for(found.config, machine) if machine else found.config)
     return yaml.safe_dump({"choices": found.choices} | config, sort_keys=False)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import ctypes
 import fcntl
 import hashlib
 import io
@@ -36,6 +35,7 @@ if str(ROOT) not in sys.path:
 from anorm.data import archives, shards
 from anorm.data.archives import Item
 from anorm.engine.commandline import user_errors
+from anorm.engine.interrupt import end_with_parent
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
 CLASSES = 1000
@@ -257,18 +257,15 @@ def in_processes(jobs: list[tuple[str, Job]], workers: int) -> Iterator[tuple[st
                     try:
                         yield running.pop(future), future.result()
                     except ValueError as error:
-                        raise ValueError(
-                            str(error)
-                        ) from None  # without the worker's traceback: it is for a user
+                        # without the worker's traceback: it is for a user
+                        raise ValueError(str(error)) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def end_with(parent: int) -> None:
     """In a worker: be killed when the parent ends, however. The repeated command writes the same files."""
-    if sys.platform.startswith("linux"):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 

@@ -151,9 +151,8 @@ def or_leave(work: Callable[[], int]) -> int:
     try:
         status = work()
     except Exception:
-        time.sleep(
-            2
-        )  # where the cause is that another ended, the launcher names that one, and ends this one meanwhile
+        # where the cause is that another ended, the launcher names that one, and ends this one meanwhile
+        time.sleep(2)
         traceback.print_exc()
         status = 1
     if status:

@@ -21,7 +21,6 @@ from anorm.engine.keep import (
     PREDICTIONS,
     PREDICTIONS_EMA,
     UNREADABLE,
-    gather_buffers,
     going_on_without,
     keep_predictions,
     list_unreadable,
@@ -39,7 +38,7 @@ def fit(run: Run) -> dict[str, Any]:
     Raises Interrupted, once it has tried to save, when a signal asked to stop, FloatingPointError when the loss is no
     longer finite.
     """
-    settings, world, progress = run.settings, run.world, run.progress
+    settings, progress = run.settings, run.progress
     clock, save_due = Clock(progress), SaveTimer(settings)
     with agreeing(run) as agreement, garbage_collected_at_reports():
         while True:
@@ -48,8 +47,7 @@ def fit(run: Run) -> dict[str, Any]:
                 before_joining = None
                 if epoch % settings.eval.every == 0 or progress.step == run.total_steps:
                     clock.tick()
-                    save(run)  # what ends an evaluation costs nothing else
-                    before_joining = gather_buffers(world, run.model)
+                    before_joining = save(run)  # what ends an evaluation costs nothing else
                     evaluate_and_keep_best(run, epoch, agreement.end_alone)
                 list_unreadable(run)
                 progress.evaluated = epoch

@@ -1,6 +1,8 @@
-"""What ends a run between two steps."""
+"""What ends a process: signals, and its parent's end."""
 
+import ctypes
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,3 +37,10 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_parent(number: int) -> None:
+    """Called in a child process: it is sent the signal ``number`` when its parent ends, however (on Linux)."""
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)

@@ -59,19 +59,20 @@ def join_again(model: nn.Module, path: Path, how: str) -> None:
             buffer.copy_(value)
 
 
-def save(run: Run, before_joining: list[list[Tensor]] | None = None) -> None:
+def save(run: Run, before_joining: list[list[Tensor]] | None = None) -> list[list[Tensor]]:
     """last.ckpt: all that the next step depends on. Called by every process; rank 0 writes. The one before is kept,
     unless it is of the same step, before its evaluation.
 
     Its weights hold the statistics of all processes joined; each process continues with its own. before_joining:
-    the buffers of each before an evaluation joined them, so that ``join_again`` can join them in another way.
+    the buffers of each before an evaluation joined them, so that ``join_again`` can join them in another way. Returns,
+    on rank 0, those of each process as they are now.
     """
     world = run.world
     buffers = gather_buffers(world, run.model)
     ema_buffers = gather_buffers(world, run.ema.model) if run.ema else []
     sums = world.gather(run.sums.cpu())
     if not world.main:
-        return
+        return buffers
     with going_on_without(run, "checkpoint"):
         run.record.write("checkpoint", step=run.progress.step)
         state = weights_state(run)
@@ -96,6 +97,7 @@ def save(run: Run, before_joining: list[list[Tensor]] | None = None) -> None:
         older = run.settings.checkpoint.keep if run.saved_step != run.progress.step else 0
         checkpoint.save(run.folder / "last.ckpt", state, keep=older + 1)
         run.saved_step = run.progress.step
+    return buffers
 
 
 @contextmanager

@@ -133,10 +133,14 @@ def _report(error: Any, processes: int, words: Path) -> int:
     if said:
         print(said[0], file=sys.stderr, flush=True)
     elif failure.exitcode < 0:
+        whose = (
+            " (on GPUs most often NCCL's, as another did not answer)"
+            if failure.exitcode == -signal.SIGABRT
+            else ""
+        )
         print(
-            f"error: process {number} (of 0 to {processes - 1}) was killed by signal {-failure.exitcode}"
-            + (" (NCCL's, where another did not answer it)" if -failure.exitcode == signal.SIGABRT else "")
-            + "; the others were stopped. Repeat the command to continue from the last checkpoint",
+            f"error: process {number} (of 0 to {processes - 1}) was killed by signal {-failure.exitcode}{whose}; "
+            "the others were stopped. Repeat the command to continue from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

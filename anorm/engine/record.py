@@ -68,7 +68,8 @@ class Record:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # its own are there
+            # what came after the checkpoint's step is hidden; the points of that step are not written again
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if sys.stdout.isatty():
             self._bar = _Bar(step, total_steps)
 

@@ -55,12 +55,12 @@ def freeze(folder: Path, config: dict, choices: dict[str, str], signature: str) 
     """Write config.yaml: the resolved configuration, its signature, the choices it was composed from. Running it again
     continues, whatever the first start was told.
     """
-    held = {"signature": signature, "choices": choices} | wherever(config) | {"resume": "auto"}
+    held = {"signature": signature, "choices": choices} | with_absolute_root(config) | {"resume": "auto"}
     text = yaml.safe_dump(held, sort_keys=False)
     checkpoint.write_atomic(folder / CONFIG, text.encode())
 
 
-def wherever(config: dict) -> dict:
+def with_absolute_root(config: dict) -> dict:
     """``config`` with data.root as it is called from any folder."""
     root = config["data"].get("root")
     return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from anorm.engine.commandline import user_errors
+from anorm.engine.interrupt import end_with_parent
 
 NOT_RUN = -1
 
@@ -49,7 +49,8 @@ def run_sweep(jobs: list[list[str]], script: Path, freeze: Callable[[list[str], 
 
 def _run(command: list[str], stopped: list[int]) -> int:
     """The command's status; signals to this process go to it, and are noted in ``stopped``."""
-    process = subprocess.Popen(command, preexec_fn=_end_with_parent)
+    # SIGTERM, which saves, when the sweep is killed: a repeated one would meet this job at work
+    process = subprocess.Popen(command, preexec_fn=lambda: end_with_parent(signal.SIGTERM))
 
     def forward(number: int, frame: object) -> None:
         stopped.append(number)
@@ -66,10 +67,3 @@ def _run(command: list[str], stopped: list[int]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return status if status >= 0 else 128 - status
-
-
-def _end_with_parent() -> None:
-    """In the child: SIGTERM, which saves, when the sweep is killed. Else a repeated sweep would meet this job at work."""
-    if sys.platform.startswith("linux"):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -117,9 +117,8 @@ class DaliFeed(Feed):
             self._dataset.crop.interpolation
         ]
 
-        inputs = weakref.WeakMethod(
-            self._inputs
-        )  # or the feed, and DALI's threads, would wait for the collector
+        # a pipeline that held the feed, which holds it, and DALI's threads would wait for the collector
+        inputs = weakref.WeakMethod(self._inputs)
 
         @pipeline_def
         def crop_resize_flip():

@@ -41,9 +41,8 @@ class DeviceFeed(Feed):
         scarcest = min(free, key=free.get)
         limit, shapes, used = free[scarcest], [], 0
         try:
-            memory = mmap.mmap(
-                -1, int(limit)
-            )  # pages that are not written take none, and forked processes share them
+            # pages that are not written take no memory, and forked processes share them
+            memory = mmap.mmap(-1, int(limit))
         except OSError as error:
             raise ValueError(
                 f"data.loader=device: the system gives no {limit / 1e9:.1f} GB for images ({error.strerror}): use "
