@@ -23,6 +23,9 @@ ORDER = [
     "engine",
     "options",
     "build",
+    "study",
+    "deploy",
+    "inside",
     "__main__",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_generated_tables_are_up_to_date():
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "readme.py", "--check"], capture_output=True, text=True
+        [sys.executable, ROOT / "scripts" / "readme.py", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

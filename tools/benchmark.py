@@ -306,8 +306,8 @@ def step(make, layout: str, kind: str) -> Callable[[], None]:
 
 def onnx_inference(report: dict, quick: bool) -> None:
     """ResNet-50 in onnxruntime, one image of 224 x 224: AN as export.py writes it, against BN folded."""
-    from tools.export import check, open_session, program, settle, to_onnx
-    from tools.folding import fold
+    from anorm.deploy.export import check, open_session, program, settle, to_onnx
+    from anorm.deploy.folding import fold
 
     images, threads = torch.randn(1, 3, 224, 224), torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:

@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from anorm.engine.commandline import user_errors
 
 HEADS = ("fc.weight", "classifier.weight", "classifier.1.weight", "fc2.weight")  # of all namings

@@ -22,9 +22,6 @@ import math
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
 from anorm.engine.commandline import user_errors
 from anorm.engine.names import nearest
 
@@ -70,11 +67,11 @@ def main(argv: list[str]) -> int:
             if value < least:
                 raise ValueError(f"--{name} {value} must be at least {least}")
 
-        from records import open_run
-        from run_report import html
-        from sections import SECTIONS
-        from subject import open_subject
-        from view import View
+        from anorm.inside.page import html
+        from anorm.inside.sections import SECTIONS
+        from anorm.inside.subject import open_subject
+        from anorm.inside.view import View
+        from anorm.study.records import open_run
 
         run = open_run(folders[0])
         found = []
@@ -124,7 +121,7 @@ def _wanted(only: str | None) -> list[str]:
 
 
 def _lengths(text: str | None) -> tuple[float, ...]:
-    from landscape import LENGTHS
+    from anorm.inside.landscape import LENGTHS
 
     if text is None:
         return LENGTHS

@@ -29,19 +29,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-from cells import Book, Cell, cells_of, run_cells
-from formats import FORMATS
-from grid import Grid, open_grid, select
-from published import Match, evaluate, match
-from records import EPOCHS, find_runs
-from report import html
-from tables import FAITHFUL
-from tally import Tally, hours, tally, total_hours
-
 from anorm.engine.commandline import user_errors
 from anorm.engine.slurm import submit, wishes_from
+from anorm.study.cells import Book, Cell, cells_of, run_cells
+from anorm.study.formats import FORMATS
+from anorm.study.grid import Grid, open_grid, select
+from anorm.study.page import html
+from anorm.study.printed import FAITHFUL
+from anorm.study.published import Match, evaluate, match
+from anorm.study.records import EPOCHS, find_runs
+from anorm.study.tally import Tally, hours, tally, total_hours
 
 
 def parser() -> argparse.ArgumentParser:

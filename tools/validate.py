@@ -22,8 +22,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
 from anorm.engine.commandline import user_errors
 
 
@@ -65,10 +63,9 @@ def main(argv: list[str]) -> int:
 
 def under_shift(target: Path, weights: Path, config: dict, words: list[str], join: str | None) -> None:
     """Print a report for each shift that is asked for."""
-    import shift
-
     from anorm.build import evaluators
     from anorm.engine.runfolder import CARD
+    from anorm.study import shift
 
     wanted = shift.asked(words)
     card = (target if target.is_dir() else target.parent) / CARD

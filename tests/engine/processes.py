@@ -1,13 +1,8 @@
 """train.py in processes of its own, and what they leave."""
 
-import sys
-from pathlib import Path
-
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fake_slurm
+import torch
 from commands import (
     ROOT,
     SMALL,

@@ -3,12 +3,11 @@
 import os
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from photographs import write_folder
 from processes import ROOT, SMALL, events, run_train, start_torchrun, start_train, train, weights
 
 from anorm.build import build
@@ -19,9 +18,6 @@ from anorm.engine.distributed import World
 from anorm.engine.fit import train_step
 from anorm.engine.meter import Clock, Meter
 from anorm.options import accepted, complete, resolve
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from photographs import write_folder
 
 HERE = "cpu" if os.environ.get("ANORM_GPU_TESTS_ON_CPU") else "gpu"
 pytestmark = pytest.mark.skipif(HERE == "gpu" and not torch.cuda.is_available(), reason="no GPU")

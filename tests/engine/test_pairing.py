@@ -1,10 +1,10 @@
 """Runs of equal seeds are pairs: whatever the norm, they see the same mixed pictures and start alike."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
+from photographs import write_folder
 
 from anorm.build import build
 from anorm.engine.compose import compose
@@ -12,11 +12,6 @@ from anorm.engine.distributed import World
 from anorm.engine.fit import fit
 from anorm.norms.base import Norm
 from anorm.options import accepted, complete, resolve
-
-sys.path[1:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data")]
-
-from commands import ROOT
-from photographs import write_folder
 
 
 @pytest.fixture(scope="module")

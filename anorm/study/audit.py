@@ -1,0 +1,178 @@
+"""The audit of printed sizes: each row of a table beside its network's true size, with a verdict on both numbers.
+
+True parameters: every trainable number. True FLOPs: multiply-adds of convolutions and linear layers for one
+image of 224 x 224 (torch's FlopCounterMode / 2). The verdicts are in the help of tools/audit.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+
+from anorm.study.printed import Counted, Row, Table
+from anorm.study.sizes import Size, size_of
+
+UNITS = {"M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    word: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.reason}" if self.reason else self.word
+
+
+@dataclass(frozen=True)
+class Audited:
+    """A row with its network's true size and both verdicts."""
+
+    row: Row
+    size: Size
+    params: Verdict
+    flops: Verdict | None
+
+
+def judge(printed: str, true: int, explanation: tuple[Counted, int | None] | None) -> Verdict:
+    """The verdict on a printed number such as "25.76M".
+
+    explanation: what the table says about it, and the number which that way of counting gives here, if it is
+    one.
+    Raises ValueError where that is not the printed number after all: then the table's explanation is wrong.
+    """
+    if (distance := _digits_off(printed, true)) == 0:
+        return Verdict("equal")
+    if explanation is None:
+        return Verdict(
+            "rounding" if distance == 1 else "misprint", "" if distance == 1 else "no explanation is known"
+        )
+    said, number = explanation
+    flops = printed.endswith("G")
+    word = "convention" if flops and (said.count in (None, "thop")) and not said.overrides else "misprint"
+    if number is None:
+        return Verdict(word, said.why)
+    if _digits_off(printed, number) > (1 if said.count == "thop" else 0):
+        raise ValueError(f"{printed} was to be explained ({said.why}), but that gives {number:,}")
+    return Verdict(word, f"{said.why}: {_amount(number, printed[-1])}")
+
+
+def _digits_off(printed: str, number: int) -> int:
+    """How far the number, rounded like the printed one, is from it, in units of the last printed digit."""
+    digits = Decimal(printed[:-1])
+    unit = Decimal(1).scaleb(digits.as_tuple().exponent)
+    rounded = (Decimal(number) / UNITS[printed[-1]]).quantize(unit)
+    return int(abs(rounded - digits) / unit)
+
+
+def _amount(number: int, unit: str) -> str:
+    return f"{number / UNITS[unit]:.3f} {unit}"
+
+
+def audit(table: Table, faithful: str = "paper") -> list[Audited]:
+    """Every row of a table."""
+    found = []
+    for row in table.rows:
+        arguments = row.arguments(faithful)
+        size = size_of(arguments)
+
+        def explained(
+            said: Counted | None, arguments: list[str] = arguments
+        ) -> tuple[Counted, int | None] | None:
+            if said is None or said.count is None:
+                return None if said is None else (said, None)
+            return said, getattr(size_of([*arguments, *said.overrides]), said.count)
+
+        flops = judge(row.flops, size.macs, explained(row.flops_as)) if row.flops else None
+        found.append(Audited(row, size, judge(row.params, size.all, explained(row.params_as)), flops))
+    return found
+
+
+COLUMNS: dict[str, Callable[[Audited], str]] = {
+    "Method": lambda a: a.row.label,
+    "printed #Params": lambda a: a.row.params,
+    "true #Params": lambda a: f"{a.size.all:,}",
+    "leaf-only": lambda a: f"{a.size.leaf:,}",
+    "verdict (#Params)": lambda a: str(a.params),
+    "printed FLOPs": lambda a: a.row.flops or "-",
+    "true FLOPs": lambda a: _amount(a.size.macs, "G"),
+    "with norms and ReLUs": lambda a: _amount(a.size.thop, "G"),
+    "verdict (FLOPs)": lambda a: str(a.flops) if a.flops else "-",
+}
+
+
+def markdown(table: Table, rows: list[Audited], faithful: str) -> str:
+    """The table as Markdown, a heading for each group, notes below."""
+    where = ", ".join((f"section {table.section}", *([f"page {table.page}"] if table.page else [])))
+    lines = [
+        f"## {table.name}: {table.title}",
+        "",
+        f"{table.source}, {where}. Networks after the {faithful}.",
+        "",
+    ]
+    for group in dict.fromkeys(a.row.group for a in rows):
+        lines += [f"### {group}", "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+        for a in rows:
+            if a.row.group == group:
+                lines.append(
+                    "| " + " | ".join(cell(a).replace("|", "\\|") for cell in COLUMNS.values()) + " |"
+                )
+        lines.append("")
+    lines += [f"* {a.row.label} ({a.row.group}): {a.row.note}" for a in rows if a.row.note]
+    lines += [f"* {mark}: {meaning}" for mark, meaning in table.marks.items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def as_csv(audited: dict[str, list[Audited]], faithful: str) -> str:
+    """All tables as CSV, one header; sizes as plain numbers."""
+    out = io.StringIO()
+    write = csv.writer(out, lineterminator="\n").writerow
+    write(
+        [
+            "table",
+            "group",
+            "method",
+            "faithful",
+            "printed_params",
+            "params",
+            "leaf_params",
+            "params_verdict",
+            "params_reason",
+            "printed_flops",
+            "macs",
+            "macs_norms_relus",
+            "flops_verdict",
+            "flops_reason",
+            "top1_error",
+            "top5_error",
+            "command",
+        ]
+    )
+    for name, rows in audited.items():
+        for a in rows:
+            flops = a.flops or Verdict("")
+            write(
+                [
+                    name,
+                    a.row.group,
+                    a.row.label,
+                    faithful,
+                    a.row.params,
+                    a.size.all,
+                    a.size.leaf,
+                    a.params.word,
+                    a.params.reason,
+                    a.row.flops or "",
+                    a.size.macs,
+                    a.size.thop,
+                    flops.word,
+                    flops.reason,
+                    a.row.top1,
+                    a.row.top5,
+                    a.row.command(faithful),
+                ]
+            )
+    return out.getvalue()

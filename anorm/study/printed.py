@@ -1,0 +1,113 @@
+"""The papers' tables as data: ``configs/table/*.yaml`` read into rows, for the tools over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+__all__ = ["FAITHFUL", "TABLES", "Counted", "Row", "Table", "load", "names"]
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+TABLES = CONFIGS / "table"
+FAITHFUL = ("paper", "code")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What explains a printed number that is not the true one.
+
+    count: "all" (every parameter), "leaf" (parameters of modules without children), "macs" (multiply-adds of
+    convolutions and linear layers), "thop" (those and norms and ReLUs); None where no convention is known.
+    overrides: of the model that was counted, on top of the row's.
+    """
+
+    why: str
+    count: str | None = None
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.count not in (None, "all", "leaf", "macs", "thop"):
+            raise ValueError(f"count: {self.count!r} is none of all, leaf, macs, thop")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as printed: ``params`` such as "25.76M", ``flops`` such as "4.09G" (None: a dash), errors in percent.
+
+    gap1, gap5: the printed distance to the table's best, where there is one. overrides: the arguments of
+    train.py, the group's included; code: what faithful=code changes beyond the recipe. mark: the printed sign.
+    """
+
+    label: str
+    group: str
+    params: str
+    flops: str | None
+    top1: float
+    top5: float
+    overrides: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
+    gap1: float | None = None
+    gap5: float | None = None
+    mark: str = ""
+    note: str = ""
+    params_as: Counted | None = None
+    flops_as: Counted | None = None
+
+    def arguments(self, faithful: str = "paper") -> list[str]:
+        """The arguments of train.py for this row, after the paper's text or after the authors' code."""
+        if faithful not in FAITHFUL:
+            raise ValueError(f"faithful={faithful!r} is neither paper nor code")
+        return [*self.overrides, *(("faithful=code", *self.code) if faithful == "code" else ())]
+
+    def command(self, faithful: str = "paper") -> str:
+        quoted = (f"'{a}'" if any(c in a for c in "[](){},* ") else a for a in self.arguments(faithful))
+        return " ".join(("python train.py", *quoted))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: where it is printed, its rows in order, and what differs between the paper and the authors'
+    code (``differences``: what, paper, code, and the key of train.py that selects, where there is one)."""
+
+    name: str
+    title: str
+    source: str
+    section: str
+    metric: str
+    page: int | None = None
+    marks: dict[str, str] = field(default_factory=dict)
+    differences: tuple[dict[str, str], ...] = ()
+    rows: tuple[Row, ...] = ()
+
+
+def names(folder: Path = TABLES) -> list[str]:
+    """The tables that exist."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def load(name: str, folder: Path = TABLES) -> Table:
+    """A table by name. Raises ValueError for an unknown name, or for a key that a row does not have."""
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"no table {name!r}; there are {', '.join(names(folder))}")
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    groups = data.pop("groups")
+    try:
+        rows = tuple(_row(entry, group) for group in groups for entry in group["rows"])
+        return Table(name=name, rows=rows, **data | {"differences": tuple(data.get("differences", ()))})
+    except TypeError as error:  # dataclasses name the key
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _row(entry: dict, group: dict) -> Row:
+    entry = dict(entry)
+    entry["overrides"] = (*group["overrides"], *entry.get("overrides", ()))
+    entry["code"] = tuple(entry.get("code", ()))
+    for key in ("params_as", "flops_as"):
+        if key in entry:
+            counted = dict(entry[key])
+            entry[key] = Counted(**counted | {"overrides": tuple(counted.get("overrides", ()))})
+    return Row(group=group["title"], **entry)

@@ -1,0 +1,174 @@
+"""Published checkpoints in the place of own runs: the row that each file of a folder is of, and its accuracy.
+
+A file belongs to the row whose network takes every one of its tensors and needs no other, in whatever naming
+they come (``anorm.load_weights``); its name does not matter. Where rows of several setups have one network,
+as AOGNet has in Table 2, a word of the path below the folder names the setup: ``sota/aognet12m_an.pth``,
+``aognet12m-an-vanilla.pth``.
+An evaluation is kept beside the runs, in ``.published``, and is not repeated for the same file on the same images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+
+from anorm.build import create_source, evaluators
+from anorm.engine.checkpoint import write_atomic
+from anorm.engine.distributed import World
+from anorm.engine.keep import PREDICTIONS, keep_predictions
+from anorm.engine.runfolder import data_card
+from anorm.engine.signature import file_digest
+from anorm.options import resolve
+from anorm.registry import create_model
+from anorm.study.grid import Grid, Line
+from anorm.study.records import Images, Stamp, open_images, stamp_of
+from anorm.weights import compare, read_state
+
+PUBLISHED = "published weights"
+SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors")
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Published:
+    """The evaluation of a published file, where a table has the finished run of seed 0 of a row."""
+
+    folder: Path
+    likeness: str
+    found: dict
+    protocol: Stamp
+    seed: int = 0
+    averages: bool = True  # whatever the authors chose to publish
+    events: tuple[dict, ...] = ()
+
+    @property
+    def final(self) -> dict:
+        return self.found
+
+    def evaluations(self) -> list[dict]:
+        return []
+
+    def result(self, epoch: str = "last", average: bool = False) -> dict:
+        return self.found
+
+    def stamp(self, epoch: str = "last", average: bool = False) -> Stamp:
+        return self.protocol
+
+    @cached_property
+    def images(self) -> Images:
+        return open_images(self.folder)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which row a file fills; ``line`` is None for a file that fits none."""
+
+    file: Path
+    line: Line | None
+
+    def __str__(self) -> str:
+        row = f"{self.line.label} ({self.line.group})" if self.line else "fits no row of this table"
+        return f"{self.file}: {row}"
+
+
+def match(grid: Grid, folder: Path) -> list[Match]:
+    """The row of each file of weights under ``folder``. Nothing is evaluated.
+
+    Raises ValueError for a folder without any, a file that several rows could be of, and a row of which there
+    are several.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--weights {folder} is not a folder: give the one that holds the published files")
+    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    if not files:
+        raise ValueError(f"--weights {folder} holds no weights: files that end in {', '.join(SUFFIXES)}")
+    lines = list({line.likeness: line for line in reversed(grid.lines)}.values())[::-1]
+    networks = {
+        line.likeness: _names_and_shapes(json.dumps(line.config["arch"]), json.dumps(line.config["norm"]))
+        for line in lines
+    }
+    found: list[Match] = []
+    for file in files:
+        state = read_state(file)
+        fitting = [line for line in lines if compare(networks[line.likeness], state)[0].complete]
+        line = _of_its_setup(file, folder, fitting)
+        earlier = next((m for m in found if line and m.line is line), None)
+        if earlier:
+            raise ValueError(
+                f"{earlier.file} and {file} both are the network of {line.label} ({line.group}): leave one "
+                f"of them in {folder}"
+            )
+        found.append(Match(file, line))
+    return found
+
+
+@cache
+def _names_and_shapes(arch_config: str, norm_config: str) -> dict[str, torch.Tensor]:
+    """The state_dict of a network for ImageNet's classes, without memory behind it."""
+    arch = json.loads(arch_config)
+    with torch.device("meta"):
+        return create_model(arch.pop("name"), json.loads(norm_config), 1000, **arch).state_dict()
+
+
+def _of_its_setup(file: Path, folder: Path, fitting: list[Line]) -> Line | None:
+    """Of the rows that a file fits the one whose setup its path names; there may be but one, or none."""
+    if len(fitting) < 2:
+        return fitting[0] if fitting else None
+    setups = {line.composed[1]["setup"]: line for line in fitting}
+    words = re.findall("[a-z0-9]+", str(file.relative_to(folder)).lower())
+    named = [setup for setup in setups if setup in words]
+    if len(named) == 1 and len(setups) == len(fitting):
+        return setups[named[0]]
+    rows = ", ".join(f"{line.label} ({line.group})" for line in fitting)
+    raise ValueError(
+        f"{file} could be of any of these rows, which have one network: {rows}. Put {' or '.join(setups)} "
+        "into its name, as a word of its own, or into its folder's; or choose rows with --only"
+    )
+
+
+def evaluate(matches: list[Match], runs_dir: Path) -> list[Published]:
+    """The accuracy of each file that has a row, on the evaluation images of that row's configuration."""
+    wanted = [m for m in matches if m.line]
+    return [_evaluate(m.file, m.line, runs_dir, f"{k} of {len(wanted)}") for k, m in enumerate(wanted, 1)]
+
+
+def _evaluate(file: Path, line: Line, runs_dir: Path, which: str) -> Published:
+    config = resolve(line.config)
+    config["hardware"] = config["hardware"] | {"processes": 1}
+    source = create_source(config)
+    stamp = stamp_of(config, data_card(source), len(source.val), "published", PUBLISHED)
+    known = json.dumps([file_digest(file), line.likeness, source.identity, dataclasses.astuple(stamp)])
+    folder = runs_dir / ".published" / hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
+    if not (folder / RESULT).is_file():
+        started = time.monotonic()
+        evaluator = evaluators(config, source.num_classes, file, source)(source.val)
+        found = evaluator()
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_predictions(folder / PREDICTIONS, World(), found, source.val.identity)
+        result = {
+            "file": str(file),
+            "row": line.label,
+            "top1": found.top1,
+            "top5": found.top5,
+            "loss": found.loss,
+            "images": found.images,
+            "seconds": time.monotonic() - started,
+        }
+        write_atomic(folder / RESULT, json.dumps(result, indent=1).encode())  # last: what is there is whole
+    result = json.loads((folder / RESULT).read_text())
+    print(
+        f"{which}: {Match(file, line)}, top-1 {result['top1']:.2f} % of {result['images']} images "
+        f"({result['seconds']:.0f} s)",
+        file=sys.stderr,
+        flush=True,
+    )
+    return Published(folder, line.likeness, result, dataclasses.replace(stamp, images=result["images"]))

@@ -1,0 +1,312 @@
+"""What the runs say about a grid: for each line the true size, ours over seeds, the gap to the paper, a verdict; comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from anorm.study.grid import Grid, Line
+from anorm.study.published import PUBLISHED, Published
+from anorm.study.records import PREDICTIONS, Run, Stamp, images_of
+from anorm.study.sizes import Size, size_of
+from anorm.study.statistics import Interval, Methods, compare_methods, holm, mean_interval, noise_of_gap
+
+REPRODUCED_SEEDS = 3
+REPRODUCED_NOISE = 0.5  # points: above, an agreement proves too little
+LEARNED = 30  # percent top-1 that a baseline must reach before differences from it mean something
+AS_PRINTED = 0.1  # points: what another decoder and another resize change in the accuracy of the same weights
+V100_MACS = 800 * 4.089e9  # per second: 800 images/s of ResNet-50 with FP16 on a V100, for estimates only
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line as it stands. runs: finished ones of the shown stamp, by seed, or published weights in place of
+    seed 0. top1, top5: accuracy in percent over seeds."""
+
+    line: Line
+    size: Size
+    runs: dict[int, Run | Published]
+    missing: tuple[int, ...]
+    top1: Interval | None
+    top5: Interval | None
+    gap: float | None  # ours - the paper's, points of top-1 accuracy
+    verdict: str
+    unfinished: tuple[Run, ...] = ()
+    elsewhere: int = 0  # finished runs under another stamp
+
+    @property
+    def trained(self) -> list[Run]:
+        """Own runs of the shown stamp."""
+        return [run for run in self.runs.values() if isinstance(run, Run)]
+
+    @property
+    def images_per_second(self) -> float | None:
+        return float(np.mean([run.images_per_second for run in self.trained])) if self.trained else None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return sum(run.device_hours for run in self.trained) if self.trained and self.on_gpu else None
+
+    @property
+    def on_gpu(self) -> bool:
+        return all(run.on_gpu for run in self.trained)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A line against its baseline. p: after Holm's correction over all comparisons of the table."""
+
+    base: Entry
+    entry: Entry
+    found: Methods
+    p: float | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The learning rates of one norm. best: of the highest mean accuracy; None while one is missing."""
+
+    name: str
+    tried: tuple[Entry, ...]
+    best: Entry | None
+
+    def __str__(self) -> str:
+        n = len(self.tried)
+        if self.best is None:
+            done = sum(not e.missing for e in self.tried)
+            return f"learning rate of {self.name}: not selected, {done} of {n} are finished"
+        values = ", ".join(f"{e.line.rate}: {e.top1.mean:.2f}" for e in self.tried)
+        end = n > 1 and self.best.line.rate in (f([e.line.rate for e in self.tried]) for f in (min, max))
+        return (
+            f"learning rate of {self.name}: {self.best.line.rate} is the best of {n} tried, by the mean "
+            f"accuracy over seeds ({values})" + (", at the end of their range" if end else "")
+        )
+
+
+@dataclass(frozen=True)
+class Tally:
+    grid: Grid
+    entries: tuple[Entry, ...]
+    stamp: Stamp | None  # what all shown numbers were taken under
+    stamps: dict[Stamp, int]  # every one, with the number of finished runs
+    comparisons: tuple[Comparison, ...]
+    faithful: str
+    epoch: str
+    seeds: int
+    selections: tuple[Selection, ...] = ()
+
+    @property
+    def title(self) -> str:
+        first = f"underpowered, {self.underpowered}: " if self.underpowered else ""
+        return f"{first}{self.grid.name}: {self.grid.title}"
+
+    @property
+    def underpowered(self) -> str | None:
+        """Why a finished grid of one's own tells no norms apart, if that is so; a reader must know it first."""
+        if not self.comparisons or any(e.missing or e.line.printed for e in self.entries):
+            return None
+        baselines = {c.base.line.label: c.base.top1.mean for c in self.comparisons}
+        for label, top1 in baselines.items():
+            if top1 < LEARNED:
+                return f"{label} reaches {top1:.2f} % top-1, less than {LEARNED} %"
+        differences = [c.found.difference for c in self.comparisons if c.found.difference.n > 1]
+        if all(d.low <= 0 <= d.high for d in differences):
+            return "the intervals cover every difference" if differences else "one run of each norm"
+        return None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the numbers must know."""
+        published = bool(self.stamp and self.stamp.weights == PUBLISHED)
+        of_runs = f"accuracy of the {self.epoch} epoch (--epoch)"
+        said = ["accuracy of published weights (--weights)" if published else of_runs]
+        said += [f"protocol of ours: {self.stamp}"] if self.stamp else ["nothing has been run yet"]
+        said += [
+            f"not shown, another protocol: {n} run{'s' if n > 1 else ''} of {stamp} (--stamp)"
+            for stamp, n in self.stamps.items()
+            if stamp != self.stamp
+        ]
+        if self.selections:
+            said += [str(selection) for selection in self.selections]
+            said += ["each learning rate was selected on the images that accuracies are of: it flatters all"]
+        return said + list(self.grid.notes)
+
+
+def tally(
+    grid: Grid,
+    runs: list[Run | Published],
+    seeds: int,
+    faithful: str = "paper",
+    epoch: str = "last",
+    stamp: int | None = None,
+    average: bool = False,
+) -> Tally:
+    """Fill ``grid``. stamp: which protocol to show, counted from 1 in the order of ``Tally.stamps`` (most
+    runs first; default: the first of published weights where ``runs`` holds such, else the first). average:
+    accuracy of the averages of weights.
+
+    Raises ValueError for a number that no protocol has, and for unlike numbers of learning rates.
+    """
+    matching = {line: [run for run in runs if run.likeness == line.likeness] for line in grid.lines}
+    finished = {
+        line: [run for run in found if run.final and (run.averages or not average)]
+        for line, found in matching.items()
+    }
+    distinct = {run.folder: run for found in finished.values() for run in found}
+    stamps = dict(Counter(run.stamp(epoch, average) for run in distinct.values()).most_common())
+    if stamp is not None and not 1 <= stamp <= len(stamps):
+        raise ValueError(f"--stamp {stamp}: there are {len(stamps)} protocols")
+    published = next((k for k, found in enumerate(stamps, 1) if found.weights == PUBLISHED), 1)
+    shown = list(stamps)[(stamp or published) - 1] if stamps else None
+
+    chosen = {
+        line: {run.seed: run for run in found if run.stamp(epoch, average) == shown}
+        for line, found in finished.items()
+    }
+    samples = [[run.result(epoch, average)["top1"] for run in found.values()] for found in chosen.values()]
+    entries = []
+    for line in grid.lines:
+        found = dict(sorted(chosen[line].items()))
+        values = [run.result(epoch, average) for run in found.values()]
+        top1, top5 = (mean_interval([v[key] for v in values]) if values else None for key in ("top1", "top5"))
+        gap = top1.mean - (100 - line.printed.top1) if top1 and line.printed and grid.comparable else None
+        others = len(finished[line]) - len(found)
+        judged = verdict(top1, gap, samples, others)
+        if gap is not None and shown.weights == PUBLISHED:
+            judged = same_weights(gap)
+        entries.append(
+            Entry(
+                line,
+                _size(line, shown),
+                found,
+                tuple(s for s in range(seeds) if s not in found),
+                top1,
+                top5,
+                gap,
+                judged,
+                tuple(run for run in matching[line] if not run.final),
+                others,
+            )
+        )
+    selections = select_rates(entries)
+    pairs = _pairs(entries, selections)
+    compared = _compared(pairs, epoch, average)
+    return Tally(grid, tuple(entries), shown, stamps, compared, faithful, epoch, seeds, selections)
+
+
+def _size(line: Line, shown: Stamp | None) -> Size:
+    """Of a paper's row as papers count: 1000 classes, 224 x 224. Of another line as it was run, if it was."""
+    if line.printed or shown is None:
+        return size_of(line.overrides)
+    return size_of(line.overrides, shown.classes, shown.image_size)
+
+
+def same_weights(gap: float) -> str:
+    """as printed | off: published weights should give the printed number, but for decoder and resize."""
+    return "as printed" if abs(gap) <= AS_PRINTED else f"off ({'better' if gap > 0 else 'worse'})"
+
+
+def select_rates(entries: list[Entry]) -> tuple[Selection, ...]:
+    """For each norm of a grid with learning rates the best one, selected in one way: the highest mean
+    accuracy, once all are finished. Raises ValueError where some have more to choose from (by --only)."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.line.tuned is not None:
+            groups.setdefault(entry.line.tuned, []).append(entry)
+    counts = {name: len(tried) for name, tried in groups.items()}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} {n}" for name, n in counts.items())
+        raise ValueError(
+            f"these rows have unlike numbers of learning rates ({said}): choose them by norm "
+            "(--only), not by rate"
+        )
+    best = {
+        name: max(tried, key=lambda e: e.top1.mean) if not any(e.missing for e in tried) else None
+        for name, tried in groups.items()
+    }
+    return tuple(Selection(name, tuple(tried), best[name]) for name, tried in groups.items())
+
+
+def _pairs(entries: list[Entry], selections: tuple[Selection, ...]) -> list[tuple[Entry, Entry]]:
+    """(baseline, entry): what is to be compared; of a grid with learning rates only the best of each norm."""
+    if selections:
+        best = {selection.name: selection.best for selection in selections}
+        found = [(best.get(entry.line.tuned_versus), entry) for entry in best.values() if entry is not None]
+    else:
+        named = {(e.line.label, e.line.group): e for e in reversed(entries)}
+        found = [(named.get((entry.line.versus, entry.line.group)), entry) for entry in entries]
+    return [
+        (base, entry)
+        for base, entry in found
+        if base is not None and base is not entry and base.runs and entry.runs
+    ]
+
+
+def verdict(top1: Interval | None, gap: float | None, samples: list[list[float]], elsewhere: int = 0) -> str:
+    """not run | other protocol | run (nothing printed to compare with) | off | within noise | reproduced.
+
+    off: the gap is larger than the 95 % noise of a mean over our seeds against one printed number. within noise: it is
+    not. reproduced: it is not, over at least 3 seeds, and the noise is below 0.5 points, so that it could have shown.
+    """
+    if top1 is None:
+        return "other protocol" if elsewhere else "not run"
+    if gap is None:
+        return "run"
+    noise = noise_of_gap(samples, top1.n)
+    if abs(gap) > noise:
+        return f"off ({'better' if gap > 0 else 'worse'})"
+    return "reproduced" if top1.n >= REPRODUCED_SEEDS and noise <= REPRODUCED_NOISE else "within noise"
+
+
+def _compared(pairs: list[tuple[Entry, Entry]], epoch: str, average: bool) -> tuple[Comparison, ...]:
+    found = []
+    for base, entry in pairs:
+        same = sorted(set(base.runs) & set(entry.runs))
+        paired = len(same) > 1
+        a, b = ([e.runs[s] for s in (same if paired else e.runs)] for e in (base, entry))
+        images = {}
+        if epoch == "last" and not average and all((run.folder / PREDICTIONS).is_file() for run in (*a, *b)):
+            images = dict(zip(("images_a", "images_b"), np.split(images_of([*a, *b]), [len(a)]), strict=True))
+        values_a, values_b = ([run.result(epoch, average)["top1"] for run in runs] for runs in (a, b))
+        found.append(
+            (base, entry, compare_methods(values_a, values_b, paired or (len(a) == len(b) == 1), **images))
+        )
+    tested = [i for i, (_, _, methods) in enumerate(found) if methods.difference.n > 1]
+    corrected = dict(zip(tested, holm([found[i][2].p for i in tested]), strict=True))
+    return tuple(Comparison(*parts, corrected.get(i)) for i, parts in enumerate(found))
+
+
+def hours(entry: Entry, known: list[Entry]) -> tuple[float | None, str]:
+    """(hours times devices of one run, where the number is from): own runs, another line's by multiply-adds, or a V100's."""
+    if entry.trained:
+        return float(np.mean([run.device_hours for run in entry.trained])), "measured"
+    config = entry.line.config
+    for other in known:
+        theirs = other.line.config
+        if other.trained and theirs["data"] == config["data"]:
+            scale = entry.size.macs / other.size.macs * config["epochs"] / theirs["epochs"]
+            theirs = float(np.mean([run.device_hours for run in other.trained]))
+            return scale * theirs, f"from {other.line.label}"
+    if not config["data"]["name"].startswith("imagenet"):
+        return None, "unknown"
+    macs = size_of(entry.line.overrides, pixels=config["data"].get("image_size", 224)).macs
+    return 1_281_167 * config["epochs"] * macs / V100_MACS / 3600, "rough, V100 with FP16"
+
+
+def total_hours(tally: Tally) -> tuple[float, int, str]:
+    """(hours times devices of all missing cells, cells without an estimate, where the numbers are from)."""
+    total, unknown, origins = 0.0, 0, {}
+    for entry in tally.entries:
+        one, origin = hours(entry, list(tally.entries))
+        if not entry.missing:
+            continue
+        if one is None:
+            unknown += len(entry.missing)
+        else:
+            total += one * len(entry.missing)
+            origins[origin] = None
+    assert math.isfinite(total)
+    return total, unknown, "; ".join(origins)
