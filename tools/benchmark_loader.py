@@ -65,7 +65,7 @@ def our_loader(store, name: str, batch: int, workers: int) -> Epoch:
     def run(epoch: int) -> Iterator[int]:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(epoch))
         return (
-            len(fetched.images) for fetched in feed.run(Request(epoch, part) for part in order.split(batch))
+            len(fetched.indices) for fetched in feed.run(Request(epoch, part) for part in order.split(batch))
         )
 
     return run

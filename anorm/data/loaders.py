@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from anorm.data.feeds import Request, open_feed
 from anorm.data.random import stream
-from anorm.data.sources.base import Dataset, Source
-
-
-class Batch(NamedTuple):
-    """images (n,C,S,S) float32, normalised; labels (n,) int64; both on the device. indices (n,) int64 on the CPU."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
+from anorm.data.sources.base import Batch, Dataset, Fetched, Source
 
 
 class TrainLoader:
@@ -67,8 +57,9 @@ class TrainLoader:
             rank,
             world,
         )
+        self._order = source.train.order
         self._feed = open_feed(source.train, seed, micro_batch, workers, torch.device(device))
-        self._finish = _Finish(source.train, torch.device(device), channels_last)
+        self._finish = _finisher(source.train, device, channels_last)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step from start_step on; nothing before start_step is read."""
@@ -85,7 +76,8 @@ class TrainLoader:
         return self.rank + k * self.world
 
     def _requests(self, epoch: int, start_step: int) -> Iterator[Request]:
-        order = torch.randperm(self.count, generator=stream(self.seed, "order", epoch))
+        order = self._order(stream(self.seed, "order", epoch), self.global_batch)
+        assert order.shape == (self.count,), (order.shape, self.count)
         for step in range(start_step, self.steps_per_epoch):
             micro_batches = order[step * self.global_batch : (step + 1) * self.global_batch].split(
                 self.micro_batch
@@ -126,7 +118,7 @@ class EvalLoader:
         self.batch, self.identity = batch, dataset.identity
         self._first, self._stop = len(dataset) * rank // world, len(dataset) * (rank + 1) // world
         self._feed = open_feed(dataset, 0, batch, workers, torch.device(device))
-        self._finish = _Finish(dataset, torch.device(device), channels_last)
+        self._finish = _finisher(dataset, device, channels_last)
 
     def __len__(self) -> int:
         return -(-(self._stop - self._first) // self.batch)
@@ -134,8 +126,8 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         images, wanted = 0, self._stop - self._first
         for fetched in self._feed.run(self._requests()):
-            images += len(fetched.images)
-            if len(fetched.images):
+            images += len(fetched.indices)
+            if len(fetched.indices):
                 yield self._finish(fetched)
         assert wanted - len(self.skipped) <= images <= wanted, (images, wanted, len(self.skipped))
 
@@ -151,20 +143,11 @@ class EvalLoader:
         self._feed.close()
 
 
-class _Finish:
-    """uint8 on its way to the device -> normalised float32 there: (x / 255 - mean) / std."""
-
-    def __init__(self, dataset: Dataset, device: torch.device, channels_last: bool):
-        self.device = device
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.mean, self.std = (
-            (torch.tensor(v) * 255).view(1, -1, 1, 1).to(device) for v in (dataset.mean, dataset.std)
-        )
-
-    def __call__(self, fetched) -> Batch:
-        images = fetched.images.to(self.device, non_blocking=True)
-        images = torch.sub(images, self.mean).div_(self.std).contiguous(memory_format=self.layout)
-        return Batch(images, fetched.labels.to(self.device, non_blocking=True), fetched.indices)
+def _finisher(
+    dataset: Dataset, device: torch.device | str, channels_last: bool
+) -> Callable[[Fetched], Batch]:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return lambda fetched: dataset.finish(fetched, torch.device(device), layout)
 
 
 def _check_positive(**sizes: int) -> None:

@@ -132,10 +132,10 @@ def train_step(run: Run, step: int, step_batches: list[Batch]) -> tuple[Tensor, 
     settings, world = run.settings, run.world
     optim.set_rate(run.optimizer, run.schedule(step))
     loss_sum = torch.zeros((), device=world.device)
-    for k, (images, labels, _) in enumerate(step_batches):
+    for k, batch in enumerate(step_batches):
         # in the global batch: draws do not depend on the number of processes
         number = run.train.micro_batch_number(k)
-        images, target = run.mixing.mix(images, labels, stream(settings.seed, "mix", step, number))
+        images, target = run.mixing.mix(batch.inputs, batch.targets, stream(settings.seed, "mix", step, number))
         torch.manual_seed(seed_of(settings.seed, "dropout", step, number))
         last = k == len(step_batches) - 1
         with nullcontext() if last or world.size == 1 else run.network.no_sync():

@@ -46,11 +46,11 @@ def _first(run: Run, step: int) -> str | None:
     run.model.train()
     run.model.zero_grad()
     try:
-        for k, (images, labels, _) in enumerate(next(iter(run.train.epoch(epoch, within)))):
+        for k, batch in enumerate(next(iter(run.train.epoch(epoch, within)))):
             number = run.train.micro_batch_number(k)
-            if not images.isfinite().all():
+            if not batch.inputs.isfinite().all():
                 found.append("the images")
-            images, target = run.mixing.mix(images, labels, stream(run.settings.seed, "mix", step, number))
+            images, target = run.mixing.mix(batch.inputs, batch.targets, stream(run.settings.seed, "mix", step, number))
             torch.manual_seed(seed_of(run.settings.seed, "dropout", step, number))
             with run.autocast():
                 logits = run.model(images)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from anorm.build import create_source, evaluator
 from anorm.data.loaders import EvalLoader
-from anorm.data.sources.base import Dataset, Fetched, Source
+from anorm.data.sources.base import FetchedImages, LabelledImages, Source
 from anorm.engine.compose import change
 from anorm.engine.evaluate import Evaluator, Result, evaluate, statistics_from
 from anorm.engine.names import nearest
@@ -43,7 +43,7 @@ class Subject:
     def device(self) -> torch.device:
         return self.evaluator.world.device
 
-    def batches(self, dataset: Dataset, indices: Sequence[int]) -> EvalLoader:
+    def batches(self, dataset: LabelledImages, indices: Sequence[int]) -> EvalLoader:
         """These images of one of ``source``'s data sets, cropped as in evaluation."""
         hardware, size = (
             self.config["hardware"],
@@ -80,16 +80,16 @@ def open_subject(folder: Path, overrides: Sequence[str] = (), weights: Path | No
     return Subject(choices["norm"], folder.resolve(), config, source, found)
 
 
-class Part(Dataset):
+class Part(LabelledImages):
     """Some images of a data set, in the order of ``indices``; read by torch whatever the data set's loader."""
 
-    def __init__(self, whole: Dataset, indices: Sequence[int]):
+    def __init__(self, whole: LabelledImages, indices: Sequence[int]):
         self.whole, self.indices = whole, torch.as_tensor(indices, dtype=torch.int64)
         self.labels, self.image_size = whole.labels[self.indices], whole.image_size
         self.mean, self.std, self.in_memory = whole.mean, whole.std, whole.in_memory
         self.identity = f"{len(self.indices)} images of {whole.identity}"
 
-    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
+    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> FetchedImages:
         return self.whole.fetch(self.indices[torch.as_tensor(indices)].tolist(), rngs)
 
 

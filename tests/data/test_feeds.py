@@ -45,11 +45,11 @@ def source(root, loader, **options):
 
 def levels(batch, source):
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (source.mean, source.std))
-    return (batch.images * std + mean) * 255
+    return (batch.inputs * std + mean) * 255
 
 
 def assert_close(ours, theirs, source, loader):
-    assert torch.equal(ours.indices, theirs.indices) and torch.equal(ours.labels, theirs.labels)
+    assert torch.equal(ours.indices, theirs.indices) and torch.equal(ours.targets, theirs.targets)
     difference = (levels(ours, source) - levels(theirs, source)).abs()
     if loader == "device":
         # the same filter in floating point: one level, and a second where both of its passes round the other way
@@ -191,7 +191,7 @@ def test_a_file_that_is_gone_is_a_bad_file(tmp_path, loader):
     (root / "train/bee/bee_2.JPEG").unlink()  # indexed before
     train = TrainLoader(skipping, 0, 21, 21, workers=1)
     [[batch]] = train.epoch(0)
-    assert len(batch.labels) == 21 and list(train.skipped) == [9]
+    assert len(batch.targets) == 21 and list(train.skipped) == [9]
     assert "bee_2.JPEG cannot be read (No such file or directory)" in train.skipped[9]
     train.close()
     with pytest.raises(ValueError, match=r"bee_2.JPEG cannot be read"):
@@ -222,4 +222,4 @@ def test_images_that_workers_decoded_for_the_device_keep_no_files_open(root, mon
     for ours, theirs in zip(
         helped.epoch(0), TrainLoader(source(root, "device"), 0, 9, 9).epoch(0), strict=True
     ):
-        assert torch.equal(ours[0].images, theirs[0].images)
+        assert torch.equal(ours[0].inputs, theirs[0].inputs)

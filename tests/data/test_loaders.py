@@ -78,7 +78,7 @@ def test_ranks_share_the_micro_batches_of_one_process(files, name, world):
 def test_the_micro_batch_size_does_not_change_the_images_of_a_step(files):
     fine, coarse = run(TrainLoader(files, 1, 8, 2), 0), run(TrainLoader(files, 1, 8, 8), 0)
     for a, b in zip(fine, coarse, strict=True):
-        assert torch.equal(torch.cat([batch.images for batch in a]), b[0].images)
+        assert torch.equal(torch.cat([batch.inputs for batch in a]), b[0].inputs)
 
 
 def test_an_epoch_takes_each_image_at_most_once_and_drops_the_rest(files):
@@ -88,7 +88,7 @@ def test_an_epoch_takes_each_image_at_most_once_and_drops_the_rest(files):
     assert len(taken) == len(set(taken)) == 24
     for step in loader.epoch(1):
         for batch in step:
-            assert torch.equal(batch.labels, files.train.labels[batch.indices])
+            assert torch.equal(batch.targets, files.train.labels[batch.indices])
 
 
 def test_epochs_and_seeds_give_other_orders_and_other_augmentations(files):
@@ -102,7 +102,7 @@ def test_epochs_and_seeds_give_other_orders_and_other_augmentations(files):
     looks = set()
     for epoch in range(3):
         (batch,) = next(iter(TrainLoader(files, 0, 27, 27).epoch(epoch)))
-        looks.add(batch.images[batch.indices == 5].sum().item())
+        looks.add(batch.inputs[batch.indices == 5].sum().item())
     assert len(looks) == 3
 
 
@@ -120,11 +120,11 @@ def test_loading_leaves_the_global_generator_alone(files):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_images_are_normalised_on_the_device(files, channels_last):
     (batch,) = next(iter(TrainLoader(files, 0, 8, 8, channels_last=channels_last).epoch(0)))
-    assert batch.images.dtype == torch.float32 and batch.labels.dtype == batch.indices.dtype == torch.int64
+    assert batch.inputs.dtype == torch.float32 and batch.targets.dtype == batch.indices.dtype == torch.int64
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    assert batch.images.is_contiguous(memory_format=layout)
+    assert batch.inputs.is_contiguous(memory_format=layout)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (files.mean, files.std))
-    levels = (batch.images.double() * std + mean) * 255
+    levels = (batch.inputs.double() * std + mean) * 255
     # float32 rounding of numbers up to 255
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
     assert levels.min() > -0.5 and levels.max() < 255.5
@@ -202,7 +202,7 @@ def test_skipped_files_are_counted_and_listed_once(tmp_path, workers, caplog):
     source = create("imagefolder", root=str(root), image_size=16, on_error="skip")
     train, val = TrainLoader(source, 0, 7, 7, workers=workers), EvalLoader(source.val, 1, workers=workers)
     for epoch in range(2):
-        assert all(len(batch.images) == 7 for step in train.epoch(epoch) for batch in step)
+        assert all(len(batch.inputs) == 7 for step in train.epoch(epoch) for batch in step)
     assert [int(batch.indices) for batch in val] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert list(train.skipped) == [9] and list(val.skipped) == [0]
     assert caplog.text.count("bee_2.JPEG") == 1

@@ -363,7 +363,7 @@ def test_shards_are_read_at_random_by_any_number_of_workers(written):
         for a, b in zip(ours, theirs, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     loader.close()
-    assert sum(len(batch.labels) for batch in EvalLoader(source.val, 4)) == 6
+    assert sum(len(batch.targets) for batch in EvalLoader(source.val, 4)) == 6
 
 
 def test_shards_of_others_are_indexed(tmp_path, main):
@@ -413,7 +413,7 @@ def test_more_shards_than_a_process_may_open(tmp_path):
         for workers in (0, 1):
             loader = TrainLoader(source, 0, 20, 20, workers=workers)
             batches = [batch for step in loader.epoch(0) for batch in step]
-            assert sum(len(batch.labels) for batch in batches) == 60, batches
+            assert sum(len(batch.targets) for batch in batches) == 60, batches
             assert list(loader.skipped) == [0], loader.skipped
             loader.close()
         assert 0 < len(source.train.store._files) <= 12

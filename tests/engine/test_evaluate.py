@@ -109,7 +109,7 @@ def test_recalibration_takes_so_many_plain_training_batches_and_no_dropout(norm)
         results.append(found())
     assert results[0].loss == results[1].loss and torch.equal(results[0].confidence, results[1].confidence)
     assert counts[: len(counts) // 2] == [0, 1, 2, 3, 4, 5, 5, 5]  # 21 images in batches of 8
-    plain = [batch.images for step in found.train.epoch(found.unused_epoch) for batch in step][:5]
+    plain = [batch.inputs for step in found.train.epoch(found.unused_epoch) for batch in step][:5]
     assert all(torch.equal(a, b) for a, b in zip(inputs[:5], plain, strict=True))
     assert int(first.num_batches_tracked) == 0
 

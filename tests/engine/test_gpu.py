@@ -163,13 +163,13 @@ def test_feeding_a_device(tmp_path, loader):
     scale = torch.tensor(plain.std, device=device).view(1, 3, 1, 1) * 255
     for theirs, ours in zip(*(list(found.epoch(1)) for found in loaders), strict=True):
         for a, b in zip(ours, theirs, strict=True):
-            assert a.images.device == b.images.device and torch.equal(a.labels, b.labels)
-            difference = ((a.images - b.images) * scale).abs()
+            assert a.inputs.device == b.inputs.device and torch.equal(a.targets, b.targets)
+            difference = ((a.inputs - b.inputs) * scale).abs()
             # nvJPEG's colour differs by a few levels at edges
             assert difference.mean() < (0.1 if loader == "device" else 1.5)
     whole = list(loaders[1].epoch(2))
     for ours, expected in zip(loaders[1].epoch(2, 1), whole[1:], strict=True):
-        assert all(torch.equal(a.images, b.images) for a, b in zip(ours, expected, strict=True))
+        assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(ours, expected, strict=True))
     seen = torch.cat([batch.indices for batch in EvalLoader(other.val, 4, device=device)])
     assert seen.tolist() == list(range(15))
     for found in loaders:

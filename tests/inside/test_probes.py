@@ -147,13 +147,13 @@ def test_surgery_where_nothing_varies_loses_nothing(still):
     if still == "no attention":
         for layer in (model.bn1, model.bn2):
             layer.attention.fc.weight.data.zero_()
-    logits = torch.cat([model(batch.images) for batch in images()])
+    logits = torch.cat([model(batch.inputs) for batch in images()])
     found = seen(model)
     _, each, together = surgery.operate(model, found, lambda: result(model))
     assert [one.name for one in each] == ["bn1", "bn2"]
     for one in (*each, together):
         assert (one.top1, one.loss, one.changed) == (0.0, 0.0, 0.0)
-    assert torch.equal(logits, torch.cat([model(batch.images) for batch in images()]))
+    assert torch.equal(logits, torch.cat([model(batch.inputs) for batch in images()]))
 
 
 def test_surgery_gives_every_image_the_mean_affine():

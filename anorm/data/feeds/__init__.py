@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from anorm.data.feeds.base import Feed, Request
-from anorm.data.sources.base import Dataset
+from anorm.data.sources.base import Dataset, LabelledImages
 
 __all__ = ["Feed", "Request", "open_feed", "LOADERS"]
 
@@ -13,16 +13,17 @@ LOADERS = ("torch", "device", "dali")
 
 
 def open_feed(dataset: Dataset, seed: int, batch: int, workers: int, device: torch.device) -> Feed:
-    """The feed that `dataset.loader` names. batch: the largest number of images that will be asked for at once."""
+    """Return the feed that the data set names; only labelled images have a choice. batch: samples asked for at once, at most."""
     if workers < 0:
         raise ValueError(f"hardware.workers={workers} must not be negative")
-    if dataset.loader not in LOADERS:
-        raise ValueError(f"data.loader={dataset.loader!r} is unknown: choose one of {', '.join(LOADERS)}")
-    if dataset.loader == "device":
+    loader = dataset.loader if isinstance(dataset, LabelledImages) else "torch"
+    if loader not in LOADERS:
+        raise ValueError(f"data.loader={loader!r} is unknown: choose one of {', '.join(LOADERS)}")
+    if loader == "device":
         from anorm.data.feeds.device import DeviceFeed
 
         return DeviceFeed(dataset, seed, workers, device)
-    if dataset.loader == "dali":
+    if loader == "dali":
         from anorm.data.feeds.dali import DaliFeed
 
         return DaliFeed(dataset, seed, batch, workers, device)

@@ -19,7 +19,7 @@ import torch
 
 from anorm.data.decode import BadImage, decode, is_jpeg
 from anorm.data.feeds.base import Feed, Request, generators, log
-from anorm.data.sources.base import EncodedImages, Fetched
+from anorm.data.sources.base import EncodedImages, FetchedImages
 
 INSTALL = (
     "data.loader=dali needs NVIDIA DALI: pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120 where torch is a "
@@ -79,7 +79,7 @@ class DaliFeed(Feed):
         )
         self._pipeline, self._refused = None, set()
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
+    def run(self, requests: Iterable[Request]) -> Iterator[FetchedImages]:
         threads = max(1, self._workers)
         self._ahead = ahead = _Ahead(self._rows, requests, threads)
         self._sent = deque()
@@ -100,7 +100,7 @@ class DaliFeed(Feed):
                 index = torch.tensor(self._sent.popleft().indices, dtype=torch.int64)
                 # a copy, or DALI would need new memory for every batch
                 pixels = torch.from_dlpack(images.as_tensor()).clone().permute(0, 3, 1, 2)
-                yield Fetched(pixels, self._dataset.labels[index], index, [])
+                yield FetchedImages(pixels, self._dataset.labels[index], index, [])
         finally:
             ahead.stop()
             if self._ahead is ahead:  # another run may have begun

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from anorm.data.decode import BadImage
 from anorm.data.feeds.base import Feed, Request, generators
 from anorm.data.feeds.workers import forking, start_worker
-from anorm.data.sources.base import EncodedImages, Fetched
+from anorm.data.sources.base import EncodedImages, FetchedImages
 
 CHUNK = 64  # images that a worker decodes and sends at once
 FREE_SHARE = 0.6  # of the device's free memory for images; the rest is the network's
@@ -78,7 +78,7 @@ class DeviceFeed(Feed):
         memory.resize(used)
         self._pixels = torch.frombuffer(memory, dtype=torch.uint8).to(self._device)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
+    def run(self, requests: Iterable[Request]) -> Iterator[FetchedImages]:
         for request in requests:
             rngs = generators(request, self._seed)
             if rngs is None:
@@ -92,7 +92,7 @@ class DeviceFeed(Feed):
             images = [torch.empty((0, 3, size, size), dtype=torch.uint8, device=self._device)]
             for part in _parts(cuts):
                 images.append(self._resized(index[part], torch.tensor(cuts[part], dtype=torch.int64)))
-            yield Fetched(torch.cat(images), self._dataset.labels[index], index, [])
+            yield FetchedImages(torch.cat(images), self._dataset.labels[index], index, [])
 
     def _good(self, index: int) -> int:
         while index in self.bad:

@@ -42,21 +42,17 @@ class WorkerFeed(Feed):
     def __init__(self, dataset: Dataset, seed: int, workers: int, device: torch.device):
         super().__init__()
         self._requests = _Requests()
-        self._answers = _Answers(dataset, seed)
-        self._pin = device.type == "cuda"
-        self._loader = None
-        if workers:
+        self._loader = DataLoader(
+            _Answers(dataset, seed),
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=start_worker,
             # else every epoch takes a draw from the model's global generator
-            self._loader = DataLoader(
-                self._answers,
-                batch_size=None,
-                sampler=self._requests,
-                num_workers=workers,
-                pin_memory=self._pin,
-                persistent_workers=True,
-                worker_init_fn=start_worker,
-                generator=torch.Generator(),
-            )
+            generator=torch.Generator(),
+        )
 
     def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         # no name for the iterator: in the frame of a traceback it would outlive close(), and its workers with it
@@ -64,13 +60,9 @@ class WorkerFeed(Feed):
             if isinstance(answer, Failed):
                 raise ValueError(str(answer))
             self.note(answer.bad)
-            if self._loader is None and self._pin:
-                answer = answer._replace(images=answer.images.pin_memory(), labels=answer.labels.pin_memory())
             yield answer
 
     def _answer(self, requests: Iterable[Request]) -> Iterator[Fetched | Failed]:
-        if self._loader is None:
-            return map(self._answers.__getitem__, requests)
         self._requests.current = requests
         with forking():
             return iter(self._loader)

@@ -7,9 +7,18 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 
-from anorm.data.sources.base import Dataset, Fetched, Source
+from anorm.data.sources.base import Batch, Dataset, Fetched, FetchedImages, LabelledImages, Source
 
-__all__ = ["Dataset", "Fetched", "Source", "create", "list_sources"]
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Fetched",
+    "FetchedImages",
+    "LabelledImages",
+    "Source",
+    "create",
+    "list_sources",
+]
 
 
 def _sources() -> dict[str, Callable[..., Source]]:

@@ -1,12 +1,13 @@
-"""What a source of images is: two datasets, and what the loaders need to know about them."""
+"""What a source of samples is: its data sets, and what the loaders need to know about them."""
 
 from __future__ import annotations
 
 import errno
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,63 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ON_ERROR = ("error", "skip")
 
 
-class Fetched(NamedTuple):
+class Batch(NamedTuple):
+    """One micro-batch on its device: what the network takes, what the loss takes, and which samples they are.
+
+    Of labelled images: inputs (n,C,S,S) float32, normalised; targets (n,) int64. Other data sets give whatever their
+    task takes. indices (n,) int64, always on the CPU.
+    """
+
+    inputs: Any
+    targets: Any
+    indices: Tensor
+
+
+class Fetched(Protocol):
+    """What loaders and feeds know of the samples that a data set has read, on their way to ``Dataset.finish``.
+
+    indices (n,) int64 on the CPU: the samples that are really there, so n is their count. bad: unreadable samples met on
+    the way, (index, message) each. A worker process pickles the whole object. For a GPU torch's DataLoader pins it:
+    tensors in named tuples, lists and dicts by itself, an object of another class by its method ``pin_memory()``.
+    """
+
+    indices: Tensor
+    bad: list[tuple[int, str]]
+
+
+class Dataset(ABC):
+    """The samples of one split, in whatever form their task takes them; loaders know no more of them than this.
+
+    identity: a digest that changes with the samples (names and sizes, or version) and with their classes.
+    in_memory: fetching costs so little that worker processes would only slow it down.
+    """
+
+    identity: str
+    in_memory: bool = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def order(self, rng: torch.Generator, global_batch: int) -> Tensor:
+        """Return the order of an epoch: a permutation of 0 .. len - 1, int64, drawn from ``rng`` alone.
+
+        The samples k global_batch .. (k+1) global_batch - 1 of it make step k and are cut, in this order, into
+        micro-batches. A data set may therefore sort within each step (detection: by aspect ratio, so that a micro-batch
+        needs little padding) without changing the step's gradient.
+        """
+        return torch.randperm(len(self), generator=rng)
+
+    @abstractmethod
+    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
+        """Read the samples at ``indices`` in a worker: for training with one generator each, for evaluation with None."""
+
+    @abstractmethod
+    def finish(self, fetched: Fetched, device: torch.device, memory_format: torch.memory_format) -> Batch:
+        """Bring what was fetched to the device, in the training process; n samples may differ in shape until here."""
+
+
+class FetchedImages(NamedTuple):
     """images uint8 (n,C,S,S), labels (n,) and indices (n,) int64, and the bad files met, (index, message) each.
 
     With on_error=skip a bad training image is replaced by its next good neighbour (so batches keep their size) and a
@@ -32,44 +89,67 @@ class Fetched(NamedTuple):
     bad: list[tuple[int, str]]
 
 
-class Dataset(ABC):
-    """Labelled images of one split. `labels` is int64 (N,); mean and std (in units of 0..1) have one value a channel.
+class LabelledImages(Dataset):
+    """Images of one size with a class each. `labels` is int64 (N,); mean and std (in units of 0..1) have one value a channel.
 
-    identity: a digest that changes with these images (names and sizes, or version) and with their classes.
-    in_memory: fetching costs so little that workers would only slow it down.
+    loader: which feed brings them to the device, one of `feeds.LOADERS`.
     """
 
     labels: Tensor
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    identity: str
-    in_memory: bool = False
     loader: str = "torch"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abstractmethod
-    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
-        """The samples at `indices`: for training with one generator each, for evaluation with None."""
+    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> FetchedImages: ...
+
+    def finish(
+        self, fetched: FetchedImages, device: torch.device, memory_format: torch.memory_format
+    ) -> Batch:
+        """Copy uint8 to the device and normalise there: (x / 255 - mean) / std."""
+        assert len(fetched.images) == len(fetched.labels) == len(fetched.indices), fetched.indices
+        images = fetched.images.to(device, non_blocking=True)
+        images = torch.sub(images, _levels(self.mean, device)).div_(_levels(self.std, device))
+        labels = fetched.labels.to(device, non_blocking=True)
+        return Batch(images.contiguous(memory_format=memory_format), labels, fetched.indices)
 
     def sample(self, index: int, rng: torch.Generator | None) -> tuple[Tensor, int]:
-        """One image, uint8 (C,S,S), and its label."""
+        """Return one image, uint8 (C,S,S), and its label. Raises BadImage."""
         fetched = self.fetch([index], None if rng is None else [rng])
         if not len(fetched.images):
             raise BadImage(fetched.bad[0][1])
         return fetched.images[0], int(fetched.labels[0])
 
 
+@functools.cache
+def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A value a channel in units of 0..255, (1,C,1,1) on the device: sent there once, not with every batch."""
+    return (torch.tensor(values) * 255).view(1, -1, 1, 1).to(device)
+
+
 @dataclass(frozen=True)
 class Source:
-    """train and val; the names of the classes; a digest that changes with the data (file names and sizes, or version)."""
+    """What a run trains on and is judged by.
+
+    evals: evaluation sets by name; the first, `val`, is the one that chooses the best weights. classes: their names.
+    identity: a digest that changes with the data (file names and sizes, or version).
+    """
 
     train: Dataset
-    val: Dataset
+    evals: dict[str, Dataset]
     classes: list[str]
     identity: str
+
+    def __post_init__(self):
+        assert self.evals, "a source needs an evaluation set"
+
+    @property
+    def val(self) -> Dataset:
+        return next(iter(self.evals.values()))
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -103,7 +183,7 @@ class Store(Protocol):
         """Changes with the images and their classes."""
 
 
-class EncodedImages(Dataset):
+class EncodedImages(LabelledImages):
     """Image files of any store, decoded and cropped when fetched."""
 
     def __init__(
@@ -135,7 +215,7 @@ class EncodedImages(Dataset):
         jpeg.why_not()
         jpeg_decoder()
 
-    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
+    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> FetchedImages:
         size = self.image_size
         # the layout that the resize kernel writes, so that this is one plain copy an image
         images = torch.empty(
@@ -148,7 +228,7 @@ class EncodedImages(Dataset):
                 images[len(kept)], at = found
                 kept.append(at)
         kept = torch.tensor(kept, dtype=torch.int64)
-        return Fetched(images[: len(kept)], self.labels[kept], kept, bad)
+        return FetchedImages(images[: len(kept)], self.labels[kept], kept, bad)
 
     def decoded(self, index: int) -> Tensor:
         """The whole image, uint8 (3,H,W). Raises BadImage."""

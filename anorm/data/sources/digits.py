@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from anorm.data.random import stream
-from anorm.data.sources.base import Dataset, Fetched, Source
+from anorm.data.sources.base import FetchedImages, LabelledImages, Source
 
 SPLIT_SEED = 0
 
 
-class ShiftedImages(Dataset):
+class ShiftedImages(LabelledImages):
     """Small greyscale images (N,S,S) held in memory, given as three equal channels, shifted by up to max_shift pixels."""
 
     in_memory = True
@@ -26,7 +26,7 @@ class ShiftedImages(Dataset):
         self.mean, self.std = (mean,) * 3, (std,) * 3
         self._padded = torch.nn.functional.pad(images, (max_shift,) * 4)
 
-    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
+    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> FetchedImages:
         index, shift = torch.as_tensor(indices, dtype=torch.int64), self.max_shift
         if rngs is None:
             offsets = torch.full((len(index), 2), shift)
@@ -35,7 +35,7 @@ class ShiftedImages(Dataset):
         steps = torch.arange(self.image_size)
         rows, columns = offsets[:, :1] + steps, offsets[:, 1:] + steps
         images = self._padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return Fetched(images[:, None].expand(-1, 3, -1, -1), self.labels[index], index, [])
+        return FetchedImages(images[:, None].expand(-1, 3, -1, -1), self.labels[index], index, [])
 
 
 def digits(image_size: int = 32, max_shift: int = 3, val_share: float = 0.2) -> Source:
@@ -71,7 +71,7 @@ def digits(image_size: int = 32, max_shift: int = 3, val_share: float = 0.2) -> 
     train = ShiftedImages(images[~is_val], labels[~is_val], max_shift, mean, std)
     val = ShiftedImages(images[is_val], labels[is_val], max_shift, mean, std)
     digest = hashlib.blake2b(images.numpy().tobytes() + is_val.numpy().tobytes(), digest_size=16).hexdigest()
-    return Source(train, val, [str(digit) for digit in range(10)], f"digits-{digest}")
+    return Source(train, {"val": val}, [str(digit) for digit in range(10)], f"digits-{digest}")
 
 
 SOURCES = {"digits": digits}

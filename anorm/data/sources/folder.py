@@ -74,7 +74,7 @@ def imagefolder(
     digest = hashlib.blake2b((train_index.digest() + val_index.digest()).encode(), digest_size=16).hexdigest()
     return Source(
         EncodedImages(FolderStore(train_index), crop, on_error, loader, mean, std),
-        EncodedImages(FolderStore(val_index), crop, on_error, loader, mean, std),
+        {"val": EncodedImages(FolderStore(val_index), crop, on_error, loader, mean, std)},
         class_names(folder, train_index.classes),
         f"files-{digest}",
     )

@@ -44,8 +44,10 @@ def imagenet_shards(
     identity = hashlib.blake2b(
         "".join(store.digest() for store in stores).encode(), digest_size=16
     ).hexdigest()
+    train_images, val_images = (EncodedImages(store, crop, on_error, loader, mean, std) for store in stores)
     return Source(
-        *(EncodedImages(store, crop, on_error, loader, mean, std) for store in stores),
+        train_images,
+        {"val": val_images},
         class_names(folder, stores[0].classes),
         f"shards-{identity}",
     )

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from anorm.data.random import stream
-from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, Dataset, Fetched, Source
+from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, FetchedImages, LabelledImages, Source
 
 POOL = 256
 
 
-class PooledNoise(Dataset):
+class PooledNoise(LabelledImages):
     """Image i is number i mod POOL of a fixed pool: noise about a class's mean colours, so that a loss can fall."""
 
     in_memory = True
@@ -24,10 +24,10 @@ class PooledNoise(Dataset):
         self.labels = torch.arange(count) % len(pool) % num_classes
         self.identity = f"noise-{self.image_size}-{num_classes}-{count}"
 
-    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
+    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> FetchedImages:
         index = torch.as_tensor(indices, dtype=torch.int64)
         images = self._pool.index_select(0, index % len(self._pool)).permute(0, 3, 1, 2)
-        return Fetched(images, self.labels[index], index, [])
+        return FetchedImages(images, self.labels[index], index, [])
 
 
 def synthetic(
@@ -50,7 +50,7 @@ def synthetic(
     identity = f"synthetic-{image_size}-{num_classes}-{train_images}-{val_images}"
     return Source(
         PooledNoise(pool, train_images, num_classes),
-        PooledNoise(pool, val_images, num_classes),
+        {"val": PooledNoise(pool, val_images, num_classes)},
         [f"class {k}" for k in range(num_classes)],
         identity,
     )

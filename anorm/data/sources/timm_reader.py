@@ -120,8 +120,10 @@ def timm(
     if stores[0].classes() != stores[1].classes():
         raise ValueError(f"the classes of data.train={train} and data.val={val} differ in {reader}")
     digest = hashlib.blake2b("".join(store.digest() for store in stores).encode(), digest_size=16)
+    train_images, val_images = (EncodedImages(store, crop, on_error, loader, mean, std) for store in stores)
     return Source(
-        *(EncodedImages(store, crop, on_error, loader, mean, std) for store in stores),
+        train_images,
+        {"val": val_images},
         stores[0].classes(),
         f"timm-{digest.hexdigest()}",
     )
