@@ -22,8 +22,9 @@ import os
 import sys
 from pathlib import Path
 
-from anorm.engine.commandline import Arguments, help_text, parse, user_errors
-from anorm.engine.compose import Composed, compose, sweep
+from anorm.config.commandline import Arguments, help_text, parse
+from anorm.config.compose import Composed, compose, sweep
+from anorm.processes.errors import user_errors
 
 SCRIPT = Path(__file__).resolve()
 CONFIGS = SCRIPT.parent / "configs"
@@ -36,13 +37,13 @@ def main(argv: list[str]) -> int:
         if arguments.help:
             print(help_text(__doc__, CONFIGS))
         elif arguments.submit:
-            from anorm.engine.slurm import submit_all, wishes_from
+            from anorm.processes.slurm import submit_all, wishes_from
 
             runs = sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]
             jobs = [Arguments(overrides, frozen=arguments.frozen) for overrides in runs]
             return submit_all(jobs, SCRIPT, frozen, Path("runs"), wishes_from(arguments.slurm))
         elif arguments.multirun:
-            from anorm.engine.sweep import run_sweep
+            from anorm.processes.sweep import run_sweep
 
             return run_sweep(sweep(arguments.overrides), SCRIPT, freeze_job)
         elif arguments.print_config:
@@ -56,8 +57,8 @@ def main(argv: list[str]) -> int:
 
 def composed(arguments: Arguments) -> Composed:
     """The complete configuration of the command line, or the frozen one that it names."""
+    from anorm.config.complete import accepted, complete
     from anorm.engine.runfolder import thaw
-    from anorm.options import accepted, complete
 
     if arguments.frozen:
         config, choices = thaw(arguments.frozen)
@@ -75,8 +76,8 @@ def frozen(arguments: Arguments, machine=None) -> str:
     """The complete configuration as text for --config, checked for the machine that it is meant for."""
     import yaml
 
+    from anorm.config.complete import resolve_for
     from anorm.engine.runfolder import with_absolute_root
-    from anorm.options import resolve_for
 
     found = composed(arguments)
     config = with_absolute_root(resolve_for(found.config, machine) if machine else found.config)
@@ -85,8 +86,8 @@ def frozen(arguments: Arguments, machine=None) -> str:
 
 def run(arguments: Arguments) -> int:
     """One run: planned here, trained by one process a device or by those that torchrun or srun started."""
-    from anorm.engine.distributed import or_leave
-    from anorm.engine.launch import joined_by_others, launch
+    from anorm.processes.launch import joined_by_others, launch
+    from anorm.processes.world import or_leave
 
     with joined_by_others() as world:
         if world is None:
@@ -99,11 +100,11 @@ def run(arguments: Arguments) -> int:
 def plan(found: Composed, world=None) -> dict | None:
     """All that is decided before training: devices, batches, signature, folder. None: it is finished."""
     from anorm.build import create_source, outline
+    from anorm.config.complete import resolve
+    from anorm.config.signature import signature
     from anorm.engine.runfolder import folder_for, standing
-    from anorm.engine.signature import signature
-    from anorm.options import resolve
 
-    config = resolve(found.config, world)
+    config = resolve(found.config, world and world.size)
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         config["resume"] = "auto"  # resume=never was for the job's first start
     processes = config["hardware"]["processes"]
@@ -130,10 +131,10 @@ def plan(found: Composed, world=None) -> dict | None:
 def train(job: dict, world=None, words: Path | None = None) -> int:
     """The work of one process: take the folder, build, continue from its checkpoint, fit."""
     from anorm.build import build
-    from anorm.engine.distributed import enter
     from anorm.engine.fit import fit
     from anorm.engine.rehearse import rehearse
     from anorm.engine.runfolder import occupied, rehearsal
+    from anorm.processes.world import enter
 
     config = job["config"]
     with user_errors(words) as outcome, enter(world, config["hardware"]["device"]) as world:

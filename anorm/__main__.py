@@ -18,8 +18,8 @@ import torch
 
 import anorm
 from anorm import ops
+from anorm.config.machine import Machine
 from anorm.data import jpeg
-from anorm.engine.hardware import Machine
 
 PARTS = {
     "torchvision": ("data and images, tools/", "train"),

@@ -1,4 +1,4 @@
-"""Complete configuration -> objects: data, network, a run, what evaluates it. With ``options`` the only file of the
+"""Complete configuration -> objects: data, network, a run, what evaluates it. With ``config`` the only file of the
 package that knows the configuration's tree."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from anorm.config.settings import settings_from
 from anorm.data import sources
 from anorm.data.decode import decode
 from anorm.data.loaders import EvalLoader, TrainLoader
@@ -19,17 +20,17 @@ from anorm.data.random import seed_of
 from anorm.data.sources import Dataset, Source
 from anorm.data.transforms import Crop
 from anorm.engine import optim
-from anorm.engine.distributed import World
+from anorm.engine.device import autocast_of, compiled, distributed, place, set_backends, settle
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
-from anorm.engine.hardware import autocast_of, compiled, distributed, place, set_backends, settle
-from anorm.engine.keep import join_again, restore
 from anorm.engine.record import Record, environment
 from anorm.engine.run import Progress, Run
 from anorm.engine.runfolder import CARD, last_weights, write_data_card
 from anorm.engine.schedule import WarmupCosine
-from anorm.engine.settings import settings_from
+from anorm.engine.state import restore
+from anorm.engine.statistics import join_again
 from anorm.norms.base import Norm
+from anorm.processes.world import World
 from anorm.registry import create_model
 from anorm.weights import load_weights
 

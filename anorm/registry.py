@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -15,6 +14,7 @@ from anorm.archs.base import MakeNorm
 from anorm.convert import create
 from anorm.norms.build import build, norm_classes
 from anorm.norms.placement import Placement
+from anorm.words import nearest
 
 __all__ = ["arch_builders", "create_model", "create_norm", "list_archs", "list_norms"]
 
@@ -81,8 +81,7 @@ def create_model(
         return create(arch, norm, num_classes, in_channels, **arch_options)
     builders = arch_builders()
     if arch not in builders:
-        near = difflib.get_close_matches(str(arch), builders, n=3) or list(builders)
-        raise ValueError(f"unknown architecture {arch!r}; try {', '.join(near)}")
+        raise ValueError(f"unknown architecture {arch!r}{nearest(str(arch), builders)}")
     known = [
         p
         for p in inspect.signature(builders[arch]).parameters
@@ -90,8 +89,7 @@ def create_model(
     ]
     for option in arch_options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=3) or known
-            raise ValueError(f"architecture {arch!r} has no option {option!r}; it has {', '.join(near)}")
+            raise ValueError(f"architecture {arch!r} has no option {option!r}{nearest(option, known, 'options')}")
     if not callable(norm):
         norm = Placement(**({"name": norm} if isinstance(norm, str) else norm))
     model = builders[arch](norm=norm, num_classes=num_classes, in_channels=in_channels, **arch_options)

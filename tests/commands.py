@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from anorm.engine.record import read_metrics
+
 ROOT = Path(__file__).parents[1]
 
 # a whole run in about a second
@@ -90,3 +94,16 @@ def children_of(parent, word):
         if theirs == parent and word in command:
             found.append(int(pid))
     return sorted(found)
+
+
+def ranks_of(launcher):
+    """Process ids of the ranks of our launcher, in the order of their start."""
+    return children_of(launcher, "spawn_main")
+
+
+def events(folder, kind):
+    return [line for line in read_metrics(folder) if line["event"] == kind]
+
+
+def weights(folder, name="last.ckpt"):
+    return torch.load(folder / name, weights_only=True)

@@ -8,9 +8,9 @@ import yaml
 from commands import ROOT
 
 from anorm.build import create_network
-from anorm.engine.compose import GROUPS, choices, compose
-from anorm.engine.settings import Settings, sections
-from anorm.options import accepted, complete
+from anorm.config.complete import accepted, complete
+from anorm.config.compose import GROUPS, choices, compose
+from anorm.config.settings import Settings, sections
 from anorm.registry import create_model
 
 CONFIGS = ROOT / "configs"

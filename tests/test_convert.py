@@ -557,7 +557,7 @@ def test_create_without_a_norm_and_with_other_images():
 def test_create_says_what_is_wrong():
     for arch, message in (
         ("keras:resnet50", "none of timm, torchvision"),
-        ("timm:resnet50dd", "no model 'resnet50dd'; try .*resnet50d"),
+        ("timm:resnet50dd", "no model 'resnet50dd': did you mean .*resnet50d"),
         ("torchvision:resnet51", "try .*resnet50"),
     ):
         with pytest.raises(ValueError, match=message):

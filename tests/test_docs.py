@@ -6,9 +6,9 @@ import shlex
 import pytest
 from commands import ROOT, SMALL, train
 
-from anorm.engine.commandline import parse
-from anorm.engine.hardware import FOR_V100
-from anorm.engine.slurm import wishes_from
+from anorm.config.commandline import parse
+from anorm.config.machine import FOR_V100
+from anorm.processes.slurm import wishes_from
 
 PAGE = (ROOT / "docs" / "train_for_real.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for line in PAGE.splitlines() if line.startswith("    ")]

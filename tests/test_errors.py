@@ -249,7 +249,7 @@ def test_a_truncated_checkpoint_stops_the_run_that_would_continue_from_it(capsys
 )
 def test_errors_of_memory_say_what_to_lower(words, remedy, capsys):
     """Words of torch 2.15 and of CUDA, which a test cannot bring about here."""
-    from anorm.engine.commandline import user_errors
+    from anorm.processes.errors import user_errors
 
     with user_errors() as outcome:
         raise RuntimeError(words)

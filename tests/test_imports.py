@@ -11,6 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "anorm"
 ORDER = [
+    "words",
+    "files",
     "algebra",
     "native",
     "ops",
@@ -20,9 +22,13 @@ ORDER = [
     "registry",
     "weights",
     "data",
+    "detection",
+    "tasks",
+    "config",
+    "processes",
     "engine",
-    "options",
     "build",
+    "prepare",
     "study",
     "deploy",
     "inside",

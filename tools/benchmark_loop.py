@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from anorm.build import build
-from anorm.engine.commandline import user_errors
-from anorm.engine.compose import compose
-from anorm.engine.distributed import Agreement, enter
+from anorm.config.complete import accepted, complete, resolve
+from anorm.config.compose import compose
 from anorm.engine.fit import garbage_collected_at_reports, train_epoch
 from anorm.engine.meter import Clock, SaveTimer
 from anorm.engine.run import Run
-from anorm.options import accepted, complete, resolve
+from anorm.processes.errors import user_errors
+from anorm.processes.world import Agreement, enter
 
 STEPS, ROUNDS = 8, 11
 DEFAULTS = [

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anorm.engine.commandline import user_errors
+from anorm.processes.errors import user_errors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,8 +33,8 @@ def network(what: str, norm: str, weights: str | None, classes: int) -> tuple[nn
     folder = Path(what)
     if folder.is_dir():
         from anorm.build import predictor
+        from anorm.config.complete import complete
         from anorm.engine.runfolder import CARD, thaw
-        from anorm.options import complete
 
         model, _, _ = predictor(folder, complete(thaw(folder)[0]))
         return model, json.loads((folder / CARD).read_text())["image_size"], folder / "export"

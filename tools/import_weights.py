@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-from anorm.engine.commandline import user_errors
+from anorm.processes.errors import user_errors
 
 HEADS = ("fc.weight", "classifier.weight", "classifier.1.weight", "fc2.weight")  # of all namings
 
@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
 def convert(source: Path, target: Path | None, overrides: list[str], entry: str | None) -> None:
     from safetensors.torch import save
 
-    from anorm.engine.checkpoint import write_atomic
-    from anorm.engine.compose import compose
-    from anorm.options import accepted
+    from anorm.config.complete import accepted
+    from anorm.config.compose import compose
+    from anorm.files import write_atomic
     from anorm.registry import create_model
     from anorm.weights import load_weights, read_state
 

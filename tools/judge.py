@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from anorm.engine.commandline import user_errors
+from anorm.processes.errors import user_errors
 
 
 def main(argv: list[str]) -> int:

@@ -22,8 +22,8 @@ import math
 import sys
 from pathlib import Path
 
-from anorm.engine.commandline import user_errors
-from anorm.engine.names import nearest
+from anorm.processes.errors import user_errors
+from anorm.words import nearest
 
 NAMES = ("responses", "mixtures", "gammas", "shares", "gates", "ranks", "landscape", "surgery")
 DRAWN_BY_THE_PAGE = "curves"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from anorm.engine.commandline import user_errors
+from anorm.processes.errors import user_errors
 
 
 def main(argv: list[str]) -> int:
@@ -20,8 +20,8 @@ def main(argv: list[str]) -> int:
         import torch
 
         from anorm.build import predictor
+        from anorm.config.complete import complete
         from anorm.engine.runfolder import thaw
-        from anorm.options import complete
 
         folder = Path(argv[0])
         model, read, classes = predictor(folder, complete(thaw(folder)[0]))

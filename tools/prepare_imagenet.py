@@ -34,8 +34,8 @@ if str(ROOT) not in sys.path:
 
 from anorm.data import archives, shards
 from anorm.data.archives import Item
-from anorm.engine.commandline import user_errors
-from anorm.engine.interrupt import end_with_parent
+from anorm.processes.errors import user_errors
+from anorm.processes.interrupt import end_with_parent
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
 CLASSES = 1000

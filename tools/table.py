@@ -29,8 +29,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-from anorm.engine.commandline import user_errors
-from anorm.engine.slurm import submit, wishes_from
+from anorm.processes.errors import user_errors
+from anorm.processes.slurm import submit, wishes_from
 from anorm.study.cells import Book, Cell, cells_of, run_cells
 from anorm.study.formats import FORMATS
 from anorm.study.grid import Grid, open_grid, select

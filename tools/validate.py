@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-from anorm.engine.commandline import user_errors
+from anorm.processes.errors import user_errors
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
     with user_errors() as outcome:
         asked = parser().parse_intermixed_args(argv)
         from anorm.build import evaluator
+        from anorm.config.complete import resolve
         from anorm.engine.record import final_metrics
-        from anorm.options import resolve
 
         if not asked.target.exists():
             raise ValueError(f"there is no {asked.target}: give a run folder, or a file of weights")
@@ -81,9 +81,9 @@ def what(target: Path, overrides: list[str]) -> tuple[Path, dict]:
     """(file of weights, complete configuration) for a run folder, a file in one, or any file with train.py's
     arguments.
     """
-    from anorm.engine.compose import change, compose
+    from anorm.config.complete import accepted, complete
+    from anorm.config.compose import change, compose
     from anorm.engine.runfolder import CONFIG, last_weights, thaw
-    from anorm.options import accepted, complete
 
     folder = target if target.is_dir() else target.parent
     if target.is_dir() or (folder / CONFIG).is_file():

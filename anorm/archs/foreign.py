@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from anorm.archs.base import FeatureInfo
 from anorm.archs.trace import Call, trace
+from anorm.words import nearest
 
 __all__ = ["LIBRARIES", "Foreign", "find", "load", "timm_norm"]
 
@@ -70,8 +70,7 @@ def find(arch: str) -> tuple[ModuleType, str]:
     package = _import(library)
     names = package.list_models() if library == "timm" else package.models.list_models()
     if name.split(".")[0] not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        raise ValueError(f"{library} has no model {name!r}" + (f"; try {', '.join(near)}" if near else ""))
+        raise ValueError(f"{library} has no model {name!r}{nearest(name, names)}")
     return package, name
 
 

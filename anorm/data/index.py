@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy
 
 from anorm.data.decode import EXTENSIONS
+from anorm.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -174,23 +174,22 @@ def _load(path: Path, folder: Path, classes: list[str], stamps: numpy.ndarray) -
 
 
 def _save(path: Path, index: FileIndex, stamps: numpy.ndarray) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial.npz")
+    # several processes may write the same index at once: each has its own temporary file
+    own = path.with_suffix(f".{os.getpid()}.tmp.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        numpy.savez(
-            partial,
-            classes=numpy.array(index.classes, dtype=str),
-            stamps=stamps,
-            names=index.names,
-            ends=index.ends,
-            labels=index.labels,
-            sizes=index.sizes,
-            skipped=numpy.array(index.skipped, dtype=str),
-        )
-        os.replace(partial, path)  # several processes may write the same index at once
+        with replacing(path, own):
+            numpy.savez(
+                own,
+                classes=numpy.array(index.classes, dtype=str),
+                stamps=stamps,
+                names=index.names,
+                ends=index.ends,
+                labels=index.labels,
+                sizes=index.sizes,
+                skipped=numpy.array(index.skipped, dtype=str),
+            )
     except OSError as error:
         log.warning(
             "could not keep the file index in %s (%s); the folder is listed again next time", path, error
         )
-        with contextlib.suppress(OSError):
-            partial.unlink()

@@ -19,20 +19,17 @@ import torch
 from torch import Tensor
 
 from anorm.data.decode import EXTENSIONS
+from anorm.files import replacing
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
     """samples: (key, JPEG bytes, label). Whole or not at all; equal samples give equal bytes."""
-    partial = path.with_name(path.name + ".partial")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, encoded, label in samples:
             for name, content in ((f"{key}.jpg", encoded), (f"{key}.cls", str(label).encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def index_file(folder: Path, split: str) -> Path:
@@ -84,9 +81,7 @@ def write_index(
         raise ValueError(
             f"{folder}: labels run from {labels_.min()} to {labels_.max()}, for {len(classes)} classes"
         )
-    target = index_file(folder, split)
-    partial = target.with_name(target.name + ".partial")
-    with open(partial, "wb") as file:
+    with replacing(index_file(folder, split)) as partial, open(partial, "wb") as file:
         numpy.savez(
             file,
             shards=numpy.array([s.name for s in shards]),
@@ -98,7 +93,6 @@ def write_index(
             key=numpy.array(keys),
             classes=numpy.array(classes),
         )
-    os.replace(partial, target)
     return len(keys)
 
 

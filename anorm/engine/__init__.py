@@ -1,1 +1,1 @@
-"""The trainer: compose and sign a configuration, launch one process a device, fit, evaluate, record, checkpoint."""
+"""The trainer: fit, evaluate, record, checkpoint."""

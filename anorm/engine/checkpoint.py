@@ -12,24 +12,7 @@ from typing import Any
 
 import torch
 
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment, a kill or a full disk included, the old or the new one is whole there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+from anorm.files import write_atomic
 
 
 def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from anorm.config.settings import Eval
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.random import seed_of
-from anorm.engine.distributed import World, join_statistics
-from anorm.engine.hardware import Autocast
-from anorm.engine.settings import Eval
-from anorm.norms.base import RunningNorm
+from anorm.engine.device import Autocast
+from anorm.engine.statistics import check_statistics, join_statistics, norms_with_statistics, statistics_from
+from anorm.processes.world import World
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class Evaluator:
         """
         left = -(-self.settings.recalibrate_batches // self.world.size)
         model.eval()  # no dropout, wherever it is
-        for norm in _with_statistics(model):
+        for norm in norms_with_statistics(model):
             norm.training = True
         for step, step_batches in enumerate(self.train.epoch(self.unused_epoch)):
             for k, (images, _, _) in enumerate(step_batches[:left]):
@@ -136,66 +134,3 @@ class Evaluator:
                 break
         model.eval()
         join_statistics(self.world, model, "mean")
-
-
-@contextmanager
-def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], None]) -> Iterator[None]:
-    """Within: norms evaluate with their running statistics ("running", the default), each batch's own
-    ("batch"), or statistics taken afresh from training batches by ``recalibrate`` ("recalibrated").
-    Afterwards all is as before.
-    """
-    norms = _with_statistics(model)
-    ours = [norm for norm in norms if isinstance(norm, RunningNorm)]
-    before = [norm.eval_stats for norm in ours]  # a law may have its own way (afn_as_released)
-    if source == "running":
-        yield
-    elif source == "batch":
-        for norm in ours:
-            norm.eval_stats = "batch"
-        try:
-            yield
-        finally:
-            for norm, stats in zip(ours, before, strict=True):
-                norm.eval_stats = stats
-    else:
-        kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the cumulative average
-        for norm in ours:
-            norm.eval_stats = "running"
-        try:
-            recalibrate()
-            yield
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-            for norm, stats in zip(ours, before, strict=True):
-                norm.eval_stats = stats
-            for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
-
-
-def _with_statistics(model: nn.Module) -> list[nn.Module]:
-    """The norms that track statistics and are not frozen, torch's own among them (norm=module, norm=timm:...)."""
-    return [
-        module
-        for module in model.modules()
-        if (isinstance(module, RunningNorm) and not module.frozen)
-        or (isinstance(module, _BatchNorm) and module.track_running_stats)
-    ]
-
-
-def check_statistics(model: nn.Module, source: str) -> None:
-    """Raises ValueError where ``source`` does not reach the statistics of a norm of another library."""
-    for module in model.modules():
-        tracks = any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
-        if not tracks or isinstance(module, RunningNorm) or source == "running":
-            continue
-        if source == "batch" or not isinstance(module, _BatchNorm):
-            other = " or recalibrated" if isinstance(module, _BatchNorm) else ""
-            raise ValueError(
-                f"eval.stats={source} does not reach a {type(module).__name__} of another library: set "
-                f"eval.stats=running{other}"
-            )

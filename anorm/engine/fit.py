@@ -14,10 +14,10 @@ from torch import Tensor
 from anorm.data.loaders import Batch
 from anorm.data.random import seed_of, stream
 from anorm.engine import checkpoint, optim
-from anorm.engine.distributed import Agreement, join_statistics
 from anorm.engine.ema import after_step
-from anorm.engine.interrupt import Interrupted
-from anorm.engine.keep import (
+from anorm.engine.meter import Clock, Meter, SaveTimer
+from anorm.engine.run import Run
+from anorm.engine.state import (
     PREDICTIONS,
     PREDICTIONS_EMA,
     UNREADABLE,
@@ -28,8 +28,9 @@ from anorm.engine.keep import (
     save_release,
     weights_state,
 )
-from anorm.engine.meter import Clock, Meter, SaveTimer
-from anorm.engine.run import Run
+from anorm.engine.statistics import join_statistics
+from anorm.processes.interrupt import Interrupted
+from anorm.processes.world import Agreement
 
 
 def fit(run: Run) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from anorm.config.settings import Settings
 from anorm.engine.nonfinite import explain
-from anorm.engine.settings import Settings
 
 if TYPE_CHECKING:
     from anorm.engine.run import Progress, Run

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from anorm.archs.foreign import Foreign
+from anorm.config.settings import Optim
 from anorm.convert import is_norm
-from anorm.engine.names import nearest
-from anorm.engine.settings import Optim
 from anorm.norms.base import Norm, ParamNeeds, RunningNorm
+from anorm.words import nearest
 
 MIXTURES = "mixtures"
 """The word for ``freeze`` that holds AN's learned mixtures and its statistics, and leaves its attention free.

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from anorm.config.settings import Settings
 from anorm.data.loaders import TrainLoader
 from anorm.data.mixing import Mixing
-from anorm.engine.distributed import World
+from anorm.engine.device import Autocast
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
-from anorm.engine.hardware import Autocast
 from anorm.engine.record import Record
 from anorm.engine.schedule import WarmupCosine
-from anorm.engine.settings import Settings
+from anorm.processes.world import World
 
 
 @dataclass

@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
+from anorm.config.signature import EXCLUDED, counting_here, flatten
 from anorm.data.sources import Source
 from anorm.engine import checkpoint
-from anorm.engine.distributed import World
 from anorm.engine.record import METRICS, final_metrics
-from anorm.engine.signature import EXCLUDED, counting_here, flatten
+from anorm.files import write_atomic
+from anorm.processes.world import World
 
 CONFIG, CARD = "config.yaml", "data.json"
 
@@ -57,7 +58,7 @@ def freeze(folder: Path, config: dict, choices: dict[str, str], signature: str) 
     """
     held = {"signature": signature, "choices": choices} | with_absolute_root(config) | {"resume": "auto"}
     text = yaml.safe_dump(held, sort_keys=False)
-    checkpoint.write_atomic(folder / CONFIG, text.encode())
+    write_atomic(folder / CONFIG, text.encode())
 
 
 def with_absolute_root(config: dict) -> dict:
@@ -90,7 +91,7 @@ def write_data_card(folder: Path, source: Source) -> None:
     """data.json: what a prediction needs to know about the data, so that it does not need the data; and which
     images the run is evaluated on.
     """
-    checkpoint.write_atomic(folder / CARD, json.dumps(data_card(source)).encode())
+    write_atomic(folder / CARD, json.dumps(data_card(source)).encode())
 
 
 def data_card(source: Source) -> dict:

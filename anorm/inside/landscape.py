@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from anorm.build import build
 from anorm.engine import checkpoint
-from anorm.engine.distributed import World
 from anorm.engine.ema import after_step
 from anorm.engine.fit import train_step
 from anorm.inside.subject import Subject
+from anorm.processes.world import World
 from anorm.weights import load_weights
 
 __all__ = ["LENGTHS", "Point", "afresh", "along_gradient", "at_checkpoints"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from anorm.algebra import Moments
 from anorm.deploy.folding import outermost_norms
-from anorm.engine.hardware import Autocast
+from anorm.engine.device import Autocast
 from anorm.norms.base import Choice, Norm, Site
 from anorm.ops import reference
 

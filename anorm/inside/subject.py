@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from anorm.build import create_source, evaluator
+from anorm.config.complete import accepted, complete, resolve
+from anorm.config.compose import change
 from anorm.data.loaders import EvalLoader
 from anorm.data.sources.base import FetchedImages, LabelledImages, Source
-from anorm.engine.compose import change
-from anorm.engine.evaluate import Evaluator, Result, evaluate, statistics_from
-from anorm.engine.names import nearest
+from anorm.engine.evaluate import Evaluator, Result, evaluate
 from anorm.engine.runfolder import last_weights, thaw
-from anorm.options import accepted, complete, resolve
+from anorm.engine.statistics import statistics_from
+from anorm.words import nearest
 
 __all__ = ["Part", "Subject", "chosen_classes", "of_classes", "open_subject", "spread_out"]
 

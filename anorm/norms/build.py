@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anorm.norms.base import Norm, RunningNorm
+from anorm.words import nearest
 
 __all__ = ["build", "build_base", "check_options", "norm_classes", "set_sync"]
 
@@ -30,8 +30,7 @@ def norm_classes() -> dict[str, type[Norm]]:
 def lookup_norm(name: str) -> type[Norm]:
     classes = norm_classes()
     if name not in classes:
-        near = difflib.get_close_matches(str(name), classes, n=3) or list(classes)
-        raise ValueError(f"unknown norm {name!r}; try {', '.join(near)}")
+        raise ValueError(f"unknown norm {name!r}{nearest(str(name), classes)}")
     return classes[name]
 
 
@@ -43,8 +42,7 @@ def check_options(name: str, options: dict) -> None:
     known = [p for p in parameters if p not in ("channels", "act")]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=3) or known
-            raise ValueError(f"norm {name!r} has no option {option!r}; it has {', '.join(near)}")
+            raise ValueError(f"norm {name!r} has no option {option!r}{nearest(option, known, 'options')}")
 
 
 def build(name: str, channels: int, act: str | None = None, sync: bool = False, **options) -> Norm:

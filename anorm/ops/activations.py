@@ -6,13 +6,14 @@ pre-activation, which the kernels recompute; the others are applied to the pass'
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, ops
+
+from anorm.words import nearest
 
 __all__ = ["ACTIVATIONS", "Activation", "lookup", "masked"]
 
@@ -43,8 +44,7 @@ def lookup(act: str | None) -> Activation:
     """The table's entry for a name; None is "none"."""
     name = act or "none"
     if name not in ACTIVATIONS:
-        near = difflib.get_close_matches(name, ACTIVATIONS, n=3) or list(ACTIVATIONS)
-        raise ValueError(f"unknown activation {name!r}; try {', '.join(near)}")
+        raise ValueError(f"unknown activation {name!r}{nearest(name, ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

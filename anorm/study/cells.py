@@ -25,10 +25,10 @@ from pathlib import Path
 import yaml
 
 from anorm.build import create_source
-from anorm.engine import slurm
-from anorm.engine.hardware import Machine
-from anorm.engine.signature import signature
-from anorm.options import resolve, resolve_for
+from anorm.config.complete import resolve, resolve_for
+from anorm.config.machine import Machine
+from anorm.config.signature import signature
+from anorm.processes import slurm
 from anorm.study.grid import Grid, Line
 from anorm.study.printed import ROOT
 from anorm.study.records import find_runs

@@ -26,10 +26,10 @@ from typing import Any
 
 import yaml
 
-from anorm.engine.compose import compose
+from anorm.config.complete import accepted, complete
+from anorm.config.compose import compose
+from anorm.config.signature import EXCLUDED
 from anorm.engine.runfolder import folder_for
-from anorm.engine.signature import EXCLUDED
-from anorm.options import accepted, complete
 from anorm.study.printed import CONFIGS, Row, Table, load, names
 from anorm.study.records import likeness
 

@@ -22,12 +22,11 @@ from pathlib import Path
 import torch
 
 from anorm.build import create_source, evaluators
-from anorm.engine.checkpoint import write_atomic
-from anorm.engine.distributed import World
-from anorm.engine.keep import PREDICTIONS, keep_predictions
+from anorm.config.complete import resolve
 from anorm.engine.runfolder import data_card
-from anorm.engine.signature import file_digest
-from anorm.options import resolve
+from anorm.engine.state import PREDICTIONS, keep_predictions
+from anorm.files import file_digest, write_atomic
+from anorm.processes.world import World
 from anorm.registry import create_model
 from anorm.study.grid import Grid, Line
 from anorm.study.records import Images, Stamp, open_images, stamp_of

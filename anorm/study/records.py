@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from anorm.engine.keep import PREDICTIONS
+from anorm.config.complete import complete
+from anorm.config.signature import EXCLUDED, flatten
 from anorm.engine.record import read_metrics
 from anorm.engine.runfolder import CARD, CONFIG, thaw
-from anorm.engine.signature import EXCLUDED, flatten
-from anorm.options import complete
+from anorm.engine.state import PREDICTIONS
 
 EPOCHS = ("last", "best")
 PLAIN = "plain weights"

@@ -30,7 +30,7 @@ from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, Dataset, Encode
 from anorm.data.sources.folder import FolderStore
 from anorm.data.transforms import Crop
 from anorm.engine.evaluate import Evaluator, Result
-from anorm.engine.names import nearest
+from anorm.words import nearest
 
 On = Callable[[Dataset], Evaluator]
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from anorm.algebra import Moments
-from anorm.engine.compose import compose
+from anorm.config.complete import accepted
+from anorm.config.compose import compose
 from anorm.norms.base import Norm, Site
 from anorm.norms.placement import Placement
-from anorm.options import accepted
 from anorm.registry import create_model
 from anorm.study.printed import CONFIGS
 

@@ -7,8 +7,8 @@ import torch
 import yaml
 
 import anorm
-from anorm.engine.compose import compose
-from anorm.options import accepted, complete
+from anorm.config.complete import accepted, complete
+from anorm.config.compose import compose
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARCHS = sorted(path.stem for path in (CONFIGS / "arch").glob("*.yaml"))

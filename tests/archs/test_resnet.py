@@ -122,9 +122,9 @@ def test_wrong_placements_say_what_is_right(norm, words):
 
 
 def test_wrong_arguments_say_what_is_right():
-    with pytest.raises(ValueError, match="try resnet50"):
+    with pytest.raises(ValueError, match="did you mean resnet50"):
         anorm.create_model("resent50")
-    with pytest.raises(ValueError, match="has no option 'stems'; it has stem"):
+    with pytest.raises(ValueError, match="has no option 'stems': did you mean stem"):
         anorm.create_model("resnet50", stems="deep")
     with pytest.raises(ValueError, match="7x7, deep, cifar"):
         anorm.create_model("resnet50", stem="8x8")

@@ -4,15 +4,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from processes import ROOT, SMALL
+from commands import ROOT, SMALL
 from torch import nn
 
 from anorm import create_model, create_norm
 from anorm.build import evaluator
-from anorm.engine.compose import compose
-from anorm.engine.distributed import World
-from anorm.engine.evaluate import check_statistics, evaluate, statistics_from
-from anorm.options import accepted, complete, resolve
+from anorm.config.complete import accepted, complete, resolve
+from anorm.config.compose import compose
+from anorm.engine.evaluate import evaluate
+from anorm.engine.statistics import check_statistics, statistics_from
+from anorm.processes.world import World
 
 
 def test_evaluation_counts_every_image_once_and_its_columns_agree():

@@ -6,14 +6,14 @@ import signal
 
 import pytest
 import torch
-from processes import SMALL, events, train, weights
+from commands import SMALL, events, train, weights
 
-from anorm.engine import hardware
+from anorm.config import machine
 
 
 @pytest.fixture
 def fp16_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(hardware, "_dtype", lambda asked, gpu, machine: asked.dtype)
+    monkeypatch.setattr(machine, "_dtype", lambda asked, gpu, machine: asked.dtype)
 
 
 class Overflow(torch.autograd.Function):

@@ -7,17 +7,17 @@ import time
 
 import pytest
 import torch
+from commands import ROOT, SMALL, events, run_train, start_torchrun, start_train, train, weights
 from photographs import write_folder
-from processes import ROOT, SMALL, events, run_train, start_torchrun, start_train, train, weights
 
 from anorm.build import build
+from anorm.config.complete import accepted, complete, resolve
+from anorm.config.compose import compose
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.sources import create
-from anorm.engine.compose import compose
-from anorm.engine.distributed import World
 from anorm.engine.fit import train_step
 from anorm.engine.meter import Clock, Meter
-from anorm.options import accepted, complete, resolve
+from anorm.processes.world import World
 
 HERE = "cpu" if os.environ.get("ANORM_GPU_TESTS_ON_CPU") else "gpu"
 pytestmark = pytest.mark.skipif(HERE == "gpu" and not torch.cuda.is_available(), reason="no GPU")

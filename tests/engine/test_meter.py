@@ -1,8 +1,8 @@
 """When something is due."""
 
+from anorm.config.settings import settings_from
 from anorm.engine import meter
 from anorm.engine.meter import SaveTimer
-from anorm.engine.settings import settings_from
 
 
 def test_a_checkpoint_is_asked_for_once(monkeypatch):

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from anorm import create_model
+from anorm.config.settings import Optim
 from anorm.engine import optim
-from anorm.engine.settings import Optim
 
 
 def groups_of(**options):

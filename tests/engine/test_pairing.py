@@ -7,11 +7,11 @@ from commands import ROOT
 from photographs import write_folder
 
 from anorm.build import build
-from anorm.engine.compose import compose
-from anorm.engine.distributed import World
+from anorm.config.complete import accepted, complete, resolve
+from anorm.config.compose import compose
 from anorm.engine.fit import fit
 from anorm.norms.base import Norm
-from anorm.options import accepted, complete, resolve
+from anorm.processes.world import World
 
 
 @pytest.fixture(scope="module")

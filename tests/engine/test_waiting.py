@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from processes import ROOT, SMALL
+from commands import ROOT, SMALL
 
 from anorm.build import build
-from anorm.engine.compose import compose
-from anorm.engine.distributed import Agreement, World
+from anorm.config.complete import accepted, complete, resolve
+from anorm.config.compose import compose
 from anorm.engine.fit import train_epoch
 from anorm.engine.meter import Clock, Meter, SaveTimer
-from anorm.options import accepted, complete, resolve
+from anorm.processes.world import Agreement, World
 
 
 @pytest.mark.parametrize("norm", ["an", "bin", "ssn"])

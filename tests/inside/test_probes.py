@@ -9,10 +9,10 @@ from torch import nn
 import anorm
 from anorm.data.loaders import EvalLoader
 from anorm.data.sources.synthetic import synthetic
-from anorm.engine.distributed import World
+from anorm.engine.device import nullcontext
 from anorm.engine.evaluate import evaluate
-from anorm.engine.hardware import nullcontext
 from anorm.inside import landscape, mixtures, probes, surgery
+from anorm.processes.world import World
 
 
 def network(norm, seed=0, **options):

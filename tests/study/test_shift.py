@@ -11,11 +11,11 @@ from commands import script
 from PIL import Image
 from small_imagenet import SIDE, SYNSETS, Rule, indices, picture, right_among_five, right_first, write_classes
 
+from anorm.config.settings import Eval
 from anorm.data.loaders import EvalLoader
 from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD
-from anorm.engine.distributed import World
 from anorm.engine.evaluate import Evaluator
-from anorm.engine.settings import Eval
+from anorm.processes.world import World
 from anorm.registry import create_model
 from anorm.study import shift
 

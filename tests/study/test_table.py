@@ -20,7 +20,7 @@ import torch
 import yaml
 from commands import ROOT, SMALL, children_of, environment, script
 
-from anorm.engine.hardware import Machine
+from anorm.config.machine import Machine
 from anorm.study import cells, formats, grid, records, tally
 from anorm.study.printed import load, names
 from anorm.study.statistics import Interval, mean_interval

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anorm.engine.distributed import LAUNCHED, World, or_leave, process_group
-from anorm.engine.interrupt import interruptible
+from anorm.processes.interrupt import interruptible
+from anorm.processes.world import LAUNCHED, World, or_leave, process_group
 
 Rank = Callable[..., int]
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anorm.engine import checkpoint, optim
-from anorm.engine.distributed import World, joined
 from anorm.engine.evaluate import Result
 from anorm.engine.run import Progress, Run
+from anorm.engine.statistics import gather_buffers, joined, with_buffers
+from anorm.files import write_atomic
+from anorm.processes.world import World
 
 
 def weights_state(run: Run) -> dict[str, Any]:
@@ -29,34 +31,6 @@ def weights_state(run: Run) -> dict[str, Any]:
         "model": run.model.state_dict(),
         "progress": dataclasses.asdict(run.progress),
     } | ({"ema": run.ema.model.state_dict()} if run.ema else {})
-
-
-def gather_buffers(world: World, model: nn.Module) -> list[list[Tensor]]:
-    """The buffers of every process, on rank 0."""
-    return world.gather([buffer.to("cpu", copy=True) for buffer in model.buffers()])
-
-
-def with_buffers(state: dict[str, Tensor], model: nn.Module, values: list[Tensor]) -> dict[str, Tensor]:
-    """``state``, of ``model``, with other values of its buffers."""
-    named = zip((name for name, _ in model.named_buffers()), values, strict=True)
-    return state | {name: value for name, value in named if name in state}
-
-
-def join_again(model: nn.Module, path: Path, how: str) -> None:
-    """Statistics for ``model`` from those that each process of a run had at its checkpoint ``path``, joined in the way
-    that ``how`` says. Raises ValueError where the file holds none.
-    """
-    held = (
-        checkpoint.load(path).get("processes", {}).get("before_joining") if path.suffix == ".ckpt" else None
-    )
-    if not held:
-        raise ValueError(
-            f"{path} does not hold the statistics of each process: dist.stats is for the last checkpoints of a run "
-            "(last.ckpt, last-1.ckpt, ...)"
-        )
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), joined(held, how), strict=True):
-            buffer.copy_(value)
 
 
 def save(run: Run, before_joining: list[list[Tensor]] | None = None) -> list[list[Tensor]]:
@@ -174,7 +148,7 @@ def keep_predictions(path: Path, world: World, result: Result, identity: str) ->
         whole = (numpy.concatenate(column) for column in zip(*parts, strict=True))
         content = io.BytesIO()
         numpy.savez_compressed(content, data=numpy.array(identity), **dict(zip(columns, whole, strict=True)))
-        checkpoint.write_atomic(path, content.getvalue())
+        write_atomic(path, content.getvalue())
 
 
 def list_unreadable(run: Run) -> int:
@@ -194,7 +168,7 @@ def list_unreadable(run: Run) -> int:
     lines = list(dict.fromkeys([*before, *sorted(itertools.chain(*found))]))
     if len(lines) > len(before):
         with going_on_without(run, "list of unreadable files"):
-            checkpoint.write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+            write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
     return len(lines)
 
 
@@ -204,6 +178,4 @@ def save_release(run: Run) -> None:
 
     for name, model in (("weights", run.model), *((("weights_ema", run.ema.model),) if run.ema else ())):
         state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        checkpoint.write_atomic(
-            run.folder / f"{name}.safetensors", to_bytes(state, {"arch": run.arch, "format": "pt"})
-        )
+        write_atomic(run.folder / f"{name}.safetensors", to_bytes(state, {"arch": run.arch, "format": "pt"}))

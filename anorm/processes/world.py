@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from anorm.engine.interrupt import Interrupted
+from anorm.processes.interrupt import Interrupted
 
 LAUNCHED = "ANORM_LAUNCHED"
 """Set in the environment of processes that our own launcher starts."""
@@ -160,40 +160,6 @@ def or_leave(work: Callable[[], int]) -> int:
         sys.stderr.flush()
         os._exit(status)
     return status
-
-
-@torch.no_grad()
-def join_statistics(world: World, model: nn.Module, how: str) -> None:
-    """Give every process the same buffers: floats averaged ("mean") or rank 0's ("rank0"), integers rank 0's.
-
-    One all-reduce in float64, so that equal values stay what they are.
-    """
-    if world.size == 1:
-        return
-    floats = [b for b in model.buffers() if b.is_floating_point()]
-    for buffer in model.buffers():
-        if not buffer.is_floating_point():
-            dist.broadcast(buffer, 0)
-    if not floats:
-        return
-    flat = torch.cat([b.detach().double().flatten() for b in floats])
-    if how == "mean":
-        dist.all_reduce(flat)
-        flat /= world.size
-    else:
-        dist.broadcast(flat, 0)
-    for buffer, value in zip(floats, flat.split([b.numel() for b in floats]), strict=True):
-        buffer.copy_(value.view_as(buffer))
-
-
-def joined(buffers: list[list[Tensor]], how: str) -> list[Tensor]:
-    """What ``join_statistics`` makes of the buffers of each process."""
-    return [
-        torch.stack([value.double() for value in values]).mean(0).to(values[0].dtype)
-        if how == "mean" and values[0].is_floating_point()
-        else values[0]
-        for values in zip(*buffers, strict=True)
-    ]
 
 
 class Agreement:

@@ -2,18 +2,16 @@
 
 import os
 import subprocess
-from contextlib import nullcontext
 
 import pytest
 import torch
-from processes import ROOT
+from commands import ROOT
 
 from anorm import __main__ as main
-from anorm import create_model
-from anorm.engine.distributed import World
-from anorm.engine.hardware import FOR_V100, Machine, compiled, decide, distributed
-from anorm.engine.launch import joined_by_others, slurm_environment
-from anorm.engine.settings import Hardware, settings_from
+from anorm.config.machine import FOR_V100, Machine, decide
+from anorm.config.settings import Hardware
+from anorm.processes.launch import slurm_environment
+from anorm.processes.world import World
 
 OLD = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")  # as builds for CUDA 12.6 have
 NEW = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")  # as builds for CUDA 13 have
@@ -115,11 +113,11 @@ STEP = {
 
 def test_tasks_of_srun_share_a_node_or_have_their_own_part_of_it(monkeypatch):
     whole = Machine(8, 64, (7, 0), "V100", OLD)
-    found = decide(Hardware(), started_by_srun(monkeypatch, **STEP), whole)
+    found = decide(Hardware(), started_by_srun(monkeypatch, **STEP).size, whole)
     assert (found.processes, found.workers, found.threads) == (16, 8, 8)
     # --cpus-per-task: Slurm has bound the task to its cores
     bound = Machine(8, 6, (7, 0), "V100", OLD)
-    found = decide(Hardware(), started_by_srun(monkeypatch, SLURM_CPUS_PER_TASK="6"), bound)
+    found = decide(Hardware(), started_by_srun(monkeypatch, SLURM_CPUS_PER_TASK="6").size, bound)
     assert (found.workers, found.threads) == (6, 6)
 
 
@@ -127,34 +125,8 @@ def test_a_task_of_srun_that_sees_its_own_gpu_alone(monkeypatch):
     one = Machine(1, 8, (7, 0), "V100", OLD)
     world = started_by_srun(monkeypatch, **STEP)
     with pytest.raises(ValueError, match="there are 1 GPUs"):
-        decide(Hardware(), world, one)
+        decide(Hardware(), world.size, one)
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
-    assert decide(Hardware(), world, one).processes == 16
+    assert decide(Hardware(), world.size, one).processes == 16
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert world.on("gpu").device == torch.device("cuda", 0)
-
-
-def test_a_batch_script_is_no_task_of_srun(monkeypatch):
-    for key, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
-        monkeypatch.setenv(key, value)
-    with joined_by_others() as world:
-        assert world is None
-
-
-def test_each_process_keeps_its_own_statistics_under_ddp():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        network = distributed(create_model("convnet", "bn", 4), torch.device("cpu"))
-        overwriting = (
-            "forward_sync_buffers" if hasattr(network, "forward_sync_buffers") else "broadcast_buffers"
-        )
-        assert getattr(network, overwriting) is False
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_compiling_that_changes_a_network_is_refused(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model: lambda images: 1.001 * model(images))
-    model = create_model("convnet", "bn", 4)
-    with pytest.raises(ValueError, match=r"changes this network's outputs by 0\.1 %"):
-        compiled(model, 2, 32, torch.device("cpu"), nullcontext, settings_from({}).hardware)

@@ -10,10 +10,9 @@ import dataclasses
 import inspect
 
 from anorm.archs import foreign
+from anorm.config.machine import Machine, check_batches, decide
+from anorm.config.settings import sections, settings_from
 from anorm.data import sources
-from anorm.engine.distributed import World
-from anorm.engine.hardware import Machine, check_batches, decide
-from anorm.engine.settings import sections, settings_from
 from anorm.norms.build import norm_classes
 from anorm.norms.placement import Placement
 from anorm.registry import arch_builders
@@ -79,15 +78,15 @@ def _arguments(section: str, node: dict) -> dict | None:
     return found if signatures else None
 
 
-def resolve(config: dict, world: World | None = None, machine: Machine | None = None) -> dict:
+def resolve(config: dict, started: int | None = None, machine: Machine | None = None) -> dict:
     """``config`` with every "auto" of its hardware decided for ``machine`` (default: this one), and its
     batches checked.
 
-    world: the processes that another launcher started. Raises ValueError where the machine lacks what is
+    started: the number of processes that another launcher started. Raises ValueError where the machine lacks what is
     asked for, or where the batches do not fit the processes.
     """
     settings = settings_from(config)
-    hardware = decide(settings.hardware, world, machine)
+    hardware = decide(settings.hardware, started, machine)
     check_batches(settings.batch_size, settings.optim.global_batch, hardware.processes)
     return config | {"hardware": dataclasses.asdict(hardware)}
 

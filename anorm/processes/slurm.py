@@ -19,9 +19,9 @@ from typing import Any
 
 import yaml
 
-from anorm.engine.commandline import user_errors
-from anorm.engine.hardware import Machine
-from anorm.engine.launch import slurm_environment
+from anorm.config.machine import Machine
+from anorm.processes.errors import user_errors
+from anorm.processes.launch import slurm_environment
 
 FOLDER = Path(".slurm")
 """Beside the run folders: frozen configurations, job scripts, what jobs printed."""

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from anorm.engine.commandline import user_errors
-from anorm.engine.interrupt import end_with_parent
+from anorm.processes.errors import user_errors
+from anorm.processes.interrupt import end_with_parent
 
 NOT_RUN = -1
 

@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from anorm.engine.names import nearest
+from anorm.words import nearest
 
 
 @dataclass(frozen=True)

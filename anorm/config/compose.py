@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anorm.engine.names import nearest
+from anorm.words import nearest
 
 GROUPS = ("arch", "norm", "setup", "data", "hardware")
 RECIPE = "recipe"

@@ -6,6 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from anorm.files import file_digest
+
 EXCLUDED = (
     "run_dir",
     "resume",
@@ -38,6 +40,8 @@ def signature(config: dict, data_identity: str, processes: int) -> str:
     counted = {key: value for key, value in flatten(config).items() if not _excluded(key)}
     counted["data.identity"] = data_identity
     if config.get("weights"):
+        if not Path(config["weights"]).is_file():
+            raise ValueError(f"weights={config['weights']} is not a file")
         counted["weights"] = file_digest(Path(config["weights"]))
     if "eval.batch_size" in counting_here(config):
         counted["eval.batch_size"] = config["eval"]["batch_size"]
@@ -66,25 +70,6 @@ def flatten(config: dict, prefix: str = "") -> dict:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def file_digest(path: Path) -> str:
-    """BLAKE2b of a file's content."""
-    if not path.is_file():
-        raise ValueError(f"weights={path} is not a file")
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "blake2b").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file) -> str:  # Python 3.10
-    digest = hashlib.blake2b()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _excluded(key: str) -> bool:

@@ -1,6 +1,6 @@
 """A long run killed many times, compared with one left alone. Not collected by pytest:
 
-python tests/engine/soak.py FOLDER [EPOCHS=200] [KILLS=50]
+PYTHONPATH=tests python tests/processes/soak.py FOLDER [EPOCHS=200] [KILLS=50]
 """
 
 import os
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from processes import SMALL, events, ranks_of, run_train, start_train, weights
+from commands import SMALL, events, ranks_of, run_train, start_train, weights
 
 from anorm.engine.record import read_metrics
 

@@ -8,8 +8,7 @@ import time
 
 import pytest
 import torch
-from PIL import Image
-from processes import (
+from commands import (
     ROOT,
     SMALL,
     children_of,
@@ -22,6 +21,7 @@ from processes import (
     train,
     weights,
 )
+from PIL import Image
 from safetensors.torch import load_file
 
 TWO = "hardware.processes=2"
@@ -352,8 +352,8 @@ def test_an_error_of_one_task_ends_it_at_once_under_another_launcher(tmp_path):
 def test_a_process_that_hangs_is_given_up_in_words(tmp_path):
     impatient = """if True:
         import datetime, sys, train
-        from anorm.engine import distributed
-        distributed.TIMEOUT = datetime.timedelta(seconds=20)
+        from anorm.processes import world
+        world.TIMEOUT = datetime.timedelta(seconds=20)
         sys.exit(train.main(sys.argv[1:]))
     """
     folder = tmp_path / "run"
@@ -414,15 +414,3 @@ def test_a_loss_that_is_not_finite_on_two_processes(tmp_path):
     status, _, err = run_train(*SMALL, TWO, "optim.lr=1e30", f"run_dir={tmp_path / 'run'}")
     assert status == 1
     assert re.search(r"not finite at step \d+", err) and err.count("error:") == 1
-
-
-def test_first_host_of_a_slurm_list():
-    from anorm.engine.launch import first_host
-
-    for listed, first in {
-        "gpu3": "gpu3",
-        "gpu[003-007,12],cpu1": "gpu003",
-        "a1,b2": "a1",
-        "n[5,7]-ib": "n5-ib",
-    }.items():
-        assert first_host(listed) == first

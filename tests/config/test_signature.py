@@ -1,7 +1,7 @@
 """What makes a run another run."""
 
-from anorm.engine.settings import settings_from
-from anorm.engine.signature import EXCLUDED, flatten, signature
+from anorm.config.settings import settings_from
+from anorm.config.signature import EXCLUDED, flatten, signature
 
 CONFIG = {
     "arch": {"name": "resnet50", "zero_init": False},

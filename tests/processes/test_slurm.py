@@ -5,12 +5,13 @@ import re
 import time
 from pathlib import Path
 
+import fake_slurm
 import pytest
 import torch
 import yaml
-from processes import SMALL, events, fake_slurm, run_train, train, weights
+from commands import SMALL, events, run_train, train, weights
 
-from anorm.engine.slurm import active, minutes, wishes_from
+from anorm.processes.slurm import active, minutes, wishes_from
 
 CPU = [
     "--submit",

@@ -1,0 +1,1 @@
+"""Configuration: command line -> checked, complete and signed values, decided for a machine."""
