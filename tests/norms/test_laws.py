@@ -354,7 +354,7 @@ def test_group_count():
 def test_wrong_shapes_and_names_are_errors():
     with pytest.raises(ValueError, match=r"BatchNorm of 6 channels got a shape \(2, 5, 3, 3\)"):
         make("bn")(torch.randn(2, 5, 3, 3))
-    with pytest.raises(ValueError, match="try gn"):
+    with pytest.raises(ValueError, match="did you mean gn"):
         anorm.create_norm("gnn", 8)
     with pytest.raises(ValueError, match="at least one channel"):
         anorm.create_norm("bn", 0)
