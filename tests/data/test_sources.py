@@ -257,7 +257,7 @@ def test_imagenet_is_a_folder_of_a_thousand_classes(folder):
 
 
 def test_unknown_source_and_option():
-    with pytest.raises(ValueError, match="data source 'cifar' is unknown: choose one of digits, "):
+    with pytest.raises(ValueError, match="data source 'cifar' is unknown: choose one of cifar10, "):
         create("cifar")
     with pytest.raises(ValueError, match="data=digits has no option colour; it takes image_size"):
         create("digits", colour=1)

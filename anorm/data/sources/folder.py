@@ -70,7 +70,7 @@ def imagefolder(
     crop = Crop(image_size, eval_resize, interpolation, tuple(crop_scale), tuple(crop_ratio), flip)
     train_index = index_folder(folder / train, on_error, cache)
     val_index = index_folder(folder / val, on_error, cache)
-    _check_same_classes(train_index, val_index)
+    check_same_classes(train_index, val_index)
     digest = hashlib.blake2b((train_index.digest() + val_index.digest()).encode(), digest_size=16).hexdigest()
     return Source(
         EncodedImages(FolderStore(train_index), crop, on_error, loader, mean, std),
@@ -92,7 +92,7 @@ def imagenet(*args, **options) -> Source:
     return source
 
 
-def _check_same_classes(train: FileIndex, val: FileIndex) -> None:
+def check_same_classes(train: FileIndex, val: FileIndex) -> None:
     differences = []
     for here, there in ((train, val), (val, train)):
         only = sorted(set(here.classes) - set(there.classes))
