@@ -115,17 +115,23 @@ def plan(found: Composed, world=None) -> dict | None:
         print(f"recipe of {deviation}")
     finished = None if config["dry"] else standing(folder, signed, config)
     if finished and config["resume"] == "auto":
-        print(
-            f"{folder} is finished: top-1 {finished['top1']:.2f} %, best {finished['best_top1']:.2f} % "
-            "(resume=never trains it again)"
-        )
+        print(f"{folder} is finished: {outcome_of(finished, config)} (resume=never trains it again)")
         return None
     if finished:
-        print(f"resume=never: what is finished in {folder}, top-1 {finished['top1']:.2f} %, is deleted")
+        print(f"resume=never: what is finished in {folder}, {outcome_of(finished, config)}, is deleted")
     if config["dry"]:
         print(outline(config, source))
     print(f"run folder: {folder}", flush=True)
     return {"config": config, "choices": found.choices, "signature": signed, "folder": str(folder)}
+
+
+def outcome_of(finished: dict, config: dict) -> str:
+    """Return the metrics of a final event in words."""
+    from anorm import tasks
+
+    task = tasks.find(config["task"]["name"])
+    best = task.metrics[task.best].text(finished[f"best_{task.best}"])
+    return f"{task.words(finished)}, best {best}"
 
 
 def train(job: dict, world=None, words: Path | None = None) -> int:

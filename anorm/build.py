@@ -5,24 +5,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from anorm.config.settings import settings_from
+from anorm import tasks
+from anorm.config.settings import Settings, settings_from
 from anorm.data import sources
 from anorm.data.decode import decode
 from anorm.data.loaders import EvalLoader, TrainLoader
-from anorm.data.mixing import Mixing
 from anorm.data.random import seed_of
-from anorm.data.sources import Dataset, Source
+from anorm.data.sources.base import Batch, Dataset, Source
 from anorm.data.transforms import Crop
 from anorm.engine import optim
-from anorm.engine.device import autocast_of, compiled, distributed, place, set_backends, settle
+from anorm.engine.device import (
+    autocast_of,
+    compiled,
+    distributed,
+    fix_bucket_order,
+    on_device,
+    place,
+    set_backends,
+)
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
+from anorm.engine.meter import Meter
 from anorm.engine.record import Record, environment
 from anorm.engine.run import Progress, Run
 from anorm.engine.runfolder import CARD, last_weights, write_data_card
@@ -31,7 +43,7 @@ from anorm.engine.state import restore
 from anorm.engine.statistics import join_again
 from anorm.norms.base import Norm
 from anorm.processes.world import World
-from anorm.registry import create_model
+from anorm.tasks import Task
 from anorm.weights import load_weights
 
 
@@ -41,14 +53,20 @@ def create_source(config: dict) -> Source:
     return sources.create(options.pop("name"), **options)
 
 
-def create_network(config: dict, num_classes: int) -> nn.Module:
-    """The network, initialised from the seed: equal across norms but for the norms' own parameters."""
+def create_task(config: dict, classes: list[str], channels: int = 3) -> Task:
+    """Return what is learned on images of these classes. Raises ValueError for an unknown task or key."""
+    options = dict(config.get("task") or {"name": "classification"})
+    return tasks.find(options.pop("name"))(classes, channels, settings_from(config).mix, **options)
+
+
+def create_network(config: dict, task: Task) -> nn.Module:
+    """Return the network, initialised from the seed: equal across norms but for the norms' own parameters."""
     arch = {key: value for key, value in config["arch"].items() if key != "name"}
     name, norm, seed = config["arch"]["name"], config["norm"], config["seed"]
     torch.manual_seed(seed_of(seed, "init of norms"))
-    model = create_model(name, norm, num_classes, **arch)
+    model = task.create(name, norm, **arch)
     torch.manual_seed(seed_of(seed, "init"))
-    plain = create_model(name, "bn", num_classes, **arch)
+    plain = task.create(name, "bn", **arch)
     of_norms = {id(p) for module in plain.modules() if isinstance(module, Norm) for p in module.parameters()}
     with torch.no_grad():
         for key, parameter in plain.named_parameters():
@@ -58,11 +76,14 @@ def create_network(config: dict, num_classes: int) -> nn.Module:
 
 
 def outline(config: dict, source: Source) -> str:
-    """Parameters and multiply-adds, in words, of the network on the meta device: before any memory is taken."""
+    """Return in words the parameters and multiply-adds of the network on the meta device: no memory is taken."""
     try:
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model = create_network(config, source.num_classes).eval()
-            model(torch.empty(1, 3, source.image_size, source.image_size))
+            task = create_task(config, source.classes, len(source.mean))
+            model = create_network(config, task).eval()
+            with torch.device("cpu"):
+                inputs = task.inputs(task.example(1, source))
+            model(*tree_map(lambda v: v.to("meta") if torch.is_tensor(v) else v, inputs))
     except (NotImplementedError, RuntimeError) as error:  # a layer of others may want values
         return f"not on the meta device: {str(error).splitlines()[0]}"
     parameters = sum(p.numel() for p in model.parameters())
@@ -70,50 +91,41 @@ def outline(config: dict, source: Source) -> str:
 
 
 def build(config: dict, folder: Path, signature: str, world: World, resume: dict | None) -> Run:
-    """All parts of a run for one process. ``config``: complete and resolved; ``resume``: a checkpoint's
-    state, or None.
+    """Return all parts of a run for one process. ``config``: complete and resolved; ``resume``: a checkpoint's state, or
+    None.
     """
     settings = settings_from(config)
     hardware, device = settings.hardware, world.device
     set_backends(hardware, resume)
     source = create_source(config)
-    loading = {
-        "rank": world.rank,
-        "world": world.size,
-        "workers": hardware.workers,
-        "device": device,
-        "channels_last": hardware.channels_last,
-    }
+    task = create_task(config, source.classes, len(source.mean))
+    loading = _loading(settings, world)
     train = TrainLoader(source, settings.seed, settings.optim.global_batch, settings.batch_size, **loading)
-    val = EvalLoader(source.val, settings.eval.batch_size or settings.batch_size, **loading)
 
-    model = create_network(config, source.num_classes)
-    notes = [f"norms: {model.norm_summary}"] if model.norm_summary else []
-    if settings.weights:
+    model = create_network(config, task)
+    notes = [f"norms: {model.norm_summary}"] if getattr(model, "norm_summary", None) else []
+    if settings.weights and not resume:
         notes.append(f"weights: {load_weights(model, settings.weights, head='replace')}")
     notes += optim.freeze(model, settings.freeze)
     place(model, hardware, device)
-
     groups = optim.parameter_groups(
         model, settings.optim.weight_decay, settings.optim.decay_norm, settings.optim.layer_decay
     )
     notes += optim.describe_groups(groups)
-    autocast = autocast_of(hardware, device)
-    scaled = hardware.dtype == "fp16"
     scale = 2.0**16 if hardware.loss_scale == "dynamic" else float(hardware.loss_scale)
+    plain = task.network(model)
     run = Run(
         settings=settings,
         folder=folder,
         signature=signature,
         arch=config["arch"]["name"],
         world=world,
+        task=task,
         model=model,
-        network=model,
+        plain=plain,
+        network=plain,
         evaluated=model,
         train=train,
-        mixing=Mixing(
-            settings.mix.mixup, settings.mix.cutmix, settings.mix.label_smoothing, source.num_classes
-        ),
         optimizer=optim.create_optimizer(groups, settings.optim),
         schedule=WarmupCosine(
             settings.optim.peak_lr,
@@ -122,29 +134,73 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
             settings.schedule.warmup_epochs,
             settings.schedule.floor,
         ),
-        scaler=torch.amp.GradScaler(device.type, init_scale=scale, enabled=scaled),
-        autocast=autocast,
-        evaluator=Evaluator(model, train, val, world, autocast, settings.eval, settings.epochs),
+        scaler=torch.amp.GradScaler(device.type, init_scale=scale, enabled=hardware.dtype == "fp16"),
+        autocast=autocast_of(hardware, device),
+        evaluator=_evaluator(settings, task, model, train, source.evals, world),
         ema=Ema(model, settings.ema.decay) if settings.ema.decay else None,
         record=Record(folder, active=False),
         progress=Progress(),
-        sums=torch.zeros(4, dtype=torch.float64, device=device),
+        sums=Meter.nothing(task.losses, device),
     )
-    if hardware.compile:
-        run.network = run.evaluated = compiled(
-            model, settings.batch_size, source.image_size, device, autocast, hardware
-        )
-    if world.size > 1:
-        run.network = distributed(run.network, device)
-        settle(run.network, settings.batch_size, source.image_size, device, autocast, hardware)
+    _compile_and_distribute(run, source)
     if resume:  # after DDP, which starts every process with rank 0's statistics: each continues with its own
         notes += restore(run, resume)
     if world.main:
-        write_data_card(folder, source)
+        write_data_card(folder, task.card(source))
+    _open_record(run, source, notes, resume)
+    return run
+
+
+def _loading(settings: Settings, world: World) -> dict[str, Any]:
+    """Return what the loaders of all data sets are told."""
+    return {
+        "rank": world.rank,
+        "world": world.size,
+        "workers": settings.hardware.workers,
+        "device": world.device,
+        "channels_last": settings.hardware.channels_last,
+    }
+
+
+def _evaluator(
+    settings: Settings,
+    task: Task,
+    model: nn.Module,
+    train: TrainLoader | None,
+    sets: dict[str, Dataset],
+    world: World,
+) -> Evaluator:
+    batch = settings.eval.batch_size or settings.batch_size
+    loaders = {name: EvalLoader(images, batch, **_loading(settings, world)) for name, images in sets.items()}
+    autocast = autocast_of(settings.hardware, world.device)
+    return Evaluator(task, model, train, loaders, world, autocast, settings.eval, settings.epochs)
+
+
+def _compile_and_distribute(run: Run, source: Source) -> None:
+    """Put compilation and DDP around what training calls, and compilation around what evaluation calls."""
+    hardware, device = run.settings.hardware, run.world.device
+    batch = run.task.example(run.settings.batch_size, source)
+    if hardware.compile:
+        run.evaluated = compiled(run.model, run.task.inputs(batch), device, run.autocast, hardware)
+        run.network = run.evaluated if run.plain is run.model else torch.compile(run.plain)
+    if run.world.size > 1:
+        run.network = distributed(run.network, device)
+        fix_bucket_order(run.network, lambda: _backward_of_example(run, on_device(batch, device, hardware)))
+
+
+def _backward_of_example(run: Run, batch: Batch) -> None:
+    inputs, target = run.task.prepare(batch, torch.Generator().manual_seed(0))
+    with run.autocast():
+        outputs = run.network(*inputs)
+    reduce(torch.add, run.task.loss(outputs, target).values()).backward()
+
+
+def _open_record(run: Run, source: Source, notes: list[str], resume: dict | None) -> None:
+    """Open the log, and write and say what starts."""
     run.record = Record(
-        folder,
-        world.main,
-        settings.log.tensorboard,
+        run.folder,
+        run.world.main,
+        run.settings.log.tensorboard,
         offset=resume["log_offset"] if resume else 0,
         step=run.progress.step,
         total_steps=run.total_steps,
@@ -152,71 +208,54 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
     run.record.write(
         "start",
         step=run.progress.step,
-        signature=signature,
-        parameters=sum(p.numel() for p in model.parameters()),
-        processes=world.size,
+        signature=run.signature,
+        parameters=sum(p.numel() for p in run.model.parameters()),
+        processes=run.world.size,
         notes=notes,
         environment=environment(),
     )
     for note in notes:
         run.record.say(note)
     run.record.say(_describe(run, source))
-    return run
 
 
 def evaluator(config: dict, weights: Path | None = None, join: str | None = None) -> Evaluator:
-    """What evaluates the network of a complete and resolved configuration, in this process; its weights are
-    in ``weights``.
+    """Return what evaluates the network of a complete and resolved configuration, in this process, on every evaluation
+    set of its data; its weights are in ``weights``.
 
     join: "mean" or "rank0", for a checkpoint of a run of several processes: join their statistics in that way again.
     """
     source = create_source(config)
-    return evaluators(config, source.num_classes, weights, source, join)(source.val)
+    return evaluator_for(config, source.classes, weights, source, join)(source.evals)
 
 
-def evaluators(
+def evaluator_for(
     config: dict,
-    num_classes: int,
+    classes: list[str],
     weights: Path | None = None,
     source: Source | None = None,
     join: str | None = None,
-) -> Callable[[Dataset], Evaluator]:
-    """Like ``evaluator``, for whatever images: gives what evaluates one network on any data set.
+) -> Callable[[dict[str, Dataset]], Evaluator]:
+    """Build the network once; return a function from data sets by name to an Evaluator.
 
     source: the configuration's own data; looked for only where statistics are recalibrated on its training images.
     """
     settings = settings_from(config)
-    if settings.eval.stats == "recalibrated" and source is None:
+    if "recalibrated" in settings.eval.all_stats and source is None:
         source = create_source(config)
     world = World().on(settings.hardware.device)
-    model = create_network(config, num_classes)
+    task = create_task(config, classes, len(source.mean) if source else 3)
+    model = create_network(config, task)
     if weights:
         load_weights(model, weights)
     if join:
         join_again(model, weights, join)
     place(model, settings.hardware, world.device)
     set_backends(settings.hardware, None)
-    loading = {
-        "workers": settings.hardware.workers,
-        "device": world.device,
-        "channels_last": settings.hardware.channels_last,
-    }
     train = source and TrainLoader(
-        source, settings.seed, settings.optim.global_batch, settings.batch_size, **loading
+        source, settings.seed, settings.optim.global_batch, settings.batch_size, **_loading(settings, world)
     )
-
-    def on(images: Dataset) -> Evaluator:
-        return Evaluator(
-            model,
-            train,
-            EvalLoader(images, settings.eval.batch_size or settings.batch_size, **loading),
-            world,
-            autocast_of(settings.hardware, world.device),
-            settings.eval,
-            settings.epochs,
-        )
-
-    return on
+    return lambda sets: _evaluator(settings, task, model, train, sets, world)
 
 
 def predictor(folder: Path, config: dict) -> tuple[nn.Module, Callable[[Path], Tensor], list[str]]:
@@ -226,7 +265,7 @@ def predictor(folder: Path, config: dict) -> tuple[nn.Module, Callable[[Path], T
     card = json.loads((folder / CARD).read_text())
     crop = Crop(card["image_size"], card["eval_resize"], card["interpolation"])
     mean, std = (torch.tensor(card[key]).view(3, 1, 1) * 255 for key in ("mean", "std"))
-    model = create_network(config, len(card["classes"]))
+    model = create_network(config, create_task(config, card["classes"], len(card["mean"])))
     load_weights(model, last_weights(folder))
 
     def read(path: Path) -> Tensor:

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 import torch
 import yaml
-from commands import ROOT
+from commands import network_of, ROOT
 
-from anorm.build import create_network
 from anorm.config.complete import accepted, complete
 from anorm.config.compose import GROUPS, choices, compose
 from anorm.config.settings import Settings, sections
@@ -27,7 +26,7 @@ def test_every_choice_composes(group, choice):
     extra = ["norm.target=torch.nn.BatchNorm2d"] if (group, choice) == ("norm", "module") else []
     config, found = composed(f"{group}={choice}", *extra)
     assert found.choices[group] == choice
-    assert set(config) == {field.name for field in dataclasses.fields(Settings)} | {"arch", "norm", "data"}
+    assert set(config) == {field.name for field in dataclasses.fields(Settings)} | {"task", "arch", "norm", "data"}
     if group in ("arch", "norm"):
         assert config[group]["name"] == choice
 
@@ -41,13 +40,13 @@ def test_every_architecture_builds_under_every_setup(arch):
     for i, config in enumerate(configs):
         if config["arch"] not in [earlier["arch"] for earlier in configs[:i]]:
             with torch.device("meta"):
-                create_network(config, 10)
+                network_of(config, 10)
 
 
 @pytest.mark.parametrize("norm", [name for name in choices(CONFIGS, "norm") if name != "module"])
 def test_every_norm_builds(norm):
     config, _ = composed(f"norm={norm}", "arch=resnet18")
-    create_network(config, 10)
+    network_of(config, 10)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenetv2", "densenet121"])
@@ -56,7 +55,7 @@ def test_the_network_that_is_trained_is_the_librarys(norm, arch):
     """A complete configuration must not spell out a layer's default where the site decides: AN's published K
     is 10, 10, 20, 20 for four stages."""
     with torch.device("meta"):
-        trained = create_network(composed(f"arch={arch}", f"norm={norm}")[0], 1000).state_dict()
+        trained = network_of(composed(f"arch={arch}", f"norm={norm}")[0], 1000).state_dict()
         wanted = create_model(arch, norm, 1000).state_dict()
     assert {n: v.shape for n, v in trained.items()} == {n: v.shape for n, v in wanted.items()}
 
@@ -64,7 +63,7 @@ def test_the_network_that_is_trained_is_the_librarys(norm, arch):
 def test_trained_networks_have_their_papers_size():
     def size(*arguments):
         with torch.device("meta"):
-            return sum(p.numel() for p in create_network(composed(*arguments)[0], 1000).parameters())
+            return sum(p.numel() for p in network_of(composed(*arguments)[0], 1000).parameters())
 
     assert size("arch=resnet50", "norm=an") == 25_755_420  # K 10, 10, 20, 20; 10 everywhere has 92,340 fewer
     assert size("arch=resnet50", "norm=an", "norm.k=10") == 25_663_080
@@ -77,14 +76,14 @@ def test_a_plain_module_is_a_norm():
     config, _ = composed(
         "norm=module", "norm.target=torch.nn.GroupNorm", "norm.num_groups=8", "arch=resnet18"
     )
-    assert (create_network(config, 10).bn1.module.num_groups, config["norm"]["num_groups"]) == (8, 8)
+    assert (network_of(config, 10).bn1.module.num_groups, config["norm"]["num_groups"]) == (8, 8)
     config, _ = composed("norm=module", "norm.target=torch.nn.GroupNorm", "norm.groups=8", "arch=resnet18")
     with pytest.raises(ValueError, match="norm.target.*groups"):
-        create_network(config, 10)
+        network_of(config, 10)
     config, _ = composed(
         "norm=module", "norm.target=torch.nn.InstanceNorm2d", "norm.affine=true", "arch=resnet18"
     )
-    model = create_network(config, 10)
+    model = network_of(config, 10)
     assert isinstance(model.bn1.module, torch.nn.InstanceNorm2d) and model.bn1.module.affine
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert model.bn1.module.weight.grad is not None
@@ -92,7 +91,7 @@ def test_a_plain_module_is_a_norm():
 
 def test_yaml_and_dataclass_defaults_are_equal():
     config, _ = composed("arch=resnet50", "norm=bn")
-    assert {key: config[key] for key in config if key not in ("arch", "norm", "data")} == dataclasses.asdict(
+    assert {key: config[key] for key in config if key not in ("task", "arch", "norm", "data")} == dataclasses.asdict(
         Settings()
     )
 
@@ -131,7 +130,7 @@ def test_what_a_recipe_changes_is_said_and_the_command_line_wins():
 def test_networks_are_equal_across_norms_but_for_their_norms():
     """The same seed gives the same convolutions and classifier, whatever stands between them."""
     models = {
-        norm: dict(create_network(composed("arch=resnet18", f"norm={norm}")[0], 10).named_parameters())
+        norm: dict(network_of(composed("arch=resnet18", f"norm={norm}")[0], 10).named_parameters())
         for norm in ("bn", "an", "gn")
     }
     for name, parameter in models["bn"].items():
@@ -139,6 +138,6 @@ def test_networks_are_equal_across_norms_but_for_their_norms():
             assert torch.equal(parameter, models["an"][name]) and torch.equal(
                 parameter, models["gn"][name]
             ), name
-    other = dict(create_network(composed("arch=resnet18", "norm=an", "seed=1")[0], 10).named_parameters())
+    other = dict(network_of(composed("arch=resnet18", "norm=an", "seed=1")[0], 10).named_parameters())
     assert not torch.equal(other["conv1.weight"], models["an"]["conv1.weight"])
     assert not torch.equal(other["layer1.0.bn2.weight"], models["an"]["layer1.0.bn2.weight"])

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from commands import SMALL, script, train
+from commands import network_of, SMALL, script, train
 
-from anorm.build import create_network
 from anorm.engine.record import read_metrics
 
 SIZES = [word for word in SMALL if not word.startswith(("arch=", "norm="))]
@@ -28,7 +27,7 @@ def test_another_librarys_network_trains_and_validates(tmp_path, capsys, arch, n
 
     composed = script("train.py").composed
     arguments = script("train.py").Arguments([f"arch={arch}", *norm, *SIZES])
-    network = create_network(composed(arguments).config, 4).network
+    network = network_of(composed(arguments).config, 4).network
     assert type(network.get_submodule(layer)).__name__.startswith(kind)
 
 
@@ -44,7 +43,7 @@ def test_norms_share_the_initial_weights():
     def network(*norm):
         composed = script("train.py").composed
         arguments = script("train.py").Arguments(["arch=timm:resnet18", *norm, *SIZES])
-        return create_network(composed(arguments).config, 4)
+        return network_of(composed(arguments).config, 4)
 
     bn, frn = network("norm=bn"), network("norm=timm:frn")
     assert torch.equal(bn.network.layer4[1].conv2.weight, frn.network.layer4[1].conv2.weight)

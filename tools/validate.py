@@ -20,9 +20,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 from anorm.processes.errors import user_errors
+
+if TYPE_CHECKING:
+    from anorm.engine.evaluate import Result
+    from anorm.tasks import Task
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,19 +56,28 @@ def main(argv: list[str]) -> int:
         if asked.shift:
             under_shift(asked.target, weights, config, asked.shift, join)
             return 0
-        found = evaluator(config, weights, join)()
-        words = [f"{found.images} images", f"{config['eval']['stats']} statistics", *asked.arguments]
-        if asked.target.is_dir() and not final_metrics(asked.target):
-            words.append("of a run that is not finished")
-        print(
-            f"{weights}: top-1 {found.top1:.4f} % top-5 {found.top5:.4f} % loss {found.loss:.6f} ({', '.join(words)})"
-        )
+        evaluate = evaluator(config, weights, join)
+        unfinished = asked.target.is_dir() and not final_metrics(asked.target)
+        for pair, found in evaluate().items():
+            words = [f"{found.images} images" + (f" of {pair.set}" if len(evaluate.sets) > 1 else "")]
+            words += [f"{pair.stats} statistics", *asked.arguments]
+            words += ["of a run that is not finished"] * unfinished
+            print(f"{weights}: {precisely(evaluate.task, found)} ({', '.join(words)})")
     return outcome.status
+
+
+def precisely(task: Task, found: Result) -> str:
+    """Return every metric with two digits more than tables show: what a repeated evaluation must give again."""
+    words = []
+    for name, metric in task.metrics.items():
+        unit = f" {metric.unit}" if metric.unit else ""
+        words.append(f"{metric.heading} {found[name]:.{metric.digits + 2}f}{unit}")
+    return " ".join(words)
 
 
 def under_shift(target: Path, weights: Path, config: dict, words: list[str], join: str | None) -> None:
     """Print a report for each shift that is asked for."""
-    from anorm.build import evaluators
+    from anorm.build import evaluator_for
     from anorm.engine.runfolder import CARD
     from anorm.study import shift
 
@@ -71,7 +85,7 @@ def under_shift(target: Path, weights: Path, config: dict, words: list[str], joi
     card = (target if target.is_dir() else target.parent) / CARD
     if card.is_file():
         shift.check_classes(json.loads(card.read_text())["classes"])
-    on = evaluators(config, len(shift.synsets()), weights, join=join)
+    on = evaluator_for(config, shift.synsets(), weights, join=join)
     print(weights, flush=True)
     for name, place in wanted:
         print(shift.report(name, place, config, on), flush=True)

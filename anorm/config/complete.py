@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
+from anorm import tasks
 from anorm.archs import foreign
 from anorm.config.machine import Machine, check_batches, decide
+from anorm.config.compose import BUILT
 from anorm.config.settings import sections, settings_from
 from anorm.data import sources
 from anorm.norms.build import norm_classes
@@ -32,7 +34,8 @@ def complete(config: dict) -> dict:
     Raises ValueError for a value of the wrong type or outside its limits.
     """
     full = dataclasses.asdict(settings_from(config))
-    for section in ("arch", "norm", "data"):
+    config = {"task": {"name": "classification"}} | config  # a frozen one may be older than this section
+    for section in BUILT:
         if "name" not in config[section]:
             raise ValueError(f"{section}.name is missing: choose {section}=...")
         full[section] = (
@@ -62,6 +65,9 @@ def _arguments(section: str, node: dict) -> dict | None:
         called, hidden = norm_classes().get(name), {"name", "channels", "act", "options"}
         # last, as it wins: an option whose default depends on the site (AN's k, SE's reduction) is None
         signatures, hidden = [Placement, called, called.at] if called else [], hidden | {"site"}
+    elif section == "task":
+        called, hidden = tasks.find(name) if name in tasks.list_tasks() else None, {"classes", "channels", "mix"}
+        signatures = [called] if called else []
     else:
         assert section == "data", section
         hidden = set()

@@ -15,7 +15,9 @@ from typing import Any
 
 from anorm.words import nearest
 
-GROUPS = ("arch", "norm", "setup", "data", "hardware")
+GROUPS = ("task", "arch", "norm", "setup", "data", "hardware")
+BUILT = ("task", "arch", "norm", "data")
+"""Groups whose keys are the arguments of what they build."""
 RECIPE = "recipe"
 """Entry in the yaml of an architecture or a data set: "key: value", or "group=choice ...: {key: value}"."""
 LIBRARIES = {"arch": ("timm:", "torchvision:"), "norm": ("timm:",)}
@@ -215,7 +217,7 @@ def _check_keys(base: dict, config: dict, accepted: Accepted) -> None:
         allowed = accepted(section, config)
         if allowed is None:
             continue
-        allowed |= set(base[section]) - {RECIPE} if section not in ("arch", "norm", "data") else set()
+        allowed |= set(base[section]) - {RECIPE} if section not in BUILT else set()
         for key in value:
             if key not in allowed:
                 raise ValueError(f"unknown key {section}.{key}{nearest(key, allowed)}")

@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from anorm.config.compose import BUILT
 from anorm.words import nearest
 
 
@@ -70,18 +71,26 @@ class Mix:
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluation. ``stats``: running (as trained), batch (each batch's own) or recalibrated (train batches,
-    no gradient).
+    """Evaluation. ``stats``: running (as trained), batch (each batch's own) or recalibrated (train batches, no gradient);
+    a list evaluates under each, and the first decides which weights are the best.
     """
 
-    stats: str = "running"
+    stats: str | list = "running"
     every: int = 1  # epochs; the last epoch is always evaluated
     batch_size: int | None = None  # None: batch_size
     recalibrate_batches: int = 200
 
     def __post_init__(self):
-        one_of("eval", self, "stats", ("running", "batch", "recalibrated"))
+        if not self.all_stats or len(set(map(str, self.all_stats))) < len(self.all_stats):
+            raise ValueError(f"eval.stats={self.stats} must name one or more statistics, each once")
+        for word in self.all_stats:
+            one_of("eval", self, "stats", ("running", "batch", "recalibrated"), word)
         positive("eval", self, "every", "batch_size", "recalibrate_batches")
+
+    @property
+    def all_stats(self) -> tuple[str, ...]:
+        """The statistics to evaluate under, in order."""
+        return (self.stats,) if isinstance(self.stats, str) else tuple(self.stats)
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Settings:
-    """A whole run but for arch, norm and data, whose keys are the arguments of what they build."""
+    """A whole run but for task, arch, norm and data, whose keys are the arguments of what they build."""
 
     seed: int = 0
     epochs: int = 120
@@ -203,12 +212,12 @@ class Settings:
 
 
 def settings_from(config: dict) -> Settings:
-    """The checked ``Settings`` in a composed configuration (its arch, norm and data entries are left aside).
+    """The checked ``Settings`` in a composed configuration (its task, arch, norm and data entries are left aside).
 
     Raises ValueError with the key, the value and what is accepted.
     """
     return _checked(
-        Settings, {key: value for key, value in config.items() if key not in ("arch", "norm", "data")}, ""
+        Settings, {key: value for key, value in config.items() if key not in BUILT}, ""
     )
 
 
@@ -250,7 +259,7 @@ _WORDS = {
 def _typed(hint: Any, value: Any, path: str) -> Any:
     """``value`` as one of the types in ``hint``; an int is accepted (and converted) where a float is asked for."""
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, (str, int)) and not isinstance(value, bool) and list in accepted:
+    if isinstance(value, (str, int)) and not isinstance(value, bool) and list in accepted and str not in accepted:
         return [value]
     for kind in accepted:
         if kind in (int, float) and isinstance(value, bool):
@@ -279,9 +288,9 @@ def _limit(where, owner, names, holds, words):
             raise ValueError(f"{where + '.' if where else ''}{name}={value} must be {words}")
 
 
-def one_of(where: str, owner: Any, name: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError, with the nearest choices, unless the value is one of ``choices``."""
-    value = getattr(owner, name)
+def one_of(where: str, owner: Any, name: str, choices: tuple[str, ...], value: Any = None) -> None:
+    """Raise ValueError, with the nearest choices, unless the value (or ``value``, an entry of it) is one of ``choices``."""
+    value = getattr(owner, name) if value is None else value
     if value not in choices:
         path = f"{where + '.' if where else ''}{name}"
         raise ValueError(f"{path}={value}{nearest(str(value), choices, 'choices')}")

@@ -38,6 +38,8 @@ def signature(config: dict, data_identity: str, processes: int) -> str:
     batches (eval.stats=batch).
     """
     counted = {key: value for key, value in flatten(config).items() if not _excluded(key)}
+    if counted.get("task.name") == "classification":
+        del counted["task.name"]  # runs are older than other tasks
     counted["data.identity"] = data_identity
     if config.get("weights"):
         if not Path(config["weights"]).is_file():
@@ -54,7 +56,7 @@ def signature(config: dict, data_identity: str, processes: int) -> str:
 def counting_here(config: dict) -> set[str]:
     """The excluded keys that change the mathematics of this configuration all the same."""
     keys = set()
-    if config["eval"]["stats"] == "batch":  # each process cuts its own share of the images into batches
+    if "batch" in config["eval"]["stats"]:  # each process cuts its own share of the images into batches
         keys |= {"eval.batch_size", "hardware.processes"}
     if config["norm"].get("sync"):
         keys |= {"hardware.processes"}

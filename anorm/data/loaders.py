@@ -115,7 +115,7 @@ class EvalLoader:
     ):
         _check_positive(batch=batch, world=world)
         assert 0 <= rank < world, (rank, world)
-        self.batch, self.identity = batch, dataset.identity
+        self.batch, self.dataset, self.identity = batch, dataset, dataset.identity
         self._first, self._stop = len(dataset) * rank // world, len(dataset) * (rank + 1) // world
         self._feed = open_feed(dataset, 0, batch, workers, torch.device(device))
         self._finish = _finisher(dataset, device, channels_last)

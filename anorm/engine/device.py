@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from anorm.config.settings import Hardware
 from anorm.data.feeds.workers import keep_freed_memory
@@ -19,27 +21,23 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 def compiled(
-    model: nn.Module,
-    batch: int,
-    image_size: int,
-    device: torch.device,
-    autocast: Autocast,
-    hardware: Hardware,
+    model: nn.Module, inputs: tuple, device: torch.device, autocast: Autocast, hardware: Hardware
 ) -> nn.Module:
-    """torch.compile of the plain network, compared with it on random images first.
+    """Return torch.compile of the plain network, after comparing both on a task's example.
 
-    batch: images of a micro-batch. Another number here would have training compiled for any number, without the layouts
+    inputs: of a micro-batch. For another number of images training would be compiled for any number, without the layouts
     that inductor chooses for a known one. Raises ValueError when the two differ by more than their precision explains.
     """
     faster = torch.compile(model)
-    images = _noise(batch, image_size, device, hardware)
+    inputs = on_device(inputs, device, hardware)
     model.eval()
     with torch.no_grad(), autocast():
-        expected, found = model(images).float(), faster(images).float()
+        pairs = list(zip(tree_leaves(model(*inputs)), tree_leaves(faster(*inputs)), strict=True))
     model.train()
-    difference = (found - expected).abs().max() / expected.abs().max()
-    # a few hundred roundings of the arithmetic's precision: 2^-11 of fp16 and tf32, 2^-8 of bf16, 2^-24 of
-    # fp32
+    difference = max(
+        ((found.float() - expected.float()).abs().max() / expected.float().abs().max() for expected, found in pairs)
+    )
+    # a few hundred roundings of the arithmetic's precision: 2^-11 of fp16 and tf32, 2^-8 of bf16, 2^-24 of fp32
     allowed = {"fp16": 0.05, "tf32": 0.05, "bf16": 0.2}.get(hardware.dtype, 1e-4)
     if not difference <= allowed:
         raise ValueError(
@@ -66,42 +64,41 @@ def distributed(network: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def settle(
-    network: nn.Module,
-    batch: int,
-    image_size: int,
-    device: torch.device,
-    autocast: Autocast,
-    hardware: Hardware,
-) -> None:
-    """One backward pass of what ``distributed`` made, on noise, of which nothing remains: DDP lays its buckets out anew
-    after the first, and the place of a gradient in a bucket decides the order in which more than two processes sum it.
-    So a run that continues sums its first step as the uninterrupted one did.
+def fix_bucket_order(network: nn.Module, backward: Callable[[], None]) -> None:
+    """Run one ``backward`` through what ``distributed`` made, and undo it: DDP rebuilds its buckets after the first, and
+    a gradient's place in a bucket decides the order in which more than two processes sum it. A resumed run must sum its
+    first step as the uninterrupted one did.
     """
     kept = [buffer.clone() for buffer in network.buffers()]
     network.train()
-    with autocast():
-        output = network(_noise(batch, image_size, device, hardware))
-    output.float().sum().backward()
+    backward()
     network.zero_grad(set_to_none=True)
     with torch.no_grad():
         for buffer, value in zip(network.buffers(), kept, strict=True):
             buffer.copy_(value)
 
 
-def _noise(batch: int, image_size: int, device: torch.device, hardware: Hardware) -> Tensor:
-    """A micro-batch of random images, the same everywhere."""
-    images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    return images.to(
-        device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format
-    )
+def on_device(values: Any, device: torch.device, hardware: Hardware) -> Any:
+    """Return ``values`` with every tensor on the device, images in the layout that ``hardware`` asks for."""
+
+    def moved(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        images = value.dim() == 4 and hardware.channels_last
+        return value.to(device, memory_format=torch.channels_last if images else torch.preserve_format)
+
+    return tree_map(moved, values)
 
 
 def place(model: nn.Module, hardware: Hardware, device: torch.device) -> None:
-    """Onto the device, in the layout and, for fp64, the precision that ``hardware`` asks for."""
+    """Move the network to the device, in the layout and, for fp64, the precision that ``hardware`` asks for."""
     model.to(device, memory_format=torch.channels_last if hardware.channels_last else torch.contiguous_format)
     if hardware.dtype == "fp64":
-        model.double().register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
+        model.double().register_forward_pre_hook(lambda module, inputs: tree_map(_double, inputs))
+
+
+def _double(value: Any) -> Any:
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
 def set_backends(hardware: Hardware, resume: dict | None) -> None:

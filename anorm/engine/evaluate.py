@@ -2,117 +2,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anorm.config.settings import Eval
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.random import seed_of
 from anorm.engine.device import Autocast
-from anorm.engine.statistics import check_statistics, join_statistics, norms_with_statistics, statistics_from
+from anorm.engine.statistics import check_statistics, join_statistics, statistics_from
 from anorm.processes.world import World
+from anorm.tasks.base import Rows, Task
+
+
+class Pair(NamedTuple):
+    """What one evaluation is of: the name of a set of images, and the statistics that norms standardize with."""
+
+    set: str
+    stats: str
+
+    def __str__(self) -> str:
+        return f"{self.set}/{self.stats}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """top1 and top5 in percent (top5 of at most as many classes as there are), loss per image, images counted.
-
-    Per image of this process, in the order of the loader: index, label, the class that was first, whether
-    the label was first, or among five, and the probability of the class that was first.
+    """The task's metrics by name, and how many images counted. rows: on rank 0, what the network made of each image, in
+    the order of the data set; elsewhere empty.
     """
 
-    top1: float
-    top5: float
-    loss: float
+    values: dict[str, float]
     images: int
-    index: Tensor
-    label: Tensor
-    predicted: Tensor
-    first: Tensor
-    among_five: Tensor
-    confidence: Tensor
+    rows: Rows
 
-
-# of a process that was given no image: the types are those of the other processes' columns
-NO_COLUMNS = [torch.empty(0, dtype=kind) for kind in (*[torch.int64] * 3, *[torch.bool] * 2, torch.float32)]
+    def __getitem__(self, metric: str) -> float:
+        return self.values[metric]
 
 
 @torch.no_grad()
 def evaluate(
+    task: Task,
     model: nn.Module,
-    batches: Iterable,
+    images: EvalLoader,
     world: World,
     autocast: Autocast,
-    between: Callable[[], None] = lambda: None,
+    before_each_batch: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Run ``model`` over this process's share of the images; the sums are exchanged once, at the end.
+    """Run ``model`` over this process's share of the images; sums and rows are exchanged once, at the end.
 
-    The device is not waited for until then. between: called before every batch.
+    The device is not waited for until then. Raises ValueError where there is no image.
     """
     was_training, tuned = model.training, torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = (
-        False  # else the convolutions' algorithms, and last digits, vary from time to time
-    )
+    # tuning may choose other algorithms for the convolutions from time to time, and last digits with them
+    torch.backends.cudnn.benchmark = False
     model.eval()
-    sums, images = torch.zeros(4, dtype=torch.float64, device=world.device), 0
-    rows: list[tuple[Tensor, ...]] = []
-    for inputs, labels, indices in batches:
-        between()
+    judge, indices = task.judge(images.dataset), [torch.empty(0, dtype=torch.int64)]
+    for batch in images:
+        before_each_batch()
         with autocast():
-            logits = model(inputs)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        ranked = logits.topk(min(5, logits.shape[1])).indices
-        right = ranked == labels[:, None]
-        first, among_five = right[:, 0], right.any(1)
-        sums[:3] += torch.stack((first.sum(), among_five.sum(), losses.double().sum()))
-        images += len(labels)
-        rows.append((indices, labels, ranked[:, 0], first, among_five, logits.softmax(1).amax(1)))
-    sums[3] = images
-    world.barrier()  # over gloo: NCCL would not notice that another left by ``between``
-    world.sum(sums)
+            outputs = model(*task.inputs(batch))
+        judge.add(outputs, batch)
+        indices.append(batch.indices)
+    sums, rows = judge.done()
     model.train(was_training)
     torch.backends.cudnn.benchmark = tuned
-    first, among_five, loss, images = sums.tolist()
-    if images == 0:
+    world.barrier()  # over gloo: NCCL would not notice that another left by ``before_each_batch``
+    world.sum(sums)
+    parts = world.gather({"index": torch.cat(indices).numpy()} | rows)
+    rows = _in_order(parts) if world.main else {}
+    count = len(rows["index"]) if world.main else 0
+    values, count = world.broadcast((task.metrics_of(sums, rows) if count else {}, count))
+    if count == 0:
         raise ValueError("there are no images to evaluate on")
-    columns = [torch.cat(column).cpu() for column in zip(*rows, strict=True)] if rows else NO_COLUMNS
-    return Result(100 * first / images, 100 * among_five / images, loss / images, int(images), *columns)
+    return Result(values, count, rows)
+
+
+def _in_order(parts: list[Rows]) -> Rows:
+    """Return the processes' rows as one table, in the order of ``index``."""
+    order = numpy.argsort(numpy.concatenate([part["index"] for part in parts]), kind="stable")
+    whole = {}
+    for name in parts[0]:
+        columns = [part[name] for part in parts]
+        if isinstance(columns[0], numpy.ndarray):
+            whole[name] = numpy.concatenate(columns)[order]
+        else:
+            entries = [entry for column in columns for entry in column]
+            whole[name] = [entries[i] for i in order]
+    return whole
 
 
 @dataclass
 class Evaluator:
-    """What it takes to evaluate a network under the statistics that ``settings`` names.
+    """Evaluates a network on each of ``sets`` under each of the statistics that ``settings`` name.
 
     train: for recalibration, an epoch of it that training does not use; None where ``settings`` ask for none.
     Raises ValueError where the network has norms whose statistics ``settings`` do not reach.
     """
 
+    task: Task
     model: nn.Module
     train: TrainLoader | None
-    val: EvalLoader
+    sets: dict[str, EvalLoader]
     world: World
     autocast: Autocast
     settings: Eval
     unused_epoch: int
 
     def __post_init__(self):
-        check_statistics(self.model, self.settings.stats)
+        for source in self.settings.all_stats:
+            check_statistics(self.model, source)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """In the order of evaluation; the first is the one that decides which weights are the best."""
+        return [Pair(name, source) for source in self.settings.all_stats for name in self.sets]
+
+    @property
+    def val(self) -> EvalLoader:
+        """The images of the first set."""
+        return next(iter(self.sets.values()))
 
     def __call__(
         self,
         model: nn.Module | None = None,
-        called: nn.Module | None = None,
-        between: Callable[[], None] = lambda: None,
-    ) -> Result:
-        """Evaluate ``model`` (default: the own one); ``called`` is what runs it, where it is compiled."""
+        network: nn.Module | None = None,
+        before_each_batch: Callable[[], None] = lambda: None,
+    ) -> dict[Pair, Result]:
+        """Evaluate ``model`` (default: the own one), called as ``network`` where that is given: compiled, or wrapped."""
         model = self.model if model is None else model
-        with statistics_from(model, self.settings.stats, lambda: self.recalibrate(model)):
-            network = model if called is None else called
-            return evaluate(network, self.val, self.world, self.autocast, between)
+        network = model if network is None else network
+        found = {}
+        for source in self.settings.all_stats:
+            with statistics_from(model, source, lambda: self.recalibrate(model)):
+                for name, images in self.sets.items():
+                    found[Pair(name, source)] = evaluate(
+                        self.task, network, images, self.world, self.autocast, before_each_batch
+                    )
+        return found
 
     @torch.no_grad()
     def recalibrate(self, model: nn.Module) -> None:
@@ -124,13 +154,18 @@ class Evaluator:
         for norm in norms_with_statistics(model):
             norm.training = True
         for step, step_batches in enumerate(self.train.epoch(self.unused_epoch)):
-            for k, (images, _, _) in enumerate(step_batches[:left]):
+            for k, batch in enumerate(step_batches[:left]):
                 number = self.train.micro_batch_number(k)
                 torch.manual_seed(seed_of(self.train.seed, "recalibrate", step, number))  # AFN's own dropout
                 with self.autocast():
-                    model(images)
+                    model(*self.task.inputs(batch))
             left -= len(step_batches)
             if left <= 0:
                 break
         model.eval()
         join_statistics(self.world, model, "mean")
+
+    def close(self) -> None:
+        """End the loaders' workers."""
+        for images in self.sets.values():
+            images.close()

@@ -6,26 +6,27 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from anorm.data.loaders import Batch
 from anorm.data.random import seed_of, stream
+from anorm.data.sources.base import Batch
 from anorm.engine import checkpoint, optim
 from anorm.engine.ema import after_step
-from anorm.engine.meter import Clock, Meter, SaveTimer
+from anorm.engine.evaluate import Pair
+from anorm.engine.meter import Clock, Meter, NotFinite, SaveTimer
+from anorm.engine.nonfinite import explain
 from anorm.engine.run import Run
 from anorm.engine.state import (
-    PREDICTIONS,
-    PREDICTIONS_EMA,
     UNREADABLE,
-    going_on_without,
     keep_predictions,
     list_unreadable,
     save,
     save_release,
+    warn_if_unwritable,
     weights_state,
 )
 from anorm.engine.statistics import join_statistics
@@ -41,19 +42,19 @@ def fit(run: Run) -> dict[str, Any]:
     """
     settings, progress = run.settings, run.progress
     clock, save_due = Clock(progress), SaveTimer(settings)
-    with agreeing(run) as agreement, garbage_collected_at_reports():
+    with agreeing(run) as agreement, explaining(run), garbage_collected_at_reports():
         while True:
             epoch, first = divmod(progress.step, run.train.steps_per_epoch)
             if first == 0 and progress.evaluated < epoch:
-                before_joining = None
+                own_statistics = None
                 if epoch % settings.eval.every == 0 or progress.step == run.total_steps:
                     clock.tick()
-                    before_joining = save(run)  # what ends an evaluation costs nothing else
+                    own_statistics = save(run)  # a kill during evaluation then loses no training step
                     evaluate_and_keep_best(run, epoch, agreement.end_alone)
                 list_unreadable(run)
                 progress.evaluated = epoch
                 clock.tick()
-                save(run, before_joining)
+                save(run, own_statistics)
                 save_due.restart()
             if progress.step >= run.total_steps:
                 break
@@ -73,6 +74,15 @@ def agreeing(run: Run) -> Iterator[Agreement]:
         raise
     finally:
         agreement.close()
+
+
+@contextmanager
+def explaining(run: Run) -> Iterator[None]:
+    """Within: a loss that is no longer finite raises FloatingPointError, which names the first layer where that shows."""
+    try:
+        yield
+    except NotFinite as found:
+        raise FloatingPointError(found.words + explain(run, found.step, backward)) from None
 
 
 @contextmanager
@@ -101,13 +111,13 @@ def train_epoch(
 
     for step_batches in batches:
         step = progress.step
-        loss, gradient_norm = train_step(run, step, step_batches)
+        losses, gradient_norm = train_step(run, step, step_batches)
         after_step(run.model, (step + 1) / run.total_steps)
         if run.ema:
             run.ema.update(run.model, (step + 1) / run.total_steps)
 
         progress.step = step + 1
-        meter.add(step, loss, gradient_norm)
+        meter.add(step, losses, gradient_norm)
         if progress.step % settings.log.every == 0 or progress.step % run.train.steps_per_epoch == 0:
             meter.report(epoch, run.schedule(step))
             gc.collect(0 if progress.step % run.train.steps_per_epoch else 2)
@@ -124,27 +134,19 @@ def train_epoch(
             raise Interrupted(stop)
 
 
-def train_step(run: Run, step: int, step_batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """One optimizer step over this process's micro-batches; (its mean loss, norm of the gradient), on the device.
-
-    The loss of a micro-batch is weighted by 1 / their number, so that gradients are those of the mean over
-    the global batch.
+def train_step(run: Run, step: int, step_batches: list[Batch]) -> tuple[list[Tensor], Tensor]:
+    """Take one optimizer step over this process's micro-batches. Returns the mean of each of the task's losses and the
+    norm of the gradient, on the device.
     """
     settings, world = run.settings, run.world
     optim.set_rate(run.optimizer, run.schedule(step))
-    loss_sum = torch.zeros((), device=world.device)
+    means = [torch.zeros((), device=world.device) for _ in run.task.losses]
     for k, batch in enumerate(step_batches):
-        # in the global batch: draws do not depend on the number of processes
-        number = run.train.micro_batch_number(k)
-        images, target = run.mixing.mix(batch.inputs, batch.targets, stream(settings.seed, "mix", step, number))
-        torch.manual_seed(seed_of(settings.seed, "dropout", step, number))
         last = k == len(step_batches) - 1
         with nullcontext() if last or world.size == 1 else run.network.no_sync():
-            with run.autocast():
-                logits = run.network(images)
-            loss = run.mixing.loss(logits, target) / len(step_batches)
-            run.scaler.scale(loss).backward()
-        loss_sum += loss.detach()
+            losses = backward(run, run.network, step, k, batch, len(step_batches))
+        for mean, loss in zip(means, losses, strict=True):
+            mean += loss
 
     gradient_norm = optim.step(run.optimizer, run.scaler, settings.optim.clip)
     if settings.hardware.loss_scale == "dynamic":
@@ -152,61 +154,80 @@ def train_step(run: Run, step: int, step_batches: list[Batch]) -> tuple[Tensor, 
     else:
         run.scaler.update(float(settings.hardware.loss_scale))
     run.optimizer.zero_grad(set_to_none=True)
-    return loss_sum, gradient_norm
+    return means, gradient_norm
 
 
-def evaluate_and_keep_best(run: Run, epoch: int, between: Callable[[], None]) -> None:
-    """Evaluate after ``epoch`` epochs, write it down, keep the weights if they are the best so far; after the last
-    epoch, keep the weights for release and what they made of each image.
+def backward(run: Run, network: nn.Module, step: int, k: int, batch: Batch, of: int) -> list[Tensor]:
+    """Forward, loss and backward of the ``k``-th of ``of`` micro-batches that this process has in ``step``. Returns each
+    of the task's losses over ``of``: their sums over the micro-batches are means over the global batch, as are gradients.
     """
-    settings, world, progress = run.settings, run.world, run.progress
+    number = run.train.micro_batch_number(k)  # in the global batch: draws do not depend on the number of processes
+    inputs, target = run.task.prepare(batch, stream(run.settings.seed, "mix", step, number))
+    torch.manual_seed(seed_of(run.settings.seed, "dropout", step, number))
+    with run.autocast():
+        outputs = network(*inputs)
+    losses = [loss / of for loss in run.task.loss(outputs, target).values()]
+    run.scaler.scale(reduce(torch.add, losses)).backward()
+    return [loss.detach() for loss in losses]
+
+
+def evaluate_and_keep_best(run: Run, epoch: int, before_each_batch: Callable[[], None]) -> None:
+    """Evaluate after ``epoch`` epochs, write one event for each pair of set and statistics, keep the weights if they are
+    the best so far; after the last epoch, keep the weights for release and what they made of each image.
+
+    The first pair decides which weights are the best.
+    """
+    settings, world, progress, task = run.settings, run.world, run.progress, run.task
     started = time.perf_counter()
     join_statistics(world, run.model, settings.dist.stats)
-    result = run.evaluator(called=run.evaluated, between=between)
-    fields = {
-        "step": progress.step,
-        "epoch": epoch,
-        "top1": result.top1,
-        "top5": result.top5,
-        "loss": result.loss,
-        "images": result.images,
-        "stats": settings.eval.stats,
-    }
-    results = {PREDICTIONS: result}
+    found = run.evaluator(network=run.evaluated, before_each_batch=before_each_batch)
+    averages = {}
     if run.ema:
         join_statistics(world, run.ema.model, settings.dist.stats)
-        average = results[PREDICTIONS_EMA] = run.evaluator(run.ema.model, between=between)
-        fields |= {"ema_top1": average.top1, "ema_top5": average.top5}
-    improved = result.top1 > progress.best_top1
+        averages = run.evaluator(run.ema.model, before_each_batch=before_each_batch)
+    progress.last = {str(pair): result.values for pair, result in found.items()}
+    value = progress.first[task.best]
+    improved = progress.best is None or task.metrics[task.best].better(value, progress.best)
     if improved:
-        progress.best_top1, progress.best_epoch = result.top1, epoch
-    progress.top1, progress.top5 = result.top1, result.top5
+        progress.best, progress.best_epoch = value, epoch
     if improved and world.main:
-        with going_on_without(run, "best weights"):
+        with warn_if_unwritable(run, "best weights"):
             checkpoint.save(run.folder / "best.ckpt", weights_state(run))
-    if progress.step == run.total_steps:
-        for name, of_images in results.items():
-            keep_predictions(run.folder / name, world, of_images, run.evaluator.val.identity)
-        if world.main:
-            save_release(run)
-    fields["seconds"] = time.perf_counter() - started
-    run.record.write("eval", **fields)
-    averaged = f" (average of weights: {fields['ema_top1']:.2f} %)" if run.ema else ""
-    run.record.say(
-        f"epoch {epoch}/{settings.epochs}: top-1 {result.top1:.2f} % top-5 {result.top5:.2f} % of "
-        f"{result.images} images"
-        f"{averaged}, best {progress.best_top1:.2f} % in epoch {progress.best_epoch}"
-    )
+    if progress.step == run.total_steps and world.main:
+        keep_predictions(run, found)
+        keep_predictions(run, averages, "_ema")
+        save_release(run)
+    seconds = time.perf_counter() - started
+    for pair, result in found.items():
+        average = averages[pair].values if averages else {}
+        fields = {"step": progress.step, "epoch": epoch} | result.values
+        fields |= {"images": result.images, "set": pair.set, "stats": pair.stats}
+        fields |= {f"ema_{name}": value for name, value in average.items()}
+        run.record.write("eval", board=_board(run, pair), **fields, seconds=seconds)
+        where = "" if len(found) == 1 else f" on {pair.set} ({pair.stats} statistics)"
+        run.record.say(
+            f"epoch {epoch}/{settings.epochs}{where}: {task.words(result.values)} of {result.images} images"
+            + (f" (average of weights: {task.words(average)})" if average else "")
+            + (f", best {_best(run)}" if pair == next(iter(found)) else "")
+        )
+
+
+def _board(run: Run, pair: Pair) -> str:
+    """The name of an evaluation's curves in TensorBoard."""
+    return "eval" if pair == run.evaluator.pairs[0] else f"eval {pair.set} {pair.stats}"
+
+
+def _best(run: Run) -> str:
+    progress, metric = run.progress, run.task.metrics[run.task.best]
+    return f"{metric.text(progress.best)} in epoch {progress.best_epoch}"
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """The final event, with the last and the best epoch's accuracy."""
-    progress = run.progress
-    fields = {
-        "step": progress.step,
-        "top1": progress.top1,
-        "top5": progress.top5,
-        "best_top1": progress.best_top1,
+    """The final event, with the last and the best epoch's metrics."""
+    progress, task = run.progress, run.task
+    fields = {"step": progress.step} | progress.first
+    fields |= {
+        f"best_{task.best}": progress.best,
         "best_epoch": progress.best_epoch,
         "seconds": progress.seconds,
         "images_per_second": progress.train_images / progress.train_seconds
@@ -215,14 +236,19 @@ def finish(run: Run) -> dict[str, Any]:
         "skipped_steps": progress.skipped_steps,
         "unreadable": list_unreadable(run),
     }
+    if len(progress.last) > 1:
+        pairs = {str(pair): pair for pair in run.evaluator.pairs}
+        fields["evaluations"] = [
+            {"set": pairs[name].set, "stats": pairs[name].stats} | values
+            for name, values in progress.last.items()
+        ]
     if fields["unreadable"]:
         run.record.say(
             f"{fields['unreadable']} unreadable images were replaced or left out: {run.folder / UNREADABLE}"
         )
     run.record.write("final", **fields)
     run.record.say(
-        f"finished: last epoch top-1 {progress.top1:.2f} % top-5 {progress.top5:.2f} %, best epoch "
-        f"{progress.best_epoch} top-1 {progress.best_top1:.2f} %, {progress.seconds:.0f} s, run folder "
-        f"{run.folder}"
+        f"finished: last epoch {task.words(progress.first)}, best {task.metrics[task.best].heading} {_best(run)}, "
+        f"{progress.seconds:.0f} s, run folder {run.folder}"
     )
     return fields

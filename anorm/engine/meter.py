@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anorm.config.settings import Settings
-from anorm.engine.nonfinite import explain
 
 if TYPE_CHECKING:
     from anorm.engine.run import Progress, Run
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 HOPELESS = 50
 """Steps in a row whose gradients overflow before a run is given up: a loss scale of 2^16 is halved below 2^-33 by them."""
+
+
+class NotFinite(Exception):
+    """Raised in every process when training cannot go on: a loss, or gradients over and over, are not finite."""
+
+    def __init__(self, step: int, words: str = ""):
+        super().__init__(step)
+        self.step, self.words = step, words
 
 
 class Clock:
@@ -52,8 +60,14 @@ class SaveTimer:
 class Meter:
     """The numbers of training, summed on the device and read when reported; counts from the last report on.
 
-    ``run.sums`` is in the checkpoint, so that a resumed run's log has the same values as an uninterrupted one's.
+    ``run.sums`` holds the loss, steps, steps skipped, the first bad step + 1, and the terms of the loss where the task
+    has several. It is in the checkpoint, so that a resumed run's log has the same values as an uninterrupted one's.
     """
+
+    @staticmethod
+    def nothing(losses: tuple[str, ...], device: torch.device) -> Tensor:
+        """Return ``run.sums`` before the first step."""
+        return torch.zeros(4 + (len(losses) if len(losses) > 1 else 0), dtype=torch.float64, device=device)
 
     def __init__(self, run: Run, clock: Clock):
         self.run, self.clock, self.wait, self.steps, self.since = run, clock, 0.0, 0, time.perf_counter()
@@ -70,17 +84,20 @@ class Meter:
             self.wait += time.perf_counter() - start
             yield batch
 
-    def add(self, step: int, loss: Tensor, gradient_norm: Tensor) -> None:
-        """loss: of this process, finite or not. The run's first step with a bad loss (or gradient, unless
+    def add(self, step: int, losses: list[Tensor], gradient_norm: Tensor) -> None:
+        """losses: the terms of this process, finite or not. The run's first step with a bad loss (or gradient, unless
         scaling explains it) is remembered.
         """
         sums, run = self.run.sums, self.run
+        loss = reduce(torch.add, losses)
         good_loss, good = loss.isfinite(), gradient_norm.isfinite()
         sums[0] += loss
         sums[1] += 1
         sums[2] += (good_loss & ~good) if run.scaler.is_enabled() else 0
         bad = ~good_loss if run.scaler.is_enabled() else ~(good_loss & good)
         sums[3] = torch.where((sums[3] == 0) & bad, float(step + 1), sums[3])
+        if len(losses) > 1:
+            sums[4:] += torch.stack(losses)
         self.steps += 1
         if sums.device.type == "cpu" and run.world.size == 1 and sums[3] > 0:
             self._stop()  # of several all must come to it: in report()
@@ -88,7 +105,7 @@ class Meter:
     def report(self, epoch: int, rate: float) -> None:
         run, world, progress = self.run, self.run.world, self.run.progress
         sums = world.sum(run.sums.clone())
-        loss_sum, steps, skipped, bad = sums.tolist()
+        loss_sum, steps, skipped, bad, *terms = sums.tolist()
         if bad:
             self._stop()
         run.sums.zero_()
@@ -96,9 +113,10 @@ class Meter:
         in_a_row = progress.skipped_in_a_row + int(steps / world.size)
         progress.skipped_in_a_row = in_a_row if skipped == steps else 0
         if progress.skipped_in_a_row >= HOPELESS:
-            raise FloatingPointError(
+            raise NotFinite(
+                progress.step - 1,
                 f"the gradients of the last {progress.skipped_in_a_row} steps overflowed, now at a loss scale of "
-                f"{run.scaler.get_scale():.3g}, and nothing is learned: {explain(run, progress.step - 1)}"
+                f"{run.scaler.get_scale():.3g}, and nothing is learned: ",
             )
         seconds = time.perf_counter() - self.since
         progress.train_seconds += seconds
@@ -114,6 +132,7 @@ class Meter:
             "data_wait": self.wait / seconds,
             "memory_mib": _peak_memory(world.device),
         }
+        fields |= {name: term / steps for name, term in zip(run.task.losses, terms, strict=False)}
         if run.scaler.is_enabled():
             fields |= {"loss_scale": run.scaler.get_scale(), "skipped_steps": progress.skipped_steps}
         run.record.write("train", **fields)
@@ -129,7 +148,7 @@ class Meter:
         """Called by every process; the first bad step may be another's."""
         run = self.run
         first = min((step for step in run.world.gather(int(run.sums[3])) if step), default=1)
-        raise FloatingPointError(explain(run, run.world.broadcast(first) - 1))
+        raise NotFinite(run.world.broadcast(first) - 1)
 
 
 def _peak_memory(device: torch.device) -> float:

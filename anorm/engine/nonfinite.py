@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-from anorm.data.random import seed_of, stream
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from anorm.engine.run import Run
 
 
-def explain(run: Run, step: int) -> str:
-    """One sentence with the step and the first layer whose output, or gradient, is not finite. Called by every process.
+def explain(run: Run, step: int, backward: Callable[..., list[Tensor]]) -> str:
+    """Return one sentence with the step and the first layer whose output, or gradient, is not finite. Called by every process.
 
-    The step's own batch and dropout are drawn again. Non-finite gradients were not applied (except by optimizers that
+    backward: the loop's, run again on the step's own batch and dropout. Non-finite gradients were not applied (except by optimizers that
     cannot be told so on a GPU), so the weights are those of that step; on a GPU, or with several processes, which are
     asked every log.every steps, those of a step soon after it.
     """
-    where = [found for found in run.world.gather(_first(run, step)) if found]
+    where = [found for found in run.world.gather(_first(run, step, backward)) if found]
     first = (
         where[0]
         if where
@@ -33,7 +33,7 @@ def explain(run: Run, step: int) -> str:
     )
 
 
-def _first(run: Run, step: int) -> str | None:
+def _first(run: Run, step: int, backward: Callable[..., list[Tensor]]) -> str | None:
     for name, parameter in run.model.named_parameters():
         if not parameter.isfinite().all():
             return f"the weights {name}"
@@ -46,15 +46,11 @@ def _first(run: Run, step: int) -> str | None:
     run.model.train()
     run.model.zero_grad()
     try:
-        for k, batch in enumerate(next(iter(run.train.epoch(epoch, within)))):
-            number = run.train.micro_batch_number(k)
-            if not batch.inputs.isfinite().all():
+        batches = next(iter(run.train.epoch(epoch, within)))
+        for k, batch in enumerate(batches):
+            if not all(tensor.isfinite().all() for tensor in tree_leaves(batch.inputs) if torch.is_tensor(tensor)):
                 found.append("the images")
-            images, target = run.mixing.mix(batch.inputs, batch.targets, stream(run.settings.seed, "mix", step, number))
-            torch.manual_seed(seed_of(run.settings.seed, "dropout", step, number))
-            with run.autocast():
-                logits = run.model(images)
-            run.scaler.scale(run.mixing.loss(logits, target)).backward()
+            backward(run, run.plain, step, k, batch, len(batches))
     finally:
         for handle in handles:
             handle.remove()
@@ -67,7 +63,7 @@ def _watch(name: str, found: list[str]):
             found.append(f"the {what} of {name} ({type(layer).__name__})")
 
     def hook(layer: nn.Module, inputs: object, output: object) -> None:
-        for tensor in output if isinstance(output, tuple) else (output,):
+        for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 check(tensor, "output", layer)
                 if tensor.requires_grad:

@@ -78,7 +78,8 @@ class Record:
         """Bytes written so far."""
         return self._file.tell() if self.active else 0
 
-    def write(self, event: str, **fields: Any) -> None:
+    def write(self, event: str, board: str | None = None, **fields: Any) -> None:
+        """Append an event. board: the name of its curves in TensorBoard (default: the event's)."""
         if not self.active:
             return
         line = {"event": event, **{key: _plain(value) for key, value in fields.items()}}
@@ -88,7 +89,7 @@ class Record:
         if self._board and event in ("train", "eval"):
             for key, value in line.items():
                 if isinstance(value, float):
-                    self._board.add_scalar(f"{event}/{key}", value, line["step"])
+                    self._board.add_scalar(f"{board or event}/{key}", value, line["step"])
             self._board.flush()
 
     def _append(self, line: bytes) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anorm.config.settings import Settings
 from anorm.data.loaders import TrainLoader
-from anorm.data.mixing import Mixing
 from anorm.engine.device import Autocast
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
 from anorm.engine.record import Record
 from anorm.engine.schedule import WarmupCosine
 from anorm.processes.world import World
+from anorm.tasks.base import Task
 
 
 @dataclass
@@ -25,15 +26,28 @@ class Progress:
 
     step: int = 0
     evaluated: int = 0  # epochs evaluated
-    top1: float = 0.0
-    top5: float = 0.0
-    best_top1: float = -1.0
+    last: dict[str, dict[str, float]] = field(default_factory=dict)  # of the last evaluation: pair -> metrics
+    best: float | None = None  # of the task's ``best`` in the first pair
     best_epoch: int = 0
     seconds: float = 0.0
     train_seconds: float = 0.0  # of these, reading and computing training steps that were reported
     train_images: int = 0  # in them
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+
+    @property
+    def first(self) -> dict[str, float]:
+        """The last evaluation's metrics in the first pair of set and statistics; empty before one."""
+        return next(iter(self.last.values()), {})
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        """Return what a checkpoint holds; top1, top5 and best_top1 stand in those that classification alone wrote."""
+        if "best_top1" in state:
+            state = dict(state)
+            best, last = state.pop("best_top1"), {name: state.pop(name) for name in ("top1", "top5")}
+            state |= {"best": best, "last": {"val": last}} if best >= 0 else {}
+        return cls(**state)
 
 
 @dataclass
@@ -45,11 +59,12 @@ class Run:
     signature: str
     arch: str
     world: World
+    task: Task
     model: nn.Module  # the plain network: its names are those of checkpoints
+    plain: nn.Module  # what is called in training, neither compiled nor distributed: the task's module around the model
     network: nn.Module  # what is called in training: compiled, distributed
     evaluated: nn.Module  # what is called in evaluation
     train: TrainLoader
-    mixing: Mixing
     optimizer: torch.optim.Optimizer
     schedule: WarmupCosine
     scaler: torch.amp.GradScaler
@@ -58,7 +73,7 @@ class Run:
     ema: Ema | None
     record: Record
     progress: Progress
-    sums: Tensor  # on the device, since the last reading: loss, steps, steps skipped, first bad step + 1
+    sums: Tensor  # on the device, since the last reading: see Meter
     saved_step: int = -1  # of the last checkpoint that this process wrote
 
     @property
@@ -68,5 +83,5 @@ class Run:
     def close(self) -> None:
         """End the loaders' workers, close the log."""
         self.train.close()
-        self.evaluator.val.close()
+        self.evaluator.close()
         self.record.close()

@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from anorm.config.signature import EXCLUDED, counting_here, flatten
-from anorm.data.sources import Source
 from anorm.engine import checkpoint
 from anorm.engine.record import METRICS, final_metrics
 from anorm.files import write_atomic
@@ -23,10 +22,14 @@ CONFIG, CARD = "config.yaml", "data.json"
 
 
 def folder_for(config: dict, choices: dict[str, str], signature: str) -> Path:
-    """run_dir, or runs/ARCH-NORM-DATA-SETUP-sSEED-SIGNATURE under the present folder."""
+    """run_dir, or runs/ARCH-NORM-DATA-SETUP-sSEED-SIGNATURE under the present folder, with the
+    task before them where that is not classification.
+    """
     if config["run_dir"]:
         return Path(config["run_dir"]).expanduser().resolve()
+    task = choices.get("task", "classification")
     words = [choices[group].replace(":", "_") for group in ("arch", "norm", "data", "setup")]
+    words = words if task == "classification" else [task, *words]
     return Path("runs", "-".join([*words, f"s{config['seed']}", signature])).resolve()
 
 
@@ -87,25 +90,11 @@ def thaw(path: Path) -> tuple[dict, dict[str, str]]:
     return held, choices
 
 
-def write_data_card(folder: Path, source: Source) -> None:
-    """data.json: what a prediction needs to know about the data, so that it does not need the data; and which
+def write_data_card(folder: Path, card: dict) -> None:
+    """Write data.json: what a prediction needs to know about the data, so that it does not need the data; and which
     images the run is evaluated on.
     """
-    write_atomic(folder / CARD, json.dumps(data_card(source)).encode())
-
-
-def data_card(source: Source) -> dict:
-    """What ``write_data_card`` writes."""
-    crop = getattr(source.val, "crop", None)
-    return {
-        "classes": source.classes,
-        "images": source.val.identity,
-        "mean": source.mean,
-        "std": source.std,
-        "image_size": source.image_size,
-        "eval_resize": crop.short_side if crop else source.image_size,
-        "interpolation": crop.interpolation if crop else "bilinear",
-    }
+    write_atomic(folder / CARD, json.dumps(card).encode())
 
 
 def last_weights(folder: Path) -> Path:

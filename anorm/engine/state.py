@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from anorm.engine import checkpoint, optim
-from anorm.engine.evaluate import Result
+from anorm.engine.evaluate import Pair, Result
 from anorm.engine.run import Progress, Run
 from anorm.engine.statistics import gather_buffers, joined, with_buffers
 from anorm.files import write_atomic
-from anorm.processes.world import World
 
 
 def weights_state(run: Run) -> dict[str, Any]:
@@ -33,11 +29,11 @@ def weights_state(run: Run) -> dict[str, Any]:
     } | ({"ema": run.ema.model.state_dict()} if run.ema else {})
 
 
-def save(run: Run, before_joining: list[list[Tensor]] | None = None) -> list[list[Tensor]]:
+def save(run: Run, own_statistics: list[list[Tensor]] | None = None) -> list[list[Tensor]]:
     """last.ckpt: all that the next step depends on. Called by every process; rank 0 writes. The one before is kept,
     unless it is of the same step, before its evaluation.
 
-    Its weights hold the statistics of all processes joined; each process continues with its own. before_joining:
+    Its weights hold the statistics of all processes joined; each process continues with its own. own_statistics:
     the buffers of each before an evaluation joined them, so that ``join_again`` can join them in another way. Returns,
     on rank 0, those of each process as they are now.
     """
@@ -47,7 +43,7 @@ def save(run: Run, before_joining: list[list[Tensor]] | None = None) -> list[lis
     sums = world.gather(run.sums.cpu())
     if not world.main:
         return buffers
-    with going_on_without(run, "checkpoint"):
+    with warn_if_unwritable(run, "checkpoint"):
         run.record.write("checkpoint", step=run.progress.step)
         state = weights_state(run)
         how = run.settings.dist.stats
@@ -62,7 +58,7 @@ def save(run: Run, before_joining: list[list[Tensor]] | None = None) -> list[lis
                 "size": world.size,
                 "buffers": buffers,
                 "ema_buffers": ema_buffers,
-                "before_joining": before_joining or buffers,
+                "before_joining": own_statistics or buffers,
                 "sums": sums,
             },
             "log_offset": run.record.offset,
@@ -75,7 +71,7 @@ def save(run: Run, before_joining: list[list[Tensor]] | None = None) -> list[lis
 
 
 @contextmanager
-def going_on_without(run: Run, what: str) -> Iterator[None]:
+def warn_if_unwritable(run: Run, what: str) -> Iterator[None]:
     """Within: a file that cannot be written, as on a full disk, is a warning, but for the last step's."""
     try:
         yield
@@ -99,7 +95,7 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
     optim.lay_out_as_parameters(run.optimizer)
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
-    run.progress = Progress(**state["progress"])
+    run.progress = Progress.from_state(state["progress"])
     models = [(run.model, processes["buffers"])]
     if run.ema:
         run.ema.model.load_state_dict(state["ema"])
@@ -125,30 +121,19 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
 
 
 UNREADABLE = "unreadable.txt"
-PREDICTIONS = "predictions.npz"
-PREDICTIONS_EMA = "predictions_ema.npz"
+PREDICTIONS = "predictions"
+"""The stem of the files of an evaluation's rows; a task adds what it writes behind it."""
 
 
-def keep_predictions(path: Path, world: World, result: Result, identity: str) -> None:
-    """For every image of an evaluation, in the data set's order, what the weights made of it: index, label,
-    predicted (classes), top1, top5 (whether the label was first, or among five), confidence (of the predicted class).
-    data: the identity of the images, so that results of other images are not compared with these. Called by every
-    process; rank 0 writes.
+def keep_predictions(run: Run, found: dict[Pair, Result], suffix: str = "") -> None:
+    """Write what the network made of each image, in the data set's order: predictions.npz of the first pair of set and
+    statistics, predictions-SET-STATS.npz of the others (other tasks write other formats). Called on rank 0.
     """
-    columns = {
-        "index": result.index,
-        "label": result.label,
-        "predicted": result.predicted,
-        "top1": result.first,
-        "top5": result.among_five,
-        "confidence": result.confidence,
-    }
-    parts = world.gather([column.numpy() for column in columns.values()])
-    if world.main:
-        whole = (numpy.concatenate(column) for column in zip(*parts, strict=True))
-        content = io.BytesIO()
-        numpy.savez_compressed(content, data=numpy.array(identity), **dict(zip(columns, whole, strict=True)))
-        write_atomic(path, content.getvalue())
+    for number, (pair, result) in enumerate(found.items()):
+        name = f"{PREDICTIONS}{suffix}" + (f"-{pair.set}-{pair.stats}".replace("/", "_") if number else "")
+        identity = run.evaluator.sets[pair.set].identity
+        for ending, content in run.task.predictions(result.rows, identity).items():
+            write_atomic(run.folder / f"{name}{ending}", content)
 
 
 def list_unreadable(run: Run) -> int:
@@ -157,7 +142,7 @@ def list_unreadable(run: Run) -> int:
     """
     mine = [
         f"{split}: {message}"
-        for split, loader in (("train", run.train), ("val", run.evaluator.val))
+        for split, loader in (("train", run.train), *run.evaluator.sets.items())
         for message in loader.skipped.values()
     ]
     found = run.world.gather(mine)
@@ -167,7 +152,7 @@ def list_unreadable(run: Run) -> int:
     before = path.read_text().splitlines() if path.exists() else []
     lines = list(dict.fromkeys([*before, *sorted(itertools.chain(*found))]))
     if len(lines) > len(before):
-        with going_on_without(run, "list of unreadable files"):
+        with warn_if_unwritable(run, "list of unreadable files"):
             write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
     return len(lines)
 

@@ -246,12 +246,12 @@ def surgery(view: View) -> Section:
         whole, each, together = operate(run.model, seen, lambda: run.evaluate(evaluation))
     worst = max(each, key=lambda one: (one.top1, one.loss))
     found.said.append(
-        f"top-1 {whole.top1:.2f} % of {whole.images} evaluation images; gamma and beta averaged over "
+        f"top-1 {whole['top1']:.2f} % of {whole.images} evaluation images; gamma and beta averaged over "
         f"{min(view.images or len(train), len(train))} training images, one layer at a time: at most "
         f"{worst.top1:+.2f} points lost ({worst.name}); all {len(each)} at once: {together.top1:+.2f} points"
     )
     found.numbers = {
-        "top1": whole.top1, "loss": whole.loss, "images": whole.images,
+        "top1": whole["top1"], "loss": whole["loss"], "images": whole.images,
         "layers": {one.name: dataclasses.asdict(one) for one in each}, "all": dataclasses.asdict(together),
     }  # fmt: skip
     found.columns = {

@@ -55,19 +55,20 @@ class Subject:
         )
 
     def evaluate(self, batches: EvalLoader) -> Result:
-        return evaluate(self.model, batches, self.evaluator.world, self.evaluator.autocast)
+        own = self.evaluator
+        return evaluate(own.task, self.model, batches, own.world, own.autocast)
 
     def close(self) -> None:
         """Ends the workers."""
         self.evaluator.train.close()
-        self.evaluator.val.close()
+        self.evaluator.close()
 
     @contextmanager
     def as_evaluated(self) -> Iterator[Subject]:
         """Within: statistics as the run's evaluation takes them (eval.stats)."""
         self.model.eval()
         own = self.evaluator
-        with statistics_from(self.model, own.settings.stats, lambda: own.recalibrate(self.model)):
+        with statistics_from(self.model, own.pairs[0].stats, lambda: own.recalibrate(self.model)):
             yield self
 
 

@@ -63,8 +63,8 @@ def operate(
         finally:
             for each in names:
                 model.set_submodule(each, norms[each])
-        changed = float((now.first != whole.first).double().mean())
-        return Lost(name, whole.top1 - now.top1, now.loss - whole.loss, changed)
+        changed = float((now.rows["top1"] != whole.rows["top1"]).mean())
+        return Lost(name, whole["top1"] - now["top1"], now["loss"] - whole["loss"], changed)
 
     names = [name for name, one in seen.items() if one.by_instance]
     each = [lost(name, [name]) for name in names]

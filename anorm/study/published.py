@@ -21,12 +21,10 @@ from pathlib import Path
 
 import torch
 
-from anorm.build import create_source, evaluators
+from anorm.build import create_source, create_task, evaluator_for
 from anorm.config.complete import resolve
-from anorm.engine.runfolder import data_card
-from anorm.engine.state import PREDICTIONS, keep_predictions
+from anorm.engine.state import PREDICTIONS
 from anorm.files import file_digest, write_atomic
-from anorm.processes.world import World
 from anorm.registry import create_model
 from anorm.study.grid import Grid, Line
 from anorm.study.records import Images, Stamp, open_images, stamp_of
@@ -144,28 +142,27 @@ def _evaluate(file: Path, line: Line, runs_dir: Path, which: str) -> Published:
     config = resolve(line.config)
     config["hardware"] = config["hardware"] | {"processes": 1}
     source = create_source(config)
-    stamp = stamp_of(config, data_card(source), len(source.val), "published", PUBLISHED)
+    task = create_task(config, source.classes, len(source.mean))
+    stamp = stamp_of(config, task.card(source), len(source.val), "published", PUBLISHED)
     known = json.dumps([file_digest(file), line.likeness, source.identity, dataclasses.astuple(stamp)])
     folder = runs_dir / ".published" / hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
     if not (folder / RESULT).is_file():
         started = time.monotonic()
-        evaluator = evaluators(config, source.num_classes, file, source)(source.val)
-        found = evaluator()
+        (found,) = evaluator_for(config, source.classes, file, source)({"val": source.val})().values()
         folder.mkdir(parents=True, exist_ok=True)
-        keep_predictions(folder / PREDICTIONS, World(), found, source.val.identity)
+        for ending, content in task.predictions(found.rows, source.val.identity).items():
+            write_atomic(folder / f"{PREDICTIONS}{ending}", content)
         result = {
             "file": str(file),
             "row": line.label,
-            "top1": found.top1,
-            "top5": found.top5,
-            "loss": found.loss,
+            **found.values,
             "images": found.images,
             "seconds": time.monotonic() - started,
         }
         write_atomic(folder / RESULT, json.dumps(result, indent=1).encode())  # last: what is there is whole
     result = json.loads((folder / RESULT).read_text())
     print(
-        f"{which}: {Match(file, line)}, top-1 {result['top1']:.2f} % of {result['images']} images "
+        f"{which}: {Match(file, line)}, {task.words(result)} of {result['images']} images "
         f"({result['seconds']:.0f} s)",
         file=sys.stderr,
         flush=True,

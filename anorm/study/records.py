@@ -116,9 +116,9 @@ class Images:
 
 def open_images(folder: Path) -> Images:
     """What a folder holds of its final evaluation. Raises ValueError where that is nothing, or not of now."""
-    path = folder / PREDICTIONS
+    path = folder / f"{PREDICTIONS}.npz"
     if not path.is_file():
-        raise ValueError(f"{folder} has no {PREDICTIONS}: only finished runs can be compared image by image")
+        raise ValueError(f"{folder} has no {path.name}: only finished runs can be compared image by image")
     with np.load(path) as kept:
         if "data" not in kept or "label" not in kept:
             raise ValueError(

@@ -32,7 +32,7 @@ from anorm.data.transforms import Crop
 from anorm.engine.evaluate import Evaluator, Result
 from anorm.words import nearest
 
-On = Callable[[Dataset], Evaluator]
+On = Callable[[dict[str, Dataset]], Evaluator]
 
 FOLDERS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_c")
 SHIFTS = (*FOLDERS, "real")
@@ -113,8 +113,8 @@ class Shifted:
         left_out = len(synsets()) - self.classes
         subset = f", the logits of the other {left_out} left out" if left_out else ""
         return (
-            f"{self.name} ({self.folder}): top-1 {self.found.top1:.4f} % top-5 {self.found.top5:.4f} % loss "
-            f"{self.found.loss:.6f} ({self.found.images} images of {self.classes:,} classes{subset}; "
+            f"{self.name} ({self.folder}): top-1 {self.found['top1']:.4f} % top-5 {self.found['top5']:.4f} % loss "
+            f"{self.found['loss']:.6f} ({self.found.images} images of {self.classes:,} classes{subset}; "
             f"{protocol(config)})"
         )
 
@@ -124,7 +124,7 @@ def shifted(name: str, folder: Path, config: dict, on: On) -> Shifted:
     classes = synsets(name)
     kept = torch.tensor([place for place, synset in enumerate(synsets()) if synset in set(classes)])
     restrict = None if len(classes) == len(synsets()) else lambda network: Restricted(network, kept)
-    return Shifted(name, folder, len(classes), _evaluate(on(images_of(name, folder, config)), restrict))
+    return Shifted(name, folder, len(classes), _evaluate(on({name: images_of(name, folder, config)}), restrict))
 
 
 def images_of(name: str, folder: Path, config: dict, resize: int | None = None) -> EncodedImages:
@@ -185,9 +185,10 @@ class Restricted(nn.Module):
 
 def _evaluate(evaluator: Evaluator, wrap: Callable[[nn.Module], nn.Module] | None = None) -> Result:
     try:
-        return evaluator(called=wrap(evaluator.model) if wrap else None)
+        (found,) = evaluator(network=wrap(evaluator.model) if wrap else None).values()
+        return found
     finally:
-        evaluator.val.close()
+        evaluator.close()
 
 
 @dataclass(frozen=True)
@@ -244,9 +245,10 @@ def corrupted(folder: Path, config: dict, on: On) -> Corrupted:
     size = config["data"].get("image_size", 224)
     for name, place in _corruptions(folder).items():
         found = [
-            _evaluate(on(images_of("imagenet_c", place / str(s), config, resize=size))) for s in SEVERITIES
+            _evaluate(on({f"{name} {s}": images_of("imagenet_c", place / str(s), config, resize=size)}))
+            for s in SEVERITIES
         ]
-        top1[name], top5[name] = [f.top1 for f in found], [f.top5 for f in found]
+        top1[name], top5[name] = [f["top1"] for f in found], [f["top5"] for f in found]
         images += sum(f.images for f in found)
     return Corrupted(folder, top1, top5, images)
 
@@ -285,7 +287,7 @@ class Real:
     def words(self, config: dict) -> str:
         return (
             f"real: top-1 {self.top1:.4f} % top-5 {self.top5:.4f} % of the {self.images} images with ReaL "
-            f"labels; original labels: top-1 {self.original.top1:.4f} % top-5 {self.original.top5:.4f} % of "
+            f"labels; original labels: top-1 {self.original['top1']:.4f} % top-5 {self.original['top5']:.4f} % of "
             f"{self.original.images} images ({protocol(config)})"
         )
 
@@ -300,7 +302,7 @@ def real(labels: Path | None, config: dict, on: On) -> Real:
     if not isinstance(val, EncodedImages) or val.on_error != "error":
         raise ValueError("--shift real needs ImageNet's validation images as files, and data.on_error=error")
     judge = _real_labels([_official(val.store.name(i)) for i in range(len(val))], labels)
-    found = _evaluate(on(val), lambda network: Listening(network, judge.add_result))
+    found = _evaluate(on({"val": val}), lambda network: Listening(network, judge.add_result))
     accuracy = judge.get_accuracy()
     return Real(accuracy[1], accuracy[5], len(judge.is_correct[1]), found)
 

@@ -26,4 +26,4 @@ def test_compiling_that_changes_a_network_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: lambda images: 1.001 * model(images))
     model = create_model("convnet", "bn", 4)
     with pytest.raises(ValueError, match=r"changes this network's outputs by 0\.1 %"):
-        compiled(model, 2, 32, torch.device("cpu"), nullcontext, settings_from({}).hardware)
+        compiled(model, (torch.randn(2, 3, 32, 32),), torch.device("cpu"), nullcontext, settings_from({}).hardware)

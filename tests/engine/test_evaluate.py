@@ -11,47 +11,75 @@ from anorm import create_model, create_norm
 from anorm.build import evaluator
 from anorm.config.complete import accepted, complete, resolve
 from anorm.config.compose import compose
-from anorm.engine.evaluate import evaluate
+from anorm.data.sources.base import Batch
+from anorm.engine.evaluate import Pair, evaluate
 from anorm.engine.statistics import check_statistics, statistics_from
 from anorm.processes.world import World
+from anorm.tasks.classification import Classification
+
+
+class Batches(list):
+    """What an EvalLoader yields, without its data set."""
+
+    dataset = None
+
+
+def batches_of(images, labels, size=5):
+    whole = range(0, len(images), size)
+    indices = torch.arange(len(images))
+    return Batches(Batch(images[i : i + size], labels[i : i + size], indices[i : i + size]) for i in whole)
+
+
+TASK = Classification([f"class {k}" for k in range(7)])
 
 
 def test_evaluation_counts_every_image_once_and_its_columns_agree():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7)).double()
     images, labels = torch.randn(23, 3, 2, 2, dtype=torch.float64), torch.randint(7, (23,))
-    batches = [
-        (images[i : i + 5], labels[i : i + 5], torch.arange(i, min(i + 5, 23))) for i in range(0, 23, 5)
-    ]
-    result = evaluate(model, batches, World(), nullcontext)
+    result = evaluate(TASK, model, batches_of(images, labels), World(), nullcontext)
     logits = model(images)
+    five = logits.topk(5).indices == labels[:, None]
+    right = logits.argmax(1) == labels
     assert result.images == 23
-    assert result.top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
-    assert result.top5 == pytest.approx(
-        100 * (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
-    )
-    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-12)
-    assert torch.equal(result.index, torch.arange(23)) and torch.equal(
-        result.first, logits.argmax(1) == labels
-    )
-    assert torch.equal(result.label, labels) and torch.equal(result.predicted, logits.argmax(1))
-    torch.testing.assert_close(result.confidence, logits.softmax(1).amax(1))
+    assert result.values["top1"] == pytest.approx(100 * right.double().mean().item())
+    assert result.values["top5"] == pytest.approx(100 * five.any(1).double().mean().item())
+    assert result.values["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-12)
+    rows = {name: torch.as_tensor(column) for name, column in result.rows.items()}
+    assert torch.equal(rows["index"], torch.arange(23)) and torch.equal(rows["top1"], right)
+    assert torch.equal(rows["label"], labels) and torch.equal(rows["predicted"], logits.argmax(1))
+    torch.testing.assert_close(rows["confidence"], logits.softmax(1).amax(1))
 
 
-def test_a_process_without_images_has_columns_of_the_same_types():
-    """Columns of all processes are put together: one of another type would change that of the whole."""
+def test_processes_put_their_rows_into_the_order_of_the_data_set():
+    """Another process had the other batches, or none: sums are added, rows are ordered by their index."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7)).double()
+    images, labels = torch.randn(23, 3, 2, 2, dtype=torch.float64), torch.randint(7, (23,))
+    whole = batches_of(images, labels)
+    parts = []
 
-    class Two(World):
-        """Another process has four images, of which one is right."""
+    class Collecting(World):
+        def sum(self, sums):
+            parts.append(sums)
 
-        def sum(self, values):
-            values += torch.tensor([1, 4, 2.0, 4], dtype=values.dtype)
+        def gather(self, rows):
+            parts.append(rows)
+            return [rows]
 
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
-    batch = (torch.randn(4, 3, 2, 2), torch.randint(7, (4,)), torch.arange(4))
-    some, none = evaluate(model, [batch], World(), nullcontext), evaluate(model, [], Two(), nullcontext)
-    assert (none.images, none.top1, none.top5, none.loss) == (4, 25.0, 100.0, 0.5)
-    for name in ("index", "label", "predicted", "first", "among_five", "confidence"):
-        assert len(getattr(none, name)) == 0 and getattr(none, name).dtype == getattr(some, name).dtype, name
+    class Joining(World):
+        def sum(self, sums):
+            sums += sum(parts[0::2])
+
+        def gather(self, rows):
+            return [rows, *parts[1::2]]
+
+    evaluate(TASK, model, Batches(whole[1::2]), Collecting(), nullcontext)
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(TASK, model, Batches(), Collecting(), nullcontext)
+    found = evaluate(TASK, model, Batches(whole[0::2]), Joining(), nullcontext)
+    alone = evaluate(TASK, model, whole, World(), nullcontext)
+    assert found.images == 23 and found.values == pytest.approx(alone.values, rel=1e-12)
+    for name, column in alone.rows.items():
+        assert column.dtype == found.rows[name].dtype and (column == found.rows[name]).all(), name
 
 
 def test_an_evaluation_tunes_nothing_and_puts_back_what_it_finds(monkeypatch):
@@ -64,9 +92,8 @@ def test_an_evaluation_tunes_nothing_and_puts_back_what_it_finds(monkeypatch):
             return super().forward(x)
 
     model = nn.Sequential(nn.Flatten(), Watching(12, 7)).train()
-    evaluate(
-        model, [(torch.randn(4, 3, 2, 2), torch.randint(7, (4,)), torch.arange(4))], World(), nullcontext
-    )
+    batches = batches_of(torch.randn(4, 3, 2, 2), torch.randint(7, (4,)))
+    evaluate(TASK, model, batches, World(), nullcontext)
     assert seen == [(False, False)] and torch.backends.cudnn.benchmark and model.training
 
 
@@ -108,7 +135,8 @@ def test_recalibration_takes_so_many_plain_training_batches_and_no_dropout(norm)
     for seed in (1, 2):
         torch.manual_seed(seed)
         results.append(found())
-    assert results[0].loss == results[1].loss and torch.equal(results[0].confidence, results[1].confidence)
+    a, b = (one[Pair("val", "recalibrated")] for one in results)
+    assert a.values == b.values and (a.rows["confidence"] == b.rows["confidence"]).all()
     assert counts[: len(counts) // 2] == [0, 1, 2, 3, 4, 5, 5, 5]  # 21 images in batches of 8
     plain = [batch.inputs for step in found.train.epoch(found.unused_epoch) for batch in step][:5]
     assert all(torch.equal(a, b) for a, b in zip(inputs[:5], plain, strict=True))
@@ -159,3 +187,20 @@ def test_recalibrated_statistics_are_those_of_the_batches_and_are_put_back():
     hook.remove()
     for name, value in model.named_buffers():
         assert torch.equal(value, before[name]), name
+
+
+def test_every_set_is_evaluated_under_every_statistics():
+    asked = [*SMALL, "norm=bn", "eval.stats=[batch,running,recalibrated]", "eval.recalibrate_batches=2"]
+    found = evaluator(resolve(complete(compose(ROOT / "configs", asked, accepted).config)))
+    found.sets["again"] = found.val
+    results = found()
+    sources = ("batch", "running", "recalibrated")
+    assert list(results) == [Pair(name, source) for source in sources for name in ("val", "again")] == found.pairs
+    for source in sources:
+        assert results[Pair("val", source)].values == results[Pair("again", source)].values
+    assert len({results[Pair("val", source)].values["loss"] for source in sources}) == 3
+    for source in sources:  # as each by itself
+        alone = evaluator(
+            resolve(complete(compose(ROOT / "configs", [*asked, f"eval.stats={source}"], accepted).config))
+        )
+        assert alone()[Pair("val", source)].values == results[Pair("val", source)].values

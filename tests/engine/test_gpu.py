@@ -103,14 +103,14 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, dtype, impl):
         if watched:
             torch.cuda.set_sync_debug_mode("error")
         try:
-            loss, norm = train_step(run, step, batches)
+            losses, norm = train_step(run, step, batches)
             run.ema.update(run.model, 0.5)
-            meter.add(step, loss, norm)
+            meter.add(step, losses, norm)
         finally:
             if watched:
                 torch.cuda.set_sync_debug_mode("default")
     run.close()
-    assert loss.isfinite() and norm.isfinite() and run.sums[1] == len(steps)
+    assert losses[0].isfinite() and norm.isfinite() and run.sums[1] == len(steps)
 
 
 def test_precisions_agree_to_their_rounding(tmp_path):

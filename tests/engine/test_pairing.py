@@ -53,7 +53,7 @@ def seen(data, folder, norm, seed):
         id(p) for module in run.model.modules() if isinstance(module, Norm) for p in module.parameters()
     }
     start = {name: p.detach().clone() for name, p in run.model.named_parameters() if id(p) not in of_norms}
-    inputs, targets, mix = [], [], run.mixing.mix
+    inputs, targets, mix = [], [], run.task.mixing.mix
 
     def listen(module, arguments):
         if module.training:
@@ -65,7 +65,7 @@ def seen(data, folder, norm, seed):
         return images, target
 
     run.network.register_forward_pre_hook(listen)
-    run.mixing.mix = mixed
+    run.task.mixing.mix = mixed
     try:
         fit(run)
     finally:

@@ -13,11 +13,15 @@ from anorm.engine.device import nullcontext
 from anorm.engine.evaluate import evaluate
 from anorm.inside import landscape, mixtures, probes, surgery
 from anorm.processes.world import World
+from anorm.tasks.classification import Classification
 
 
 def network(norm, seed=0, **options):
     torch.manual_seed(seed)
     return anorm.create_model("convnet", {"name": norm, **options}, num_classes=4, image_size=8).eval()
+
+
+TASK = Classification([f"class {k}" for k in range(4)])
 
 
 def images(count=24, batch=8):
@@ -29,7 +33,7 @@ def seen(model):
 
 
 def result(model):
-    return evaluate(model, images(), World(), nullcontext)
+    return evaluate(TASK, model, images(), World(), nullcontext)
 
 
 # mixtures
@@ -170,7 +174,7 @@ def test_surgery_gives_every_image_the_mean_affine():
     torch.testing.assert_close(averaged(x), expected)
     whole, each, together = surgery.operate(model, found, lambda: result(model))
     assert model.bn1 is kept and together.name == "all of them"
-    assert whole.top1 == result(model).top1 and any(one.loss != 0 for one in each)
+    assert whole["top1"] == result(model)["top1"] and any(one.loss != 0 for one in each)
 
 
 def test_surgery_operates_on_laws_of_the_instance_alone():

@@ -18,6 +18,7 @@ from anorm.engine.evaluate import Evaluator
 from anorm.processes.world import World
 from anorm.registry import create_model
 from anorm.study import shift
+from anorm.tasks.classification import Classification
 
 CONFIG = {
     "data": {"image_size": SIDE, "eval_resize": SIDE, "cache": False},
@@ -28,7 +29,8 @@ CONFIG = {
 
 def on(images):
     model = Rule(IMAGENET_MEAN, IMAGENET_STD)
-    return Evaluator(model, None, EvalLoader(images, 64), World(), nullcontext, Eval(), 1)
+    loaders = {name: EvalLoader(of_set, 64) for name, of_set in images.items()}
+    return Evaluator(Classification(SYNSETS), model, None, loaders, World(), nullcontext, Eval(), 1)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +46,10 @@ def test_logits_of_other_classes_are_left_out(name, tmp_path):
     (folder / "README.txt").write_text("as in the published archive")
     found = shift.shifted(f"imagenet_{name}", folder, CONFIG, on)
     first = [right_first(label, set(labels)) for label in labels]
-    assert found.found.top1 == pytest.approx(100 * sum(first) / 200)
-    assert found.found.top5 == pytest.approx(100 * sum(map(right_among_five, labels)) / 200)
+    assert found.found["top1"] == pytest.approx(100 * sum(first) / 200)
+    assert found.found["top5"] == pytest.approx(100 * sum(map(right_among_five, labels)) / 200)
     assert sum(first) > sum(right_first(label, range(1000)) for label in labels)  # it matters
-    assert sorted(found.found.label.tolist()) == labels
+    assert sorted(found.found.rows["label"].tolist()) == labels
     said = found.words(CONFIG)
     assert "200 images of 200 classes, the logits of the other 800 left out; 8 px of 8, bilinear" in said
 
@@ -55,14 +57,14 @@ def test_logits_of_other_classes_are_left_out(name, tmp_path):
 def test_all_classes_by_wordnet_id(every):
     found = shift.shifted("imagenet_sketch", every, CONFIG, on).found
     # even classes, and none of the odd; among five the odd ones without the factor 3 (167 of 500 have it)
-    assert (found.top1, found.top5, found.images) == (50.0, pytest.approx(83.3), 1000)
+    assert (found["top1"], found["top5"], found.images) == (50.0, pytest.approx(83.3), 1000)
     assert "left out" not in shift.Shifted("imagenet_sketch", every, 1000, found).words(CONFIG)
 
 
 def test_numbered_folders_are_numbers(tmp_path):
     """ImageNet-V2 as published: sorted as words 10 comes before 2, and every label would be wrong."""
     found = shift.shifted("imagenet_v2", write_classes(tmp_path / "v2", name=str), CONFIG, on).found
-    assert found.top1 == 50.0 and sorted(found.label.tolist()) == list(range(1000))
+    assert found["top1"] == 50.0 and sorted(found.rows["label"].tolist()) == list(range(1000))
 
 
 def test_folders_with_other_classes_are_refused(tmp_path, every):
@@ -176,7 +178,7 @@ def test_real_labels(validation, tmp_path):
     (tmp_path / "real.json").write_text(json.dumps(labels))
     found = shift.real(tmp_path / "real.json", real_config(validation), on)
     assert (found.top1, found.top5, found.images) == (100.0, 100.0, 400)
-    assert (found.original.top1, found.original.images) == (50.0, 1000)
+    assert (found.original["top1"], found.original.images) == (50.0, 1000)
     only_odd = [[k] if k % 2 else [] for k in range(1000)]  # 167 of the 500 come last
     (tmp_path / "real.json").write_text(json.dumps(only_odd))
     found = shift.real(tmp_path / "real.json", real_config(validation), on)

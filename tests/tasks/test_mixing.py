@@ -4,8 +4,8 @@ import numpy
 import pytest
 import torch
 
-from anorm.data.mixing import Mixing, Target
 from anorm.data.random import stream
+from anorm.tasks.mixing import Mixing, Target
 
 LOSS = Path(__file__).parent / "arrays" / "loss.npz"
 
