@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import yaml
-from commands import network_of, ROOT
+from commands import ROOT, network_of
 
 from anorm.config.complete import accepted, complete
 from anorm.config.compose import GROUPS, choices, compose

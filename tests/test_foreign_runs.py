@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from commands import network_of, SMALL, script, train
+from commands import SMALL, network_of, script, train
 
 from anorm.engine.record import read_metrics
 

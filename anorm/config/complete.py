@@ -11,8 +11,8 @@ import inspect
 
 from anorm import tasks
 from anorm.archs import foreign
-from anorm.config.machine import Machine, check_batches, decide
 from anorm.config.compose import BUILT
+from anorm.config.machine import Machine, check_batches, decide
 from anorm.config.settings import sections, settings_from
 from anorm.data import sources
 from anorm.norms.build import norm_classes

@@ -14,7 +14,7 @@ from anorm.config.settings import Eval
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.random import seed_of
 from anorm.engine.device import Autocast
-from anorm.engine.statistics import check_statistics, join_statistics, statistics_from
+from anorm.engine.statistics import check_statistics, join_statistics, norms_with_statistics, statistics_from
 from anorm.processes.world import World
 from anorm.tasks.base import Rows, Task
 
