@@ -10,4 +10,21 @@ from anorm.registry import create_model, create_norm, list_archs, list_norms
 from anorm.weights import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["convert", "create_model", "create_norm", "list_archs", "list_norms", "load_weights"]
+__all__ = [
+    "convert",
+    "create_detector",
+    "create_model",
+    "create_norm",
+    "list_archs",
+    "list_norms",
+    "load_weights",
+]
+
+
+def __getattr__(name: str):
+    """``create_detector``, imported when it is asked for: classification does not need it."""
+    if name != "create_detector":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from anorm.detection.detectors import create_detector
+
+    return create_detector

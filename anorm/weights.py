@@ -81,7 +81,8 @@ def load_weights(
     for prefix in _wrapper_prefixes(model.state_dict()):
         model = model.get_submodule(prefix.removesuffix("."))
     target = model.state_dict(keep_vars=True)
-    report, fits, names = compare(target, state, path)
+    # a detector knows other programs' names for its parts
+    report, fits, names = compare(target, state, path, getattr(model, "translate_names", translate))
     if head == "replace":
         _forgive_head(model, report, fits)
     if strict and not report.complete:
@@ -96,13 +97,17 @@ def load_weights(
 
 
 def compare(
-    target: dict[str, Tensor], state: dict[str, Tensor], path: str | Path = "the file"
+    target: dict[str, Tensor],
+    state: dict[str, Tensor],
+    path: str | Path = "the file",
+    naming: Callable[[dict, Iterable[str]], tuple[str, dict[str, str]]] | None = None,
 ) -> tuple[LoadReport, dict[str, Tensor], dict[str, str]]:
     """What of a file's ``state`` has a place in a network's state_dict ``target``; copies nothing, so both
     may be on the meta device. Returns the report, {name in the network: tensor in its shape}, {name in the
-    file: name in the network}.
+    file: name in the network}. ``naming``: in place of ``translate``.
     """
-    style, names = translate({name: tuple(value.shape) for name, value in state.items()}, target)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    style, names = (naming or translate)(shapes, target)
     report = LoadReport(str(path), style)
     fits: dict[str, Tensor] = {}
     for name, value in state.items():

@@ -17,7 +17,7 @@ from anorm.ops.hot import HotLaw
 
 __all__ = ["Choice", "Norm", "ParamNeeds", "Parts", "RunningNorm", "Site", "fully_connected"]
 
-ROLES = ("stem", "reduce", "spatial", "expand", "shortcut", "transition", "final")
+ROLES = ("stem", "reduce", "spatial", "expand", "shortcut", "transition", "final", "lateral", "output", "box", "mask")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Placement:
         name: the law.
         place: where it stands. "published" (default): where its paper puts it (AN at the focus, SE at a block's last
             norm, the others everywhere); "all"; "focus", "last", "block" (every norm inside blocks); a role (stem,
-            reduce, spatial, expand, shortcut, transition, final); a number 1, 2, 3: that norm of every block; a list
+            reduce, spatial, expand, shortcut, transition, final; of detectors lateral, output, box, mask); a number 1, 2, 3: that norm of every block; a list
             of these (any of them); or {at: ..., stages: [3, 4]} to keep to some stages (counted from 1).
         elsewhere: the law for all other sites, a name or {name: ..., options}; default: the law's own (the base norm
             of AN and SE, BN for the others).
