@@ -8,7 +8,6 @@ import torch
 from recipe_weights import arrays, described, fill, unpack
 
 import anorm
-from anorm.detection.detectors import Detector
 from anorm.norms.base import Norm
 
 PUBLISHED = {
