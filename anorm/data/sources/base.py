@@ -164,6 +164,10 @@ class Source:
         return self.train.image_size
 
     @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    @property
     def num_classes(self) -> int:
         return len(self.classes)
 

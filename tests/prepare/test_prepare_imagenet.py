@@ -19,9 +19,10 @@ import torch
 from photographs import difference, picture
 from PIL import Image
 
-from anorm.data import archives, shards
+from anorm.data import shards
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.sources import create
+from anorm.prepare import archives
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_imagenet.py"
 WNIDS = ["n01440764", "n01443537", "n01484850"]
@@ -239,13 +240,12 @@ def test_workers_end_with_the_preparation_that_was_killed(official, tmp_path, ma
     """And while it lives another one is refused."""
     out = tmp_path / "shards"
     command = ["--from", str(official), "--to", str(out), "--any", "--format", "shards", "--short-side", "32"]
-    slow = f"""if True:
+    slow = """if True:
         import os, pathlib, sys, time
-        sys.path.insert(0, {str(TOOL.parent)!r})
-        import prepare_imagenet as tool
+        from anorm.prepare import imagenet as tool
         with tool.alone(pathlib.Path(sys.argv[1])):
             for _ in tool.in_processes(((split, tool.Job("", [], None, 0, 0)) for split in ["train"] * 9), 2):
-                children = pathlib.Path(f"/proc/self/task/{{os.getpid()}}/children").read_text()
+                children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text()
                 print(children, flush=True)
                 time.sleep(600)
     """

@@ -1,0 +1,1 @@
+"""Preparing ImageNet for training: from its official files to class folders or indexed tar shards."""
