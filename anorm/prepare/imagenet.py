@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anorm.data import shards
+from anorm.files import file_digest, write_atomic
 from anorm.processes.interrupt import end_with_parent
 from anorm.prepare import archives
 from anorm.prepare.archives import Item
@@ -168,21 +168,9 @@ def check_md5(source: Path) -> None:
     for name, expected in archives.MD5.items():
         if (source / name).is_file():
             print(f"checking {name} ...", flush=True)
-            with open(source / name, "rb") as file:
-                found = (
-                    hashlib.file_digest(file, "md5").hexdigest()
-                    if sys.version_info >= (3, 11)
-                    else _md5(file)
-                )
+            found = file_digest(source / name, "md5")
             if found != expected:
                 raise ValueError(f"{source / name} has MD5 {found}, not {expected}: download it again")
-
-
-def _md5(file) -> str:
-    digest = hashlib.md5()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def check_same_plan(asked: Preparation, items: dict[str, list[Item]]) -> None:
@@ -203,9 +191,7 @@ def check_same_plan(asked: Preparation, items: dict[str, list[Item]]) -> None:
             odd = ", ".join(key for key in now if before.get(key) != now[key])
             raise ValueError(f"{asked.to} was begun with other {odd}: give the same options, or another --to")
     else:
-        partial = path.with_name("prepared.json.partial")
-        partial.write_text(json.dumps(now))
-        os.replace(partial, path)
+        write_atomic(path, json.dumps(now).encode())
 
 
 def check_space(asked: Preparation, items: dict[str, list[Item]]) -> None:
