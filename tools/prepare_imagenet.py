@@ -53,8 +53,8 @@ def main(argv: list[str]) -> int:
     """Prepare, or index; the exit status is 2 for an error that the user can mend."""
     asked = parse(argv)
 
-    from anorm.processes.errors import user_errors
     from anorm.prepare.imagenet import Preparation, check_md5, index, prepare
+    from anorm.processes.errors import user_errors
 
     with user_errors() as outcome:
         if asked.index is not None:

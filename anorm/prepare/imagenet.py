@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 from anorm.data import shards
 from anorm.files import file_digest, write_atomic
-from anorm.processes.interrupt import end_with_parent
 from anorm.prepare import archives
 from anorm.prepare.archives import Item
+from anorm.processes.interrupt import end_with_parent
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
 CLASSES = 1000
