@@ -38,7 +38,7 @@ from anorm.engine.meter import Meter
 from anorm.engine.record import Record, environment
 from anorm.engine.run import Progress, Run
 from anorm.engine.runfolder import CARD, last_weights, write_data_card
-from anorm.engine.schedule import WarmupCosine
+from anorm.engine.schedule import create_schedule
 from anorm.engine.state import restore
 from anorm.engine.statistics import join_again
 from anorm.norms.base import Norm
@@ -127,12 +127,8 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
         evaluated=model,
         train=train,
         optimizer=optim.create_optimizer(groups, settings.optim),
-        schedule=WarmupCosine(
-            settings.optim.peak_lr,
-            settings.epochs,
-            train.steps_per_epoch,
-            settings.schedule.warmup_epochs,
-            settings.schedule.floor,
+        schedule=create_schedule(
+            settings.schedule, settings.optim.peak_lr, settings.epochs, train.steps_per_epoch
         ),
         scaler=torch.amp.GradScaler(device.type, init_scale=scale, enabled=hardware.dtype == "fp16"),
         autocast=autocast_of(hardware, device),

@@ -46,13 +46,52 @@ class Optim:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine to ``floor`` (a fraction of the peak), a value for every iteration."""
+    """The learning rate of every iteration: a linear warm-up, then what ``name`` says (``anorm.engine.schedule``).
 
+    cosine: half a cosine down to ``floor``. step: times ``factor`` at each of ``milestones``. alrs: times ``factor`` after
+    an epoch whose mean loss fell by less than ``tolerance``, absolutely and as a part. A key of another schedule is refused.
+    """
+
+    name: str = "cosine"
     warmup_epochs: float = 5.0
-    floor: float = 0.0
+    floor: float = 0.0  # cosine: the last rate as a fraction of the peak
+    milestones: list = field(default_factory=list)  # step: in epochs
+    factor: float | None = None  # step: 0.1; alrs: 0.97
+    tolerance: float | None = None  # alrs: 0.01
+    warmup_steps: int | None = None  # step: takes the place of warmup_epochs
+    warmup_from: float = 0.0  # with warmup_steps: the first rate as a fraction of the peak
 
     def __post_init__(self):
-        not_negative("schedule", self, "warmup_epochs", "floor")
+        one_of("schedule", self, "name", tuple(OF_SCHEDULE))
+        not_negative("schedule", self, "warmup_epochs", "floor", "warmup_from")
+        positive("schedule", self, "factor", "tolerance", "warmup_steps")
+        own, plain = OF_SCHEDULE[self.name], {f.name: f.default for f in dataclasses.fields(self)}
+        for key in (key for keys in OF_SCHEDULE.values() for key in keys if key not in own):
+            value = getattr(self, key)
+            if value and value != plain[key]:
+                raise ValueError(
+                    f"schedule.{key}={value} is not for schedule.name={self.name}, which takes warmup_epochs, "
+                    f"{', '.join(own)}"
+                )
+        if self.name == "step":
+            marks = self.milestones
+            numbers = all(isinstance(m, (int, float)) and not isinstance(m, bool) and m > 0 for m in marks)
+            if not marks or not numbers or sorted(set(marks)) != list(marks):
+                raise ValueError(
+                    f"schedule.milestones={marks} must be rising numbers of epochs, such as [30,60,90]"
+                )
+        if self.warmup_from and (self.warmup_steps is None or self.warmup_from > 1):
+            raise ValueError(
+                f"schedule.warmup_from={self.warmup_from:g} is a fraction of the peak, for schedule.warmup_steps=N"
+            )
+
+
+OF_SCHEDULE = {
+    "cosine": ("floor",),
+    "step": ("milestones", "factor", "warmup_steps", "warmup_from"),
+    "alrs": ("factor", "tolerance"),
+}
+"""The keys of each schedule besides warmup_epochs."""
 
 
 @dataclass(frozen=True)
@@ -204,10 +243,15 @@ class Settings:
         not_negative("", self, "seed")
         one_of("", self, "resume", ("auto", "never"))
         one_of("", self, "faithful", ("paper", "code"))
-        if self.schedule.warmup_epochs >= self.epochs and self.epochs > 0 and self.schedule.warmup_epochs > 0:
+        of = self.schedule
+        if of.warmup_steps is None and of.warmup_epochs >= self.epochs and of.warmup_epochs > 0:
             raise ValueError(
-                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of "
+                f"schedule.warmup_epochs={of.warmup_epochs:g} leaves nothing of "
                 f"epochs={self.epochs}: set schedule.warmup_epochs={self.epochs // 10} or more epochs"
+            )
+        if of.milestones and of.milestones[-1] >= self.epochs:
+            raise ValueError(
+                f"schedule.milestones={of.milestones} are not all below epochs={self.epochs}: the last is never reached"
             )
 
 
@@ -216,9 +260,7 @@ def settings_from(config: dict) -> Settings:
 
     Raises ValueError with the key, the value and what is accepted.
     """
-    return _checked(
-        Settings, {key: value for key, value in config.items() if key not in BUILT}, ""
-    )
+    return _checked(Settings, {key: value for key, value in config.items() if key not in BUILT}, "")
 
 
 def sections() -> dict[str, type]:
@@ -259,7 +301,12 @@ _WORDS = {
 def _typed(hint: Any, value: Any, path: str) -> Any:
     """``value`` as one of the types in ``hint``; an int is accepted (and converted) where a float is asked for."""
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, (str, int)) and not isinstance(value, bool) and list in accepted and str not in accepted:
+    if (
+        isinstance(value, (str, int))
+        and not isinstance(value, bool)
+        and list in accepted
+        and str not in accepted
+    ):
         return [value]
     for kind in accepted:
         if kind in (int, float) and isinstance(value, bool):

@@ -30,6 +30,17 @@ EXCLUDED = (
 )
 """Keys, or sections, that leave the mathematics as it is. ``hardware.dtype`` and ``hardware.loss_scale`` do not."""
 
+ADDED = {
+    "task.name": "classification",
+    "schedule.name": "cosine",
+    "schedule.milestones": [],
+    "schedule.factor": None,
+    "schedule.tolerance": None,
+    "schedule.warmup_steps": None,
+    "schedule.warmup_from": 0.0,
+}
+"""Keys that came later, with the values by which runs that are older than them keep their signature."""
+
 
 def signature(config: dict, data_identity: str, processes: int) -> str:
     """Ten hexadecimal digits. ``config``: complete and resolved, so that a default counts like the same value typed.
@@ -37,9 +48,11 @@ def signature(config: dict, data_identity: str, processes: int) -> str:
     The number of processes counts only where statistics are pooled over them (norm.sync), or are those of evaluation's
     batches (eval.stats=batch).
     """
-    counted = {key: value for key, value in flatten(config).items() if not _excluded(key)}
-    if counted.get("task.name") == "classification":
-        del counted["task.name"]  # runs are older than other tasks
+    counted = {
+        key: value
+        for key, value in flatten(config).items()
+        if not _excluded(key) and not (key in ADDED and value == ADDED[key])
+    }
     counted["data.identity"] = data_identity
     if config.get("weights"):
         if not Path(config["weights"]).is_file():

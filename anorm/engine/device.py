@@ -35,7 +35,10 @@ def compiled(
         pairs = list(zip(tree_leaves(model(*inputs)), tree_leaves(faster(*inputs)), strict=True))
     model.train()
     difference = max(
-        ((found.float() - expected.float()).abs().max() / expected.float().abs().max() for expected, found in pairs)
+        (
+            (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+            for expected, found in pairs
+        )
     )
     # a few hundred roundings of the arithmetic's precision: 2^-11 of fp16 and tf32, 2^-8 of bf16, 2^-24 of fp32
     allowed = {"fp16": 0.05, "tf32": 0.05, "bf16": 0.2}.get(hardware.dtype, 1e-4)

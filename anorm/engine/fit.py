@@ -121,6 +121,8 @@ def train_epoch(
         if progress.step % settings.log.every == 0 or progress.step % run.train.steps_per_epoch == 0:
             meter.report(epoch, run.schedule(step))
             gc.collect(0 if progress.step % run.train.steps_per_epoch else 2)
+        if progress.step % run.train.steps_per_epoch == 0:  # before a checkpoint is written of this step
+            run.schedule.epoch_ended(epoch, meter.epoch_mean())
         run.record.advance(progress.step)
         if save_due.now(progress.step) and world.main:
             agreement.ask_to_save()
@@ -161,7 +163,9 @@ def backward(run: Run, network: nn.Module, step: int, k: int, batch: Batch, of: 
     """Forward, loss and backward of the ``k``-th of ``of`` micro-batches that this process has in ``step``. Returns each
     of the task's losses over ``of``: their sums over the micro-batches are means over the global batch, as are gradients.
     """
-    number = run.train.micro_batch_number(k)  # in the global batch: draws do not depend on the number of processes
+    number = run.train.micro_batch_number(
+        k
+    )  # in the global batch: draws do not depend on the number of processes
     inputs, target = run.task.prepare(batch, stream(run.settings.seed, "mix", step, number))
     torch.manual_seed(seed_of(run.settings.seed, "dropout", step, number))
     with run.autocast():

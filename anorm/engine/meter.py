@@ -109,6 +109,8 @@ class Meter:
         if bad:
             self._stop()
         run.sums.zero_()
+        progress.epoch_loss += loss_sum / world.size
+        progress.epoch_steps += steps / world.size
         progress.skipped_steps += int(skipped / world.size)
         in_a_row = progress.skipped_in_a_row + int(steps / world.size)
         progress.skipped_in_a_row = in_a_row if skipped == steps else 0
@@ -143,6 +145,17 @@ class Meter:
             f"{100 * fields['data_wait']:.0f} %",
         )
         self.wait, self.steps, self.since = 0.0, 0, time.perf_counter()
+
+    def epoch_mean(self) -> float:
+        """Return the mean loss of an epoch's steps over all processes, from their reports; the next epoch begins.
+
+        Reports cut the sum anywhere without changing it: losses are float32 or less precise, and float64 holds sums of a
+        million of one size exactly.
+        """
+        progress = self.run.progress
+        mean = progress.epoch_loss / progress.epoch_steps
+        progress.epoch_loss = progress.epoch_steps = 0.0
+        return mean
 
     def _stop(self) -> None:
         """Called by every process; the first bad step may be another's."""

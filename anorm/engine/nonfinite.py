@@ -48,7 +48,9 @@ def _first(run: Run, step: int, backward: Callable[..., list[Tensor]]) -> str | 
     try:
         batches = next(iter(run.train.epoch(epoch, within)))
         for k, batch in enumerate(batches):
-            if not all(tensor.isfinite().all() for tensor in tree_leaves(batch.inputs) if torch.is_tensor(tensor)):
+            if not all(
+                tensor.isfinite().all() for tensor in tree_leaves(batch.inputs) if torch.is_tensor(tensor)
+            ):
                 found.append("the images")
             backward(run, run.plain, step, k, batch, len(batches))
     finally:

@@ -15,7 +15,7 @@ from anorm.engine.device import Autocast
 from anorm.engine.ema import Ema
 from anorm.engine.evaluate import Evaluator
 from anorm.engine.record import Record
-from anorm.engine.schedule import WarmupCosine
+from anorm.engine.schedule import Schedule
 from anorm.processes.world import World
 from anorm.tasks.base import Task
 
@@ -34,6 +34,8 @@ class Progress:
     train_images: int = 0  # in them
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    epoch_loss: float = 0.0  # of the steps of this epoch that were reported, summed
+    epoch_steps: float = 0.0
 
     @property
     def first(self) -> dict[str, float]:
@@ -61,12 +63,14 @@ class Run:
     world: World
     task: Task
     model: nn.Module  # the plain network: its names are those of checkpoints
-    plain: nn.Module  # what is called in training, neither compiled nor distributed: the task's module around the model
+    plain: (
+        nn.Module
+    )  # what is called in training, neither compiled nor distributed: the task's module around the model
     network: nn.Module  # what is called in training: compiled, distributed
     evaluated: nn.Module  # what is called in evaluation
     train: TrainLoader
     optimizer: torch.optim.Optimizer
-    schedule: WarmupCosine
+    schedule: Schedule
     scaler: torch.amp.GradScaler
     autocast: Autocast
     evaluator: Evaluator

@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Alrs", "Schedule", "Steps", "WarmupCosine"]
+from anorm.config import settings
+
+__all__ = ["Alrs", "Schedule", "Steps", "WarmupCosine", "create_schedule"]
 
 
 class Schedule(ABC):
@@ -133,3 +135,16 @@ class Alrs(Schedule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scale, self.last_loss = state["scale"], state["last_loss"]
+
+
+def create_schedule(asked: settings.Schedule, peak: float, epochs: int, steps_per_epoch: int) -> Schedule:
+    """Return the schedule that ``asked.name`` names. peak: the rate that ``optim.lr`` comes to."""
+    if asked.name == "cosine":
+        return WarmupCosine(peak, epochs, steps_per_epoch, asked.warmup_epochs, asked.floor)
+    given = {} if asked.factor is None else {"factor": asked.factor}
+    if asked.name == "step":
+        warmup = (asked.warmup_epochs, asked.warmup_steps, asked.warmup_from)
+        return Steps(peak, steps_per_epoch, tuple(asked.milestones), given.get("factor", 0.1), *warmup)
+    assert asked.name == "alrs", asked.name
+    given |= {} if asked.tolerance is None else {"tolerance": asked.tolerance}
+    return Alrs(peak, steps_per_epoch, warmup_epochs=asked.warmup_epochs, **given)

@@ -53,6 +53,7 @@ def save(run: Run, own_statistics: list[list[Tensor]] | None = None) -> list[lis
         state |= {
             "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(),
+            "schedule": run.schedule.state_dict(),
             "ema_steps": run.ema.steps if run.ema else 0,
             "processes": {
                 "size": world.size,
@@ -95,6 +96,7 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
     optim.lay_out_as_parameters(run.optimizer)
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
+    run.schedule.load_state_dict(state.get("schedule", {}))
     run.progress = Progress.from_state(state["progress"])
     models = [(run.model, processes["buffers"])]
     if run.ema:
