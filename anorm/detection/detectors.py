@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 
@@ -19,6 +18,7 @@ from anorm.detection.htc import SemanticHead
 from anorm.detection.roi import CASCADE, SINGLE, BoxHead, MaskHead, Original, RoIHeads
 from anorm.norms.placement import Placement
 from anorm.registry import create_model
+from anorm.words import nearest
 
 __all__ = ["DETECTORS", "Backbone", "Detector", "create_detector"]
 
@@ -201,13 +201,11 @@ def create_detector(
     Raises ValueError for what does not exist, naming what does.
     """
     if name not in DETECTORS:
-        near = difflib.get_close_matches(str(name), DETECTORS, n=1) or list(DETECTORS)
-        raise ValueError(f"unknown detector {name!r}; try {', '.join(near)}")
+        raise ValueError(f"unknown detector {name!r}{nearest(str(name), DETECTORS)}")
     known = [p.name for p in inspect.signature(_assemble).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=3) or known
-            raise ValueError(f"a detector has no option {option!r}; it has {', '.join(near)}")
+            raise ValueError(f"a detector has no option {option!r}{nearest(option, known)}")
     for what, value, least in (("num_classes", num_classes, 1), ("semantic_classes", semantic_classes, 0)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{what}={value!r} must be a number from {least} on")

@@ -34,7 +34,7 @@ class Geometry:
         by_score: detections come out by score also when they are few; otherwise class by class.
         weak_matches: in the RoI heads too a ground truth takes its best boxes below the threshold for positives.
         inside: only anchors inside the image train the RPN.
-        least: proposals must be wider and higher than this many pixels.
+        least, least_found: proposals must be wider and higher than this many pixels, detections at least as wide.
         targets, window: mask targets, and the interpolation that pastes a mask (``anorm.detection.masks``).
         at_least_half: a pixel of exactly one half belongs to a mask.
     """
@@ -51,6 +51,7 @@ class Geometry:
     weak_matches: bool = True
     inside: bool = True
     least: float = 0.0
+    least_found: float = 0.0
     level_eps_inside: bool = True
 
     def sizes(self, boxes: Tensor) -> Tensor:
@@ -158,6 +159,7 @@ TORCHVISION = Geometry(
     weak_matches=False,
     inside=False,
     least=1e-3,
+    least_found=1e-2,
     level_eps_inside=False,
 )
 GEOMETRIES = {g.name: g for g in (MODERN, LEGACY, TORCHVISION)}

@@ -273,7 +273,7 @@ class RoIHeads(nn.Module):
             )
             start += len(sample_.boxes)
         label, chosen = torch.cat(labels), torch.cat(chosen)
-        columns = deltas.view(len(deltas), -1, 4)
+        columns = deltas.unflatten(1, (deltas.shape[1] // 4, 4))
         which = label[chosen] if columns.shape[1] > 1 else torch.zeros_like(chosen)
         box = smooth_l1(columns[chosen, which], torch.cat(wanted), beta=1.0)
         cls = F.cross_entropy(logits, label, reduction="sum")
@@ -348,11 +348,13 @@ class RoIHeads(nn.Module):
     def _choose(self, boxes: Tensor, deltas: Tensor, scores: Tensor, size, original: Original):
         """Detections of one image: candidates above the least score, class by class, then NMS within each class."""
         label, roi = (scores[:, 1:].t() > self.score).nonzero().unbind(1)
-        columns = deltas.view(len(deltas), -1, 4)
+        columns = deltas.unflatten(1, (deltas.shape[1] // 4, 4))
         delta = columns[roi, label + 1 if columns.shape[1] > 1 else torch.zeros_like(label)]
         box = self.geometry.decode(boxes[roi], delta, self.stages[-1].stds)
         box = self.geometry.clip(box, size) / _scale(original, box)
         score = scores[roi, label + 1]
+        wide = (self.geometry.sizes(box) >= self.geometry.least_found).all(1)
+        box, score, label = box[wide], score[wide], label[wide]
         keep = best_by_class(self.geometry, box, score, label, self.nms, self.detections)
         return {"boxes": box[keep], "labels": label[keep] + 1, "scores": score[keep]}
 
