@@ -11,8 +11,11 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 
-from anorm.study.printed import Counted, Row, Table
+from anorm.config.complete import accepted, complete
+from anorm.config.compose import compose
+from anorm.study.printed import CONFIGS, FAITHFUL, Counted, Row, Table
 from anorm.study.sizes import Size, size_of
 
 UNITS = {"M": 10**6, "G": 10**9}
@@ -73,22 +76,36 @@ def _amount(number: int, unit: str) -> str:
 
 
 def audit(table: Table, faithful: str = "paper") -> list[Audited]:
-    """Every row of a table."""
+    """Return every row of a table, with the verdicts on its two numbers."""
     found = []
     for row in table.rows:
-        arguments = row.arguments(faithful)
-        size = size_of(arguments)
-
-        def explained(
-            said: Counted | None, arguments: list[str] = arguments
-        ) -> tuple[Counted, int | None] | None:
-            if said is None or said.count is None:
-                return None if said is None else (said, None)
-            return said, getattr(size_of([*arguments, *said.overrides]), said.count)
-
-        flops = judge(row.flops, size.macs, explained(row.flops_as)) if row.flops else None
-        found.append(Audited(row, size, judge(row.params, size.all, explained(row.params_as)), flops))
+        size = size_of(_config(tuple(row.arguments(faithful))))
+        params = judge(row.params, size.all, _explained(row, row.params_as, faithful))
+        flops = judge(row.flops, size.macs, _explained(row, row.flops_as, faithful)) if row.flops else None
+        found.append(Audited(row, size, params, flops))
     return found
+
+
+def networks(table: Table) -> list[dict]:
+    """Return the configurations of all networks that an audit of the table counts."""
+    found = []
+    for faithful in FAITHFUL:
+        for row in table.rows:
+            counted = [said.overrides for said in (row.params_as, row.flops_as) if said and said.count]
+            found += [_config((*row.arguments(faithful), *overrides)) for overrides in [(), *counted]]
+    return found
+
+
+def _explained(row: Row, said: Counted | None, faithful: str) -> tuple[Counted, int | None] | None:
+    """Return what the table says about a printed number, and the number which that way of counting gives."""
+    if said is None or said.count is None:
+        return None if said is None else (said, None)
+    return said, getattr(size_of(_config((*row.arguments(faithful), *said.overrides))), said.count)
+
+
+@cache
+def _config(arguments: tuple[str, ...]) -> dict:
+    return complete(compose(CONFIGS, list(arguments), accepted).config)
 
 
 COLUMNS: dict[str, Callable[[Audited], str]] = {

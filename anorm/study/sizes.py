@@ -1,23 +1,33 @@
-"""Sizes of networks from shapes alone, on torch's meta device: parameters and multiply-adds, by every convention."""
+"""Sizes of networks from shapes alone, on torch's meta device: parameters and multiply-adds, by every convention.
+
+``sizes.json`` beside this file keeps the sizes of the papers' rows, since counting 26 networks takes half a minute.
+An entry counts only as long as the code that it was counted with is unchanged but for comments and docstrings;
+``python scripts/sizes.py`` writes the file anew.
+"""
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import sys
+from dataclasses import astuple, dataclass
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from anorm.algebra import Moments
-from anorm.config.complete import accepted
-from anorm.config.compose import compose
 from anorm.norms.base import Norm, Site
 from anorm.norms.placement import Placement
 from anorm.registry import create_model
-from anorm.study.printed import CONFIGS
+
+PACKAGE = Path(__file__).resolve().parents[1]
+KEPT = Path(__file__).with_suffix(".json")
+COUNTED_WITH = ("anorm.algebra", "anorm.archs", "anorm.norms", "anorm.study.sizes")
 
 
 @dataclass(frozen=True)
@@ -30,21 +40,44 @@ class Size:
     thop: int
 
 
-def size_of(arguments: Iterable[str], classes: int = 1000, pixels: int = 224) -> Size:
-    """The size of the network that train.py builds for these arguments, on images of pixels x pixels."""
-    return _size(*_composed(tuple(arguments)), classes, pixels)
+def size_of(config: dict, classes: int = 1000, pixels: int = 224) -> Size:
+    """Return the size of the network that ``config["arch"]`` and ``config["norm"]`` describe, on images of
+    pixels x pixels: as kept, or counted.
+    """
+    signed = signature(config, classes, pixels)
+    held = kept()["sizes"].get(signed)
+    if held and all(_digest(path) == kept()["code"][path] for path in held["code"]):
+        return Size(*held["size"])
+    return _counted(json.dumps([config["arch"], config["norm"]], sort_keys=True), classes, pixels)[0]
+
+
+def signature(config: dict, classes: int = 1000, pixels: int = 224) -> str:
+    """Return a digest of all that a size depends on besides the code."""
+    asked = json.dumps([config["arch"], config["norm"], classes, pixels], sort_keys=True)
+    return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
 
 
 @cache
-def _composed(arguments: tuple[str, ...]) -> tuple[str, str]:
-    config = compose(CONFIGS, list(arguments), accepted).config
-    return json.dumps(config["arch"], sort_keys=True), json.dumps(config["norm"], sort_keys=True)
+def kept() -> dict:
+    """Return what ``sizes.json`` holds: sizes by signature, each with the files it was counted with, and their digests."""
+    return json.loads(KEPT.read_text()) if KEPT.is_file() else {"code": {}, "sizes": {}}
+
+
+def to_keep(configs: list[dict]) -> dict:
+    """Return the content of ``sizes.json`` for the networks of ``configs``, all counted now."""
+    sizes = {}
+    for config in configs:
+        size, code = _counted(json.dumps([config["arch"], config["norm"]], sort_keys=True), 1000, 224)
+        sizes[signature(config)] = {"size": astuple(size), "code": code}
+    files = sorted({path for entry in sizes.values() for path in entry["code"]})
+    return {"code": {path: _digest(path) for path in files}, "sizes": dict(sorted(sizes.items()))}
 
 
 @cache
-def _size(arch_config: str, norm_config: str, classes: int, pixels: int) -> Size:
-    arch, place = json.loads(arch_config), Placement(**json.loads(norm_config))
-    laws: list[LawOnly] = []
+def _counted(network: str, classes: int, pixels: int) -> tuple[Size, tuple[str, ...]]:
+    """Return a network's size and the files of the package that decided it."""
+    arch, norm_config = json.loads(network)
+    place, laws = Placement(**norm_config), []
 
     def norm(site: Site) -> LawOnly:
         laws.append(LawOnly(place(site)))
@@ -56,12 +89,13 @@ def _size(arch_config: str, norm_config: str, classes: int, pixels: int) -> Size
             model(torch.empty(1, 3, pixels, pixels))
     macs = counter.get_total_flops() // 2
     leaves = (m for m in model.modules() if not list(m.children()))
-    return Size(
+    size = Size(
         all=sum(p.numel() for p in model.parameters()),
         leaf=sum(p.numel() for m in leaves for p in m.parameters()),
         macs=macs,
         thop=macs + sum((5 if layer.norm.act else 4) * layer.outputs for layer in laws),
     )
+    return size, _code_of(model)
 
 
 class LawOnly(nn.Module):
@@ -82,3 +116,35 @@ class LawOnly(nn.Module):
 
     def zero_init(self) -> None:
         self.norm.zero_init()
+
+
+def _code_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the files, relative to the package, of the classes in ``model`` and of what those files use by name."""
+    found: dict[str, ModuleType] = {}
+    wanted = [cls.__module__ for module in model.modules() for cls in type(module).__mro__]
+    wanted.append(Placement.__module__)
+    while wanted:
+        name = wanted.pop()
+        if name in found or not name.startswith(COUNTED_WITH):
+            continue
+        found[name] = sys.modules[name]
+        for used in vars(found[name]).values():
+            wanted.append(used.__name__ if isinstance(used, ModuleType) else str(getattr(used, "__module__", "")))
+    return tuple(sorted(Path(module.__file__).relative_to(PACKAGE).as_posix() for module in found.values()))
+
+
+@cache
+def _digest(path: str) -> str:
+    """Return a digest of a file's statements: comments, docstrings and layout leave it as it is, and so does the version
+    of Python that reads the file.
+    """
+    file, said = PACKAGE / path, hashlib.blake2b(digest_size=8)
+    tree = ast.parse(file.read_bytes()) if file.is_file() else ast.Module([], [])
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+            node.body.pop(0)
+    for node in ast.walk(tree):
+        plain = {k: v for k, v in ast.iter_fields(node) if not isinstance(v, (ast.AST, list)) and v is not None}
+        plain.pop("kind", None)
+        said.update(f"{type(node).__name__}{sorted(plain.items())}".encode())
+    return said.hexdigest()

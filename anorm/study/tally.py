@@ -200,8 +200,8 @@ def tally(
 def _size(line: Line, shown: Stamp | None) -> Size:
     """Of a paper's row as papers count: 1000 classes, 224 x 224. Of another line as it was run, if it was."""
     if line.printed or shown is None:
-        return size_of(line.overrides)
-    return size_of(line.overrides, shown.classes, shown.image_size)
+        return size_of(line.config)
+    return size_of(line.config, shown.classes, shown.image_size)
 
 
 def same_weights(gap: float) -> str:
@@ -292,7 +292,7 @@ def hours(entry: Entry, known: list[Entry]) -> tuple[float | None, str]:
             return scale * theirs, f"from {other.line.label}"
     if not config["data"]["name"].startswith("imagenet"):
         return None, "unknown"
-    macs = size_of(entry.line.overrides, pixels=config["data"].get("image_size", 224)).macs
+    macs = size_of(config, pixels=config["data"].get("image_size", 224)).macs
     return 1_281_167 * config["epochs"] * macs / V100_MACS / 3600, "rough, V100 with FP16"
 
 

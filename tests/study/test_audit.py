@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -12,6 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import anorm
+from anorm.config.complete import accepted, complete
+from anorm.config.compose import compose
 from anorm.ops import use_backend
 from anorm.study import audit, printed, sizes
 
@@ -21,6 +24,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def audited():
     return {name: audit.audit(printed.load(name)) for name in printed.names()}
+
+
+def counted(arguments):
+    return sizes.size_of(complete(compose(printed.CONFIGS, arguments, accepted).config))
 
 
 def row(audited, table, label, group=""):
@@ -142,7 +149,7 @@ def test_after_the_code(audited):
         row.command("code")
         == "python train.py setup=vanilla arch=resnet34 norm=an faithful=code norm.place=1"
     )
-    assert sizes.size_of(row.arguments("code")).all == 21_996_060
+    assert counted(row.arguments("code")).all == 21_996_060
 
 
 @pytest.mark.parametrize("norm", ["bn", "an", "se", "sn"])
@@ -151,7 +158,7 @@ def test_the_count_is_that_of_the_network_itself(norm):
     model = anorm.create_model("resnet18", norm).eval()
     with torch.no_grad(), use_backend("reference"), FlopCounterMode(display=False) as counter:
         model(torch.randn(1, 3, 224, 224))
-    size = sizes.size_of(["arch=resnet18", f"norm={norm}"])
+    size = counted(["arch=resnet18", f"norm={norm}"])
     assert size.macs == counter.get_total_flops() // 2
     assert size.all == sum(p.numel() for p in model.parameters())
 
@@ -253,3 +260,45 @@ def test_as_a_program(tmp_path):
         [sys.executable, ROOT / "tools" / "audit.py", "table9"], capture_output=True, text=True, check=False
     )
     assert wrong.returncode == 2 and "table9" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_the_kept_sizes_are_those_of_this_code():
+    configs = [config for name in printed.names() for config in audit.networks(printed.load(name))]
+    assert sizes.kept() == json.loads(json.dumps(sizes.to_keep(configs))), "run python scripts/sizes.py"
+
+
+def test_a_kept_size_counts_while_its_code_is_unchanged(monkeypatch):
+    config = complete(compose(printed.CONFIGS, ["arch=resnet20", "norm=an"], accepted).config)
+    true = sizes.size_of(config, 10, 32)
+    code = {"algebra.py": sizes._digest("algebra.py"), "norms/gone.py": sizes._digest("norms/gone.py")}
+    entry = {"size": [1, 2, 3, 4], "code": ["algebra.py"]}
+    kept = {"code": code, "sizes": {sizes.signature(config, 10, 32): entry}}
+    monkeypatch.setattr(sizes, "kept", lambda: kept)
+    assert sizes.size_of(config, 10, 32) == sizes.Size(1, 2, 3, 4) != true
+    assert sizes.size_of(config | {"norm": config["norm"] | {"k": 3}}, 10, 32) != sizes.Size(1, 2, 3, 4)
+    kept["code"] = {"algebra.py": code["norms/gone.py"]}
+    assert sizes.size_of(config, 10, 32) == true
+
+
+def test_the_code_of_a_size_is_all_that_it_was_counted_with():
+    _, code = sizes._counted(json.dumps([{"name": "aognet12m"}, {"name": "se"}]), 10, 64)
+    assert {"archs/aognet.py", "archs/aog.py", "norms/squeeze_excite.py", "norms/batch.py", "algebra.py"} <= set(code)
+    assert not {"archs/resnet.py", "norms/attentive.py"} & set(code)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ("# word\ndef f(x):\n    \"\"\"Other words.\"\"\"\n    return (x + 1)\n", True),
+        ("def f(x):\n    return x + 2\n", False),
+        ("def f(y):\n    return y + 1\n", False),
+        ("def f(x):\n    return x - 1\n", False),
+    ],
+)
+def test_words_leave_the_version_of_code_as_it_is(tmp_path, monkeypatch, change, same):
+    monkeypatch.setattr(sizes, "PACKAGE", tmp_path)
+    (tmp_path / "a.py").write_text('def f(x):\n    """Words."""\n    return x + 1\n')
+    (tmp_path / "b.py").write_text(change)
+    assert (sizes._digest("a.py") == sizes._digest("b.py")) == same
+    sizes._digest.cache_clear()
