@@ -22,7 +22,9 @@ def main(argv: list[str]) -> int:
     from anorm.study.sizes import KEPT, to_keep
 
     found = to_keep([config for name in names() for config in networks(load(name))])
-    text = json.dumps(found, indent=1) + "\n"
+    lines = (f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in found["sizes"].items())
+    code, sizes = json.dumps(found["code"], indent=1), ",\n".join(lines)
+    text = f'{{"code": {code},\n"sizes": {{\n{sizes}\n}}}}\n'
     if asked.check:
         if KEPT.read_text() != text:
             print(f"{KEPT.name} is out of date: run python scripts/sizes.py")
