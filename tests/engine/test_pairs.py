@@ -1,0 +1,87 @@
+"""Several evaluation sets and several statistics in one run: one event a pair, and the first pair chooses the best."""
+
+import dataclasses
+
+import numpy
+import pytest
+from commands import SMALL, events, train, weights
+
+from anorm.data import sources
+from anorm.engine.record import read_metrics
+from anorm.engine.run import Progress
+from anorm.tasks.classification import Classification
+
+
+@pytest.fixture
+def two_sets(monkeypatch):
+    """A synthetic source with a second evaluation set, of other images."""
+    from anorm import build
+
+    def create_source(config):
+        options = {key: value for key, value in config["data"].items() if key != "name"}
+        found = sources.create("synthetic", **options)
+        other = sources.create("synthetic", **options | {"val_images": 30}).val
+        return dataclasses.replace(found, evals={"val": found.val, "other": other})
+
+    monkeypatch.setattr(build, "create_source", create_source)
+
+
+def test_one_event_a_pair_and_the_first_chooses_the_best(two_sets, tmp_path):
+    several = ["eval.stats=[running,batch]", "ema.decay=0.5"]
+    assert train(*SMALL, *several, f"run_dir={tmp_path / 'several'}") == 0
+    assert train(*SMALL, "ema.decay=0.5", f"run_dir={tmp_path / 'one'}") == 0
+    found = events(tmp_path / "several", "eval")
+    pairs = [("val", "running"), ("other", "running"), ("val", "batch"), ("other", "batch")]
+    assert [(e["set"], e["stats"]) for e in found] == 2 * pairs  # two epochs
+    assert [e["images"] for e in found[:4]] == [21, 30, 21, 30]
+    for event in found:
+        assert set(Classification.metrics) | {f"ema_{name}" for name in Classification.metrics} <= set(event)
+    last = read_metrics(tmp_path / "several")[-1]
+    first_pair = [e for e in found if (e["set"], e["stats"]) == pairs[0]]
+    assert last["top1"] == first_pair[-1]["top1"] and last["ece"] == first_pair[-1]["ece"]
+    assert last["best_top1"] == max(e["top1"] for e in first_pair)
+    assert [(e["set"], e["stats"], e["loss"]) for e in last["evaluations"]] == [
+        (*pair, e["loss"]) for pair, e in zip(pairs, found[4:], strict=True)
+    ]
+    # evaluating more changes neither the weights nor what the first pair says
+    alone = events(tmp_path / "one", "eval")
+    for a, b in zip([e for e in alone if e["set"] == "val"], first_pair, strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    for name, value in weights(tmp_path / "one")["model"].items():
+        assert value.equal(weights(tmp_path / "several")["model"][name]), name
+    kept = {path.name: numpy.load(path) for path in (tmp_path / "several").glob("predictions*.npz")}
+    assert sorted(kept) == sorted(
+        f"predictions{ema}{of}.npz"
+        for ema in ("", "_ema")
+        for of in ("", "-other-running", "-val-batch", "-other-batch")
+    )
+    assert 100 * kept["predictions-other-batch.npz"]["top1"].mean() == pytest.approx(found[-1]["top1"])
+    assert kept["predictions.npz"]["data"] != kept["predictions-other-running.npz"]["data"]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("[]", "must name one or more"),
+        ("[running,running]", "each once"),
+        ("[running,bacth]", "batch"),
+        ("[running,1]", "eval.stats"),
+    ],
+)
+def test_wrong_statistics_are_refused(word, said, capsys):
+    assert train(*SMALL, f"eval.stats={word}", "--cfg", "job") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_classification_alone_wrote_is_read():
+    # the fields of version 0.1's checkpoints
+    old = {
+        "step": 8, "evaluated": 2, "top1": 41.5, "top5": 90.0, "best_top1": 43.0, "best_epoch": 1, "seconds": 2.5,
+        "train_seconds": 2.0, "train_images": 128, "skipped_steps": 0, "skipped_in_a_row": 0,
+    }  # fmt: skip
+    found = Progress.from_state(old)
+    assert found.first == {"top1": 41.5, "top5": 90.0} and (found.best, found.best_epoch) == (43.0, 1)
+    assert (found.step, found.train_images) == (8, 128) and "best_top1" in old
+    unevaluated = Progress.from_state(old | {"top1": 0.0, "top5": 0.0, "best_top1": -1.0})
+    assert unevaluated.best is None and unevaluated.first == {}
+    assert Progress.from_state(dataclasses.asdict(found)) == found
