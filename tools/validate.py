@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Print top-1, top-5 (percent) and loss per image; the exit status."""
+    """Print the task's metrics, for each set and statistics; return the exit status."""
     with user_errors() as outcome:
         asked = parser().parse_intermixed_args(argv)
         from anorm.build import evaluator
@@ -62,14 +62,19 @@ def main(argv: list[str]) -> int:
             words = [f"{found.images} images" + (f" of {pair.set}" if len(evaluate.sets) > 1 else "")]
             words += [f"{pair.stats} statistics", *asked.arguments]
             words += ["of a run that is not finished"] * unfinished
-            print(f"{weights}: {precisely(evaluate.task, found)} ({', '.join(words)})")
+            first = [name for name in found.values if name in (*evaluate.task.shown, "loss")]
+            others = [name for name in found.values if name not in first]
+            print(f"{weights}: {precisely(evaluate.task, found, first)} ({', '.join(words)})")
+            if others:
+                print(f"  {precisely(evaluate.task, found, others)}")
     return outcome.status
 
 
-def precisely(task: Task, found: Result) -> str:
-    """Return every metric with two digits more than tables show: what a repeated evaluation must give again."""
+def precisely(task: Task, found: Result, names: list[str]) -> str:
+    """Return metrics with two digits more than tables show: what a repeated evaluation must give again."""
     words = []
-    for name, metric in task.metrics.items():
+    for name in names:
+        metric = task.metrics[name]
         unit = f" {metric.unit}" if metric.unit else ""
         words.append(f"{metric.heading} {found[name]:.{metric.digits + 2}f}{unit}")
     return " ".join(words)
