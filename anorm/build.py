@@ -48,7 +48,7 @@ from anorm.weights import load_weights
 
 
 def create_source(config: dict) -> Source:
-    """The data set. Raises ValueError for what is wrong with the files."""
+    """Return the data set. Raises ValueError, in words, when its files are missing or wrong."""
     options = dict(config["data"])
     return sources.create(options.pop("name"), **options)
 
@@ -255,7 +255,9 @@ def evaluator_for(
 
 
 def predictor(folder: Path, config: dict) -> tuple[nn.Module, Callable[[Path], Tensor], list[str]]:
-    """(network in evaluation mode with the run's last weights, image file -> normalised (1, 3, S, S), class names)."""
+    """Return the network in evaluation mode with the run's last weights, a function from an image file to a normalised
+    (1, 3, S, S), and the class names.
+    """
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder} has no {CARD}: is it a run folder?")
     card = json.loads((folder / CARD).read_text())

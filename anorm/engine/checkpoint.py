@@ -16,8 +16,8 @@ from anorm.files import write_atomic
 
 
 def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
-    """``state`` (tensors and plain values) as ``path``; the ``keep - 1`` checkpoints before it stay as
-    NAME-1.ckpt, ...
+    """Write ``state`` (tensors and plain values) to ``path``; keep the ``keep - 1`` checkpoints before it as NAME-1.ckpt,
+    NAME-2.ckpt, ...
     """
     content = io.BytesIO()
     torch.save(state, content)
@@ -40,12 +40,10 @@ def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint's state on the CPU. Raises ValueError, naming what else there is, when the file is damaged."""
+    """Return a checkpoint's state, on the CPU. Raises ValueError, which names the older checkpoints, for a damaged file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises many types for a damaged file: RuntimeError, EOFError, UnpicklingError, ...
+    except Exception as error:  # torch has many types for a damaged file: RuntimeError, EOFError, UnpicklingError, ...
         others = sorted(p.name for p in path.parent.glob(f"{path.stem}-[0-9]*{path.suffix}"))
         way_out = f"put {others[0]} in its place" if others else "start again with resume=never, or delete it"
         raise ValueError(f"{path} is truncated or damaged: {way_out} ({_first_line(error)})") from error
@@ -59,10 +57,10 @@ def _first_line(error: Exception) -> str:
 
 
 class FolderLock:
-    """A run folder belongs to the processes that hold a byte each of its lock file; they let go when they end, however.
+    """Marks a run folder as in use: each process holds a byte of its lock file, and the system lets go when it ends.
 
-    Rank 0 takes all bytes (so it finds any process that outlived its launcher), then keeps its own. POSIX
-    record locks belong to a process: the loader's workers do not inherit them.
+    Rank 0 takes all bytes, and so finds a process that outlived its launcher; then it keeps its own. A process's record
+    locks are not inherited by the workers that its loader forks.
     """
 
     BYTES = 1 << 20
@@ -73,7 +71,7 @@ class FolderLock:
         self._file = open(folder / ".lock", "a+b")  # held until close()
 
     def take_all(self) -> None:
-        """Raises ValueError when another process holds any byte."""
+        """Lock every byte. Raises ValueError when another process holds one."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.BYTES, 0)
         except OSError as error:
@@ -87,7 +85,7 @@ class FolderLock:
             ) from error
 
     def keep(self, rank: int) -> None:
-        """Hold this rank's byte alone."""
+        """Lock this rank's byte and release all others."""
         fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         for first, beyond in ((0, rank), (rank + 1, self.BYTES)):
             if beyond > first:

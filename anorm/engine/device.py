@@ -51,8 +51,8 @@ def compiled(
 
 
 def distributed(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network over all processes. Their statistics are joined where they are needed, by dist.stats, and
-    not overwritten at every step by those of rank 0, as DDP does by default.
+    """Return the network under DDP, without DDP's habit of overwriting every rank's statistics with rank 0's at each step:
+    ``join_statistics`` joins them where a number depends on them, as dist.stats says.
     """
     # of 1x1 convolutions in channels_last, whose strides are ambiguous: nothing is copied
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -105,7 +105,7 @@ def _double(value: Any) -> Any:
 
 
 def set_backends(hardware: Hardware, resume: dict | None) -> None:
-    """The process-wide switches of torch."""
+    """Set the process-wide switches of torch."""
     # sums depend on the number of threads: a resumed run keeps its own
     torch.set_num_threads(resume["threads"] if resume else hardware.threads)
     if hardware.device == "cpu":
@@ -119,6 +119,6 @@ def set_backends(hardware: Hardware, resume: dict | None) -> None:
 
 
 def autocast_of(hardware: Hardware, device: torch.device) -> Autocast:
-    """The context that a forward pass runs in."""
+    """Return what makes the context of a forward pass."""
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(hardware.dtype)
     return nullcontext if kind is None else partial(torch.autocast, device.type, dtype=kind)

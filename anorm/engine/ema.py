@@ -39,7 +39,7 @@ def _state(model: nn.Module) -> list[torch.Tensor]:
 
 
 def after_step(model: nn.Module, progress: float) -> None:
-    """What norms must do after an optimizer step (limits of gates, radii of schedules); progress runs from 0 to 1."""
+    """Let norms do what they must after an optimizer step (limits of gates, radii of schedules). progress: from 0 to 1."""
     for module in model.modules():
         if hasattr(module, "after_step"):
             module.after_step(progress)

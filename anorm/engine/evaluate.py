@@ -118,12 +118,12 @@ class Evaluator:
 
     @property
     def pairs(self) -> list[Pair]:
-        """In the order of evaluation; the first is the one that decides which weights are the best."""
+        """Return the pairs in the order of evaluation; the first decides which weights are the best."""
         return [Pair(name, source) for source in self.settings.all_stats for name in self.sets]
 
     @property
     def val(self) -> EvalLoader:
-        """The images of the first set."""
+        """Return the first set."""
         return next(iter(self.sets.values()))
 
     def __call__(
@@ -146,8 +146,8 @@ class Evaluator:
 
     @torch.no_grad()
     def recalibrate(self, model: nn.Module) -> None:
-        """Pass ``eval.recalibrate_batches`` micro-batches in all of training images, augmented as in training and not
-        mixed, through ``model``: only its statistics change.
+        """Take the statistics of ``model`` afresh from ``eval.recalibrate_batches`` micro-batches, in all, of training
+        images: augmented as in training, not mixed. Nothing else of it changes.
         """
         left = -(-self.settings.recalibrate_batches // self.world.size)
         model.eval()  # no dropout, wherever it is

@@ -35,10 +35,10 @@ from anorm.processes.world import Agreement
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Train to the end of ``settings.epochs``, evaluating and saving where due. Returns the final event's fields.
+    """Train for ``settings.epochs``, evaluate and save where due. Returns the final event's fields.
 
-    Raises Interrupted, once it has tried to save, when a signal asked to stop, FloatingPointError when the loss is no
-    longer finite.
+    Raises Interrupted, after an attempt to save, when a signal asked to stop, and FloatingPointError when the loss or its
+    gradient is no longer finite.
     """
     settings, progress = run.settings, run.progress
     clock, save_due = Clock(progress), SaveTimer(settings)
@@ -64,7 +64,7 @@ def fit(run: Run) -> dict[str, Any]:
 
 @contextmanager
 def agreeing(run: Run) -> Iterator[Agreement]:
-    """What the processes agree by; an interruption within learns whether its step was saved."""
+    """Yield what the processes agree by. An Interrupted that passes learns whether its step was saved."""
     agreement = Agreement(run.world)
     try:
         yield agreement
@@ -78,7 +78,7 @@ def agreeing(run: Run) -> Iterator[Agreement]:
 
 @contextmanager
 def explaining(run: Run) -> Iterator[None]:
-    """Within: a loss that is no longer finite raises FloatingPointError, which names the first layer where that shows."""
+    """Turn NotFinite into FloatingPointError with the first layer whose output or gradient is not finite."""
     try:
         yield
     except NotFinite as found:
@@ -87,8 +87,8 @@ def explaining(run: Run) -> Iterator[None]:
 
 @contextmanager
 def garbage_collected_at_reports() -> Iterator[None]:
-    """Within: Python's collector runs where ``train_epoch`` calls it. By itself it would stop each process at another
-    moment, and all wait for each. It passes over what is there already, which takes a fifth of a second to look through.
+    """Let Python's collector run only where ``train_epoch`` calls it. If each process collected at a moment of its own, all
+    would wait for each. Objects that are there already are frozen: to look through them takes a fifth of a second.
     """
     gc.collect()
     gc.freeze()
@@ -103,7 +103,7 @@ def garbage_collected_at_reports() -> Iterator[None]:
 def train_epoch(
     run: Run, epoch: int, first: int, agreement: Agreement, save_due: SaveTimer, clock: Clock
 ) -> None:
-    """The steps of one epoch from step ``first`` on."""
+    """Take the steps of one epoch from step ``first`` on: save, report and stop where due."""
     settings, world, progress = run.settings, run.world, run.progress
     run.network.train()
     meter = Meter(run, clock)
@@ -160,7 +160,7 @@ def train_step(run: Run, step: int, step_batches: list[Batch]) -> tuple[list[Ten
 
 
 def backward(run: Run, network: nn.Module, step: int, k: int, batch: Batch, of: int) -> list[Tensor]:
-    """Forward, loss and backward of the ``k``-th of ``of`` micro-batches that this process has in ``step``. Returns each
+    """Run forward, loss and backward of the ``k``-th of this process's ``of`` micro-batches in ``step``. Returns each
     of the task's losses over ``of``: their sums over the micro-batches are means over the global batch, as are gradients.
     """
     number = run.train.micro_batch_number(
@@ -217,7 +217,7 @@ def evaluate_and_keep_best(run: Run, epoch: int, before_each_batch: Callable[[],
 
 
 def _board(run: Run, pair: Pair) -> str:
-    """The name of an evaluation's curves in TensorBoard."""
+    """Return the name of an evaluation's curves in TensorBoard."""
     return "eval" if pair == run.evaluator.pairs[0] else f"eval {pair.set} {pair.stats}"
 
 
@@ -227,7 +227,7 @@ def _best(run: Run) -> str:
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """The final event, with the last and the best epoch's metrics."""
+    """Write the final event, with the last and the best epoch's metrics; return its fields."""
     progress, task = run.progress, run.task
     fields = {"step": progress.step} | progress.first
     fields |= {

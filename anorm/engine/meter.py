@@ -50,7 +50,7 @@ class SaveTimer:
         self._since = time.monotonic()
 
     def now(self, step: int) -> bool:
-        """Whether to ask for one; said once, as several processes save at the next step boundary."""
+        """Return whether a checkpoint is due; once for each, as several processes save at the next step boundary."""
         late = self.seconds and time.monotonic() - self._since > self.seconds
         if late:
             self.restart()
@@ -73,7 +73,7 @@ class Meter:
         self.run, self.clock, self.wait, self.steps, self.since = run, clock, 0.0, 0, time.perf_counter()
 
     def waiting(self, batches):
-        """``batches``, timed."""
+        """Yield ``batches``; add the time that each was waited for."""
         batches = iter(batches)
         while True:
             start = time.perf_counter()
@@ -85,8 +85,8 @@ class Meter:
             yield batch
 
     def add(self, step: int, losses: list[Tensor], gradient_norm: Tensor) -> None:
-        """losses: the terms of this process, finite or not. The run's first step with a bad loss (or gradient, unless
-        scaling explains it) is remembered.
+        """Add a step's losses, the terms of this process, finite or not. Remember the run's first step with a bad loss, or a
+        bad gradient that a loss scale does not explain.
         """
         sums, run = self.run.sums, self.run
         loss = reduce(torch.add, losses)
@@ -158,14 +158,14 @@ class Meter:
         return mean
 
     def _stop(self) -> None:
-        """Called by every process; the first bad step may be another's."""
+        """Raise NotFinite for the first bad step of any process. Called by every process."""
         run = self.run
         first = min((step for step in run.world.gather(int(run.sums[3])) if step), default=1)
         raise NotFinite(run.world.broadcast(first) - 1)
 
 
 def _peak_memory(device: torch.device) -> float:
-    """MiB: of the device's allocator, or of this process."""
+    """Return the peak of the device's allocator, or of this process, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource

@@ -36,7 +36,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def final_metrics(folder: Path) -> dict[str, Any] | None:
-    """The last line of a finished run, None while it is not finished."""
+    """Return the final event of a finished run, None while it is not finished."""
     lines = read_metrics(folder)
     return lines[-1] if lines and lines[-1]["event"] == "final" else None
 
@@ -75,7 +75,7 @@ class Record:
 
     @property
     def offset(self) -> int:
-        """Bytes written so far."""
+        """Return the number of bytes written so far."""
         return self._file.tell() if self.active else 0
 
     def write(self, event: str, board: str | None = None, **fields: Any) -> None:
@@ -93,7 +93,7 @@ class Record:
             self._board.flush()
 
     def _append(self, line: bytes) -> None:
-        """Whole or not at all, also on a full disk."""
+        """Write a line whole or not at all, also on a full disk."""
         start = self.offset
         try:
             if self._file.write(line) < len(line):
@@ -104,7 +104,7 @@ class Record:
             raise
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Print a line for the person who watches."""
         if not self.active:
             return
         if self._bar:
@@ -113,7 +113,7 @@ class Record:
             print(text, flush=True)
 
     def progress(self, step: int, text: str) -> None:
-        """Where the run is: a bar on a terminal, else a plain line."""
+        """Show where the run is: a bar on a terminal, else a plain line."""
         if not self.active:
             return
         if self._bar:
@@ -122,7 +122,7 @@ class Record:
             print(text, flush=True)
 
     def advance(self, step: int) -> None:
-        """Moves the bar of a terminal; no line."""
+        """Move the bar of a terminal; print nothing."""
         if self._bar:
             self._bar.update(step)
 
@@ -169,7 +169,7 @@ def _plain(value: Any) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers of a run may depend on besides its configuration: versions, machine, code state."""
+    """Return what the numbers of a run may depend on besides its configuration: versions, machine, state of the code."""
     import torch
 
     git = {

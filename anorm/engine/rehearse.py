@@ -22,7 +22,7 @@ PATIENCE = 60.0  # seconds for the steps on real batches
 
 
 def rehearse(run: Run, home: Path) -> None:
-    """A few steps on one batch kept, a few of reading alone, a few of both; prints the report. Called by every process.
+    """Time a few steps on one kept batch, a few of reading alone, a few of both; print the report. Called by every process.
 
     home: the folder that the run's own would lie in, for the space on its disk. Raises ValueError when that
     is too small.
@@ -62,7 +62,7 @@ def rehearse(run: Run, home: Path) -> None:
 
 
 def _compute(run: Run) -> tuple[float, list]:
-    """(seconds a step on a batch that is there, the batch)."""
+    """Return the seconds of a step on a batch that is there, and the batch."""
     run.network.train()
     kept = next(iter(run.train.epoch(0)))
     train_step(run, 0, kept)  # the first step allocates, tunes and compiles
@@ -75,7 +75,7 @@ def _reading(run: Run) -> float:
 
 
 def _both(run: Run, expected: float) -> float:
-    """expected: seconds a step."""
+    """Return the seconds of a step with reading. expected: a guess, which bounds how many are timed."""
     ready, timed = _steps(run)
     # all processes take as many steps
     affordable = run.world.broadcast(int(PATIENCE / expected) if expected > 0 else ready + timed)
@@ -99,7 +99,7 @@ def _steps(run: Run) -> tuple[int, int]:
 
 
 def _seconds(run: Run, batches, work, ready: int, timed: int) -> float:
-    """Mean seconds of ``timed`` steps after the first ``ready``."""
+    """Return the mean seconds of ``timed`` steps after the first ``ready``."""
     started = time.perf_counter()
     for step, batch in enumerate(itertools.islice(batches, ready + timed), start=1):
         work(step, batch)

@@ -39,12 +39,12 @@ class Progress:
 
     @property
     def first(self) -> dict[str, float]:
-        """The last evaluation's metrics in the first pair of set and statistics; empty before one."""
+        """Return the last evaluation's metrics in the first pair of set and statistics; {} before one."""
         return next(iter(self.last.values()), {})
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Progress:
-        """Return what a checkpoint holds; top1, top5 and best_top1 stand in those that classification alone wrote."""
+        """Return what a checkpoint holds. Those of version 0.1, which knew classification alone, have top1, top5, best_top1."""
         if "best_top1" in state:
             state = dict(state)
             best, last = state.pop("best_top1"), {name: state.pop(name) for name in ("top1", "top5")}

@@ -21,13 +21,13 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, step: int) -> float:
-        """The rate of one step."""
+        """Return the rate of one step."""
 
     def epoch_ended(self, epoch: int, loss: float) -> None:
         """Learn of the mean loss of ``epoch``, counted from 0."""
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs besides the step."""
+        """Return what a resumed run needs besides the step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

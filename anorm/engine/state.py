@@ -1,4 +1,4 @@
-"""What a run keeps on disk besides its log, and how it continues from it."""
+"""What a run keeps on disk besides its log, and how it resumes from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anorm.files import write_atomic
 
 
 def weights_state(run: Run) -> dict[str, Any]:
-    """What best.ckpt holds: the weights and what they are."""
+    """Return what best.ckpt holds: the weights and what they are of."""
     return {
         "arch": run.arch,
         "signature": run.signature,
@@ -30,12 +30,12 @@ def weights_state(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run, own_statistics: list[list[Tensor]] | None = None) -> list[list[Tensor]]:
-    """last.ckpt: all that the next step depends on. Called by every process; rank 0 writes. The one before is kept,
-    unless it is of the same step, before its evaluation.
+    """Write last.ckpt: all that the next step depends on. Called by every process; rank 0 writes. The checkpoint before is
+    kept, unless it is of the same step, before its evaluation.
 
-    Its weights hold the statistics of all processes joined; each process continues with its own. own_statistics:
-    the buffers of each before an evaluation joined them, so that ``join_again`` can join them in another way. Returns,
-    on rank 0, those of each process as they are now.
+    Its weights hold the statistics of all processes joined; each process resumes with its own. own_statistics: the
+    buffers of each process before an evaluation joined them, so that ``join_again`` can join them in another way. Returns,
+    on rank 0, the buffers of each process as they are now.
     """
     world = run.world
     buffers = gather_buffers(world, run.model)
@@ -73,7 +73,7 @@ def save(run: Run, own_statistics: list[list[Tensor]] | None = None) -> list[lis
 
 @contextmanager
 def warn_if_unwritable(run: Run, what: str) -> Iterator[None]:
-    """Within: a file that cannot be written, as on a full disk, is a warning, but for the last step's."""
+    """Turn an OSError within, such as that of a full disk, into a warning; after the last step, raise it again."""
     try:
         yield
     except OSError as error:
@@ -85,8 +85,8 @@ def warn_if_unwritable(run: Run, what: str) -> Iterator[None]:
 
 
 def restore(run: Run, state: dict[str, Any]) -> list[str]:
-    """Continue from a checkpoint's state; returns what a person should know about it. Called after DDP has
-    looked at the model, as that copies rank 0's statistics.
+    """Resume from a checkpoint's state; return what a person should know about it. Called after DDP was put around the
+    network, as DDP then copies rank 0's statistics to all.
 
     With another number of processes the statistics of each become the mean over those of the old ones.
     """
@@ -139,8 +139,8 @@ def keep_predictions(run: Run, found: dict[Pair, Result], suffix: str = "") -> N
 
 
 def list_unreadable(run: Run) -> int:
-    """unreadable.txt: a line for each file that data.on_error=skip passed over since the run began, by any process. Called
-    by every process; rank 0 writes, and has their number.
+    """Write unreadable.txt: a line for each file that data.on_error=skip passed over since the run began, in any process.
+    Called by every process; rank 0 writes, and returns their number.
     """
     mine = [
         f"{split}: {message}"
@@ -160,7 +160,7 @@ def list_unreadable(run: Run) -> int:
 
 
 def save_release(run: Run) -> None:
-    """weights.safetensors: the last weights, with the statistics that they were evaluated with."""
+    """Write weights.safetensors: the last weights, with the statistics that they were evaluated with."""
     from safetensors.torch import save as to_bytes
 
     for name, model in (("weights", run.model), *((("weights_ema", run.ema.model),) if run.ema else ())):

@@ -41,7 +41,7 @@ def join_statistics(world: World, model: nn.Module, how: str) -> None:
 
 
 def joined(buffers: list[list[Tensor]], how: str) -> list[Tensor]:
-    """What ``join_statistics`` makes of the buffers of each process."""
+    """Return what ``join_statistics`` makes of the buffers of each process."""
     return [
         torch.stack([value.double() for value in values]).mean(0).to(values[0].dtype)
         if how == "mean" and values[0].is_floating_point()
@@ -51,19 +51,19 @@ def joined(buffers: list[list[Tensor]], how: str) -> list[Tensor]:
 
 
 def gather_buffers(world: World, model: nn.Module) -> list[list[Tensor]]:
-    """The buffers of every process, on rank 0."""
+    """Return the buffers of every process, on rank 0."""
     return world.gather([buffer.to("cpu", copy=True) for buffer in model.buffers()])
 
 
 def with_buffers(state: dict[str, Tensor], model: nn.Module, values: list[Tensor]) -> dict[str, Tensor]:
-    """``state``, of ``model``, with other values of its buffers."""
+    """Return ``state``, of ``model``, with other values of its buffers."""
     named = zip((name for name, _ in model.named_buffers()), values, strict=True)
     return state | {name: value for name, value in named if name in state}
 
 
 def join_again(model: nn.Module, path: Path, how: str) -> None:
-    """Statistics for ``model`` from those that each process of a run had at its checkpoint ``path``, joined in the way
-    that ``how`` says. Raises ValueError where the file holds none.
+    """Give ``model`` the statistics that each process of a run had at its checkpoint ``path``, joined as ``how``
+    says. Raises ValueError where the file holds none.
     """
     held = (
         checkpoint.load(path).get("processes", {}).get("before_joining") if path.suffix == ".ckpt" else None
@@ -80,9 +80,8 @@ def join_again(model: nn.Module, path: Path, how: str) -> None:
 
 @contextmanager
 def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], None]) -> Iterator[None]:
-    """Within: norms evaluate with their running statistics ("running", the default), each batch's own
-    ("batch"), or statistics taken afresh from training batches by ``recalibrate`` ("recalibrated").
-    Afterwards all is as before.
+    """Let norms evaluate, within, with their running statistics ("running"), each batch's own ("batch"), or statistics
+    taken afresh from training batches by ``recalibrate`` ("recalibrated"). Afterwards all is as before.
     """
     norms = norms_with_statistics(model)
     ours = [norm for norm in norms if isinstance(norm, RunningNorm)]
@@ -118,7 +117,7 @@ def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], Non
 
 
 def norms_with_statistics(model: nn.Module) -> list[nn.Module]:
-    """The norms that track statistics and are not frozen, torch's own among them (norm=module, norm=timm:...)."""
+    """Return the norms that track statistics and are not frozen, torch's own among them (norm=module, norm=timm:...)."""
     return [
         module
         for module in model.modules()
@@ -128,7 +127,7 @@ def norms_with_statistics(model: nn.Module) -> list[nn.Module]:
 
 
 def check_statistics(model: nn.Module, source: str) -> None:
-    """Raises ValueError where ``source`` does not reach the statistics of a norm of another library."""
+    """Raise ValueError where ``source`` does not reach the statistics of a norm of another library."""
     for module in model.modules():
         tracks = any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
         if not tracks or isinstance(module, RunningNorm) or source == "running":

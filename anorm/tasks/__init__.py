@@ -14,7 +14,7 @@ __all__ = ["Judge", "Metric", "Task", "find", "list_tasks"]
 
 @cache
 def _tasks() -> dict[str, type[Task]]:
-    """Name -> class, from the TASKS table of every file in this folder."""
+    """Return name -> class, from the TASKS table of every file in this folder."""
     found: dict[str, type[Task]] = {}
     for info in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name):
         found.update(getattr(importlib.import_module(f"{__name__}.{info.name}"), "TASKS", {}))

@@ -89,7 +89,7 @@ class Task(ABC):
 
     @abstractmethod
     def example(self, n: int, source: Source) -> Batch:
-        """Return a training batch of ``n`` images of fixed noise, on the CPU: to count, compile and settle with."""
+        """Return a training batch of ``n`` images of fixed noise, on the CPU: to count, to compile, and for DDP's first backward."""
 
     @abstractmethod
     def prepare(self, batch: Batch, rng: torch.Generator) -> tuple[tuple, Any]:

@@ -52,9 +52,8 @@ class Mixing:
         return self.mixup > 0 or self.cutmix > 0
 
     def mix(self, images: Tensor, labels: Tensor, rng: torch.Generator) -> tuple[Tensor, Target]:
-        """images (N,C,H,W) floating, labels (N,) on any device; rng a CPU generator, `stream(seed, "mix", step, j)`.
-
-        Draws on the host and never waits for the device. Returns new images (the given ones when nothing is mixed).
+        """Return mixed images (the given ones when nothing is mixed) and their target. images (N,C,H,W) floating, labels (N,)
+        on any device; rng a CPU generator, `stream(seed, "mix", step, j)`. Draws on the host; never waits for the device.
         """
         if not self.mixes:
             return images, Target(labels, None, 1.0)
@@ -74,7 +73,7 @@ class Mixing:
         return mixed, Target(labels, labels[partner], weight)
 
     def loss(self, logits: Tensor, target: Target) -> Tensor:
-        """Mean over the micro-batch, in float32 at least. logits (N, num_classes)."""
+        """Return the mean over the micro-batch, in float32 at least. logits (N, num_classes)."""
         assert logits.shape[1] == self.num_classes, (logits.shape, self.num_classes)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(logits, target.labels, label_smoothing=self.label_smoothing)
@@ -85,7 +84,7 @@ class Mixing:
 
 
 def _box(height: int, width: int, keep: float, draws: numpy.random.Generator) -> tuple[int, int, int, int]:
-    """A box of relative area 1 - keep around a uniform centre, clipped to the image (top, bottom, left, right)."""
+    """Return a box of relative area 1 - keep around a uniform centre, clipped to the image (top, bottom, left, right)."""
     half_height, half_width = height * (1 - keep) ** 0.5 / 2, width * (1 - keep) ** 0.5 / 2
     y, x = draws.integers(height), draws.integers(width)
     top, bottom = round(max(y - half_height, 0)), round(min(y + half_height, height))
