@@ -112,18 +112,28 @@ class Mix:
 class Eval:
     """Evaluation. ``stats``: running (as trained), batch (each batch's own) or recalibrated (train batches, no gradient);
     a list evaluates under each, and the first decides which weights are the best.
+
+    Where an answer depends on the others in its batch, images come in whole batches in an ``order``: shuffled, a
+    permutation drawn from ``seed``, or classes, class by class. ``others``: evaluate the sets and statistics beyond the
+    first pair after every epoch that is evaluated, or after the last alone.
     """
 
     stats: str | list = "running"
     every: int = 1  # epochs; the last epoch is always evaluated
     batch_size: int | None = None  # None: batch_size
     recalibrate_batches: int = 200
+    order: str = "shuffled"
+    seed: int = 0
+    others: str = "every"
 
     def __post_init__(self):
         if not self.all_stats or len(set(map(str, self.all_stats))) < len(self.all_stats):
             raise ValueError(f"eval.stats={self.stats} must name one or more statistics, each once")
         for word in self.all_stats:
             one_of("eval", self, "stats", ("running", "batch", "recalibrated"), word)
+        one_of("eval", self, "order", ("shuffled", "classes"))
+        one_of("eval", self, "others", ("every", "last"))
+        not_negative("eval", self, "seed")
         positive("eval", self, "every", "batch_size", "recalibrate_batches")
 
     @property

@@ -18,6 +18,9 @@ EXCLUDED = (
     "data.cache",
     "data.on_error",  # the data's identity counts, not where it lies; data.loader does: their pixels differ by rounding
     "eval.batch_size",
+    "eval.order",
+    "eval.seed",
+    "eval.others",
     "checkpoint",
     "log",
     "hardware.device",
@@ -45,8 +48,8 @@ ADDED = {
 def signature(config: dict, data_identity: str, processes: int) -> str:
     """Ten hexadecimal digits. ``config``: complete and resolved, so that a default counts like the same value typed.
 
-    The number of processes counts only where statistics are pooled over them (norm.sync), or are those of evaluation's
-    batches (eval.stats=batch).
+    The number of processes counts only where statistics are pooled over them (norm.sync); the size, order and seed of
+    evaluation's batches only where their statistics are used (eval.stats=batch).
     """
     counted = {
         key: value
@@ -58,8 +61,9 @@ def signature(config: dict, data_identity: str, processes: int) -> str:
         if not Path(config["weights"]).is_file():
             raise ValueError(f"weights={config['weights']} is not a file")
         counted["weights"] = file_digest(Path(config["weights"]))
-    if "eval.batch_size" in counting_here(config):
-        counted["eval.batch_size"] = config["eval"]["batch_size"]
+    for name in ("batch_size", "order", "seed"):
+        if f"eval.{name}" in counting_here(config):
+            counted[f"eval.{name}"] = config["eval"][name]
     if "hardware.processes" in counting_here(config):
         counted["processes"] = processes
     text = json.dumps(counted, sort_keys=True)
@@ -69,8 +73,8 @@ def signature(config: dict, data_identity: str, processes: int) -> str:
 def counting_here(config: dict) -> set[str]:
     """The excluded keys that change the mathematics of this configuration all the same."""
     keys = set()
-    if "batch" in config["eval"]["stats"]:  # each process cuts its own share of the images into batches
-        keys |= {"eval.batch_size", "hardware.processes"}
+    if "batch" in config["eval"]["stats"]:
+        keys |= {"eval.batch_size", "eval.order", "eval.seed"}
     if config["norm"].get("sync"):
         keys |= {"hardware.processes"}
     return keys

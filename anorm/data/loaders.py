@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from anorm.data.feeds import Request, open_feed
 from anorm.data.random import stream
@@ -95,9 +98,44 @@ class TrainLoader:
         self._feed.close()
 
 
+class Batches(NamedTuple):
+    """How the images of an evaluation come together, where an answer depends on the others in the batch.
+
+    order: "shuffled" (a permutation of the set, drawn from seed) or "classes" (class by class, as a folder lies).
+    """
+
+    size: int
+    order: str = "shuffled"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"batches of {self.size}, " + (
+            f"shuffled by seed {self.seed}" if self.order == "shuffled" else "by class"
+        )
+
+    def indices(self, dataset: Dataset) -> list[tuple[Tensor, int]]:
+        """Return the samples of each batch and how many of them, from its first on, count in it.
+
+        Each sample counts once. The last batch is filled with samples from the start of the order, which do not count in
+        it, so that none is smaller than asked; a set smaller than a batch is one batch.
+        """
+        count = len(dataset)
+        if self.order == "shuffled":
+            order = torch.randperm(count, generator=stream(self.seed, "evaluation order"))
+        else:
+            assert self.order == "classes", self.order
+            order = torch.argsort(dataset.labels, stable=True)
+        found = [(part, len(part)) for part in order.split(self.size)]
+        last, counted = found[-1]
+        if len(found) > 1:
+            found[-1] = (torch.cat([last, order[: self.size - counted]]), counted)
+        return found
+
+
 class EvalLoader:
     """Every image of `dataset` once over all ranks: rank r of `world` takes an unpadded slice, r n/world .. (r+1) n/world.
 
+    ``together`` gives the same images in whole batches, for evaluations in which a batch's images matter to each other.
     identity: of the dataset. Yields `Batch`es; the last may be smaller, and a rank may have none. `skipped`
     lists images left out because data.on_error=skip; with data.on_error=error (the default) the sum over
     ranks is exactly len(dataset).
@@ -116,24 +154,55 @@ class EvalLoader:
         _check_positive(batch=batch, world=world)
         assert 0 <= rank < world, (rank, world)
         self.batch, self.dataset, self.identity = batch, dataset, dataset.identity
+        self._rank, self._world, self._together = rank, world, None
         self._first, self._stop = len(dataset) * rank // world, len(dataset) * (rank + 1) // world
         self._feed = open_feed(dataset, 0, batch, workers, torch.device(device))
         self._finish = _finisher(dataset, device, channels_last)
 
+    def together(self, batches: Batches) -> EvalLoader:
+        """Return a loader of the same images in ``batches``: rank r takes the batches r, r + world, ..., so that every
+        batch is the same for any number of processes. It has the same workers.
+
+        An image that only fills a batch is in ``Batch.inputs`` and ``targets``, behind those that count, and not in
+        ``Batch.indices``.
+        """
+        found = copy.copy(self)
+        found.batch, found._together = batches.size, batches.indices(self.dataset)[self._rank :: self._world]
+        return found
+
     def __len__(self) -> int:
+        if self._together is not None:
+            return len(self._together)
         return -(-(self._stop - self._first) // self.batch)
 
     def __iter__(self) -> Iterator[Batch]:
         images, wanted = 0, self._stop - self._first
-        for fetched in self._feed.run(self._requests()):
-            images += len(fetched.indices)
-            if len(fetched.indices):
-                yield self._finish(fetched)
+        if self._together is not None:
+            wanted = sum(counted for _, counted in self._together)
+        for number, fetched in enumerate(self._feed.run(self._requests())):
+            if not len(fetched.indices):
+                continue
+            batch = self._finish(fetched)
+            if self._together is not None:
+                indices, counted = self._together[number]
+                if counted < len(indices):
+                    batch = batch._replace(
+                        indices=fetched.indices[torch.isin(fetched.indices, indices[:counted])]
+                    )
+            images += len(batch.indices)
+            yield batch
         assert wanted - len(self.skipped) <= images <= wanted, (images, wanted, len(self.skipped))
 
     def _requests(self) -> Iterator[Request]:
+        if self._together is not None:
+            yield from (Request(None, indices) for indices, _ in self._together)
+            return
         for start in range(self._first, self._stop, self.batch):
             yield Request(None, torch.arange(start, min(start + self.batch, self._stop)))
+
+    def batch_of(self, indices: Tensor) -> Batch:
+        """Return some images as a batch, read in this process."""
+        return self._finish(self.dataset.fetch(indices.tolist(), None))
 
     @property
     def skipped(self) -> dict[int, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy
@@ -11,10 +11,16 @@ import torch
 from torch import nn
 
 from anorm.config.settings import Eval
-from anorm.data.loaders import EvalLoader, TrainLoader
+from anorm.data.loaders import Batches, EvalLoader, TrainLoader
 from anorm.data.random import seed_of
 from anorm.engine.device import Autocast
-from anorm.engine.statistics import check_statistics, join_statistics, norms_with_statistics, statistics_from
+from anorm.engine.statistics import (
+    check_statistics,
+    join_statistics,
+    norms_with_statistics,
+    statistics_from,
+    uses_batch_statistics,
+)
 from anorm.processes.world import World
 from anorm.tasks.base import Rows, Task
 
@@ -32,12 +38,13 @@ class Pair(NamedTuple):
 @dataclass(frozen=True)
 class Result:
     """The task's metrics by name, and how many images counted. rows: on rank 0, what the network made of each image, in
-    the order of the data set; elsewhere empty.
+    the order of the data set; elsewhere empty. batches: how images came together, where that matters; else empty.
     """
 
     values: dict[str, float]
     images: int
     rows: Rows
+    batches: str = ""
 
     def __getitem__(self, metric: str) -> float:
         return self.values[metric]
@@ -79,6 +86,55 @@ def evaluate(
     if count == 0:
         raise ValueError("there are no images to evaluate on")
     return Result(values, count, rows)
+
+
+DEPENDS = 1e-3
+"""Of the spread of outputs: smaller differences may be rounding, which half precision makes larger."""
+
+
+def dependence_warning(found: dict[str, float]) -> str:
+    """Return what a person who did not ask for batch statistics must know, or nothing. found: ``Evaluator.dependence``."""
+    value = found.get("running", 0.0)
+    if value < DEPENDS:
+        return ""
+    return (
+        f"the network's answer for an image depends on the others in its batch, by up to {value:.2g} of the spread of its "
+        "outputs, though batch statistics were not asked for: its numbers hold for these batches (eval.batch_size, "
+        "eval.order, eval.seed) alone"
+    )
+
+
+PROBED = 16
+"""Images whose answers are compared in two batches."""
+
+
+@torch.no_grad()
+def batch_dependence(task: Task, model: nn.Module, images: EvalLoader, autocast: Autocast) -> float | None:
+    """Return by how much a network's answers for images change with the others in their batch: the largest difference
+    between its outputs for 16 images among 16 others and among another 16, as a part of their standard deviation.
+
+    0 where an answer depends on its image alone. None where outputs are not one tensor, or images are too few. Nothing is
+    exchanged between processes.
+    """
+    count = len(images.dataset)
+    if count < 3 * PROBED:
+        return None
+    # spread over the set, which may lie class by class
+    chosen = torch.linspace(0, count - 1, 3 * PROBED).long()
+    same, some, others = chosen[::3], chosen[1::3], chosen[2::3]
+    was_training = model.training
+    model.eval()
+    outputs = []
+    for mates in (some, others):
+        batch = images.batch_of(torch.cat([same, mates]))
+        with autocast():
+            answer = model(*task.inputs(batch)) if len(batch.indices) == 2 * PROBED else None
+        outputs.append(answer[:PROBED].double() if isinstance(answer, torch.Tensor) else None)
+    model.train(was_training)
+    if any(answer is None for answer in outputs):
+        return None
+    spread = torch.cat(outputs).std().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((outputs[0] - outputs[1]).abs().max() / spread)
 
 
 def _in_order(parts: list[Rows]) -> Rows:
@@ -131,17 +187,48 @@ class Evaluator:
         model: nn.Module | None = None,
         network: nn.Module | None = None,
         before_each_batch: Callable[[], None] = lambda: None,
+        first_alone: bool = False,
+        batches: Batches | None = None,
     ) -> dict[Pair, Result]:
-        """Evaluate ``model`` (default: the own one), called as ``network`` where that is given: compiled, or wrapped."""
+        """Evaluate ``model`` (default: the own one), called as ``network`` where that is given: compiled, or wrapped.
+
+        first_alone: only the first pair. batches: in place of those that the settings ask for.
+        """
         model = self.model if model is None else model
         network = model if network is None else network
         found = {}
+        pairs = self.pairs[:1] if first_alone else self.pairs
         for source in self.settings.all_stats:
+            names = [pair.set for pair in pairs if pair.stats == source]
+            if not names:
+                continue
             with statistics_from(model, source, lambda: self.recalibrate(model)):
-                for name, images in self.sets.items():
-                    found[Pair(name, source)] = evaluate(
+                for name in names:
+                    images, words = self.sets[name], ""
+                    if uses_batch_statistics(model):
+                        asked = batches or self.batches
+                        images, words = images.together(asked), str(asked)
+                    result = evaluate(
                         self.task, network, images, self.world, self.autocast, before_each_batch
                     )
+                    found[Pair(name, source)] = replace(result, batches=words)
+        return found
+
+    @property
+    def batches(self) -> Batches:
+        """How images come together where that matters."""
+        return Batches(self.val.batch, self.settings.order, self.settings.seed)
+
+    def dependence(self, model: nn.Module | None = None) -> dict[str, float]:
+        """Return, for each of "running" and "batch" that the settings ask for, ``batch_dependence`` on the first set."""
+        model = self.model if model is None else model
+        sources = dict.fromkeys("batch" if s == "batch" else "running" for s in self.settings.all_stats)
+        found = {}
+        for source in sources:
+            with statistics_from(model, source, lambda: None):
+                value = batch_dependence(self.task, model, self.val, self.autocast)
+            if value is not None:
+                found[source] = value
         return found
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from anorm.data.random import seed_of, stream
 from anorm.data.sources.base import Batch
 from anorm.engine import checkpoint, optim
 from anorm.engine.ema import after_step
-from anorm.engine.evaluate import Pair
+from anorm.engine.evaluate import Pair, dependence_warning
 from anorm.engine.meter import Clock, Meter, NotFinite, SaveTimer
 from anorm.engine.nonfinite import explain
 from anorm.engine.run import Run
@@ -184,11 +184,13 @@ def evaluate_and_keep_best(run: Run, epoch: int, before_each_batch: Callable[[],
     settings, world, progress, task = run.settings, run.world, run.progress, run.task
     started = time.perf_counter()
     join_statistics(world, run.model, settings.dist.stats)
-    found = run.evaluator(network=run.evaluated, before_each_batch=before_each_batch)
+    first_alone = settings.eval.others == "last" and progress.step < run.total_steps
+    watched = {"before_each_batch": before_each_batch, "first_alone": first_alone}
+    found = run.evaluator(network=run.evaluated, **watched)
     averages = {}
     if run.ema:
         join_statistics(world, run.ema.model, settings.dist.stats)
-        averages = run.evaluator(run.ema.model, before_each_batch=before_each_batch)
+        averages = run.evaluator(run.ema.model, **watched)
     progress.last = {str(pair): result.values for pair, result in found.items()}
     value = progress.first[task.best]
     improved = progress.best is None or task.metrics[task.best].better(value, progress.best)
@@ -206,9 +208,11 @@ def evaluate_and_keep_best(run: Run, epoch: int, before_each_batch: Callable[[],
         average = averages[pair].values if averages else {}
         fields = {"step": progress.step, "epoch": epoch} | result.values
         fields |= {"images": result.images, "set": pair.set, "stats": pair.stats}
+        fields |= {"batches": result.batches} if result.batches else {}
         fields |= {f"ema_{name}": value for name, value in average.items()}
         run.record.write("eval", board=_board(run, pair), **fields, seconds=seconds)
         where = "" if len(found) == 1 else f" on {pair.set} ({pair.stats} statistics)"
+        where += f" ({result.batches})" if result.batches else ""
         run.record.say(
             f"epoch {epoch}/{settings.epochs}{where}: {task.words(result.values)} of {result.images} images"
             + (f" (average of weights: {task.words(average)})" if average else "")
@@ -246,6 +250,10 @@ def finish(run: Run) -> dict[str, Any]:
             {"set": pairs[name].set, "stats": pairs[name].stats} | values
             for name, values in progress.last.items()
         ]
+    depends = run.evaluator.dependence() if run.world.main else {}
+    fields["batch_dependence"] = depends
+    if warning := dependence_warning(depends):
+        run.record.say(f"warning: {warning}")
     if fields["unreadable"]:
         run.record.say(
             f"{fields['unreadable']} unreadable images were replaced or left out: {run.folder / UNREADABLE}"

@@ -116,6 +116,17 @@ def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], Non
                 buffer.copy_(kept[name])
 
 
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Return whether a norm of ``model`` standardizes with the statistics of the batch in evaluation, as it now stands:
+    one of ours by ``eval_stats``, one of torch's that tracks none.
+    """
+    return any(
+        (isinstance(module, RunningNorm) and module.eval_stats == "batch" and not module.frozen)
+        or (isinstance(module, _BatchNorm) and module.running_mean is None)
+        for module in model.modules()
+    )
+
+
 def norms_with_statistics(model: nn.Module) -> list[nn.Module]:
     """Return the norms that track statistics and are not frozen, torch's own among them (norm=module, norm=timm:...)."""
     return [

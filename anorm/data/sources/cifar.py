@@ -199,7 +199,11 @@ def _split(labels: Tensor, held_out: int, classes: int) -> tuple[Tensor, Tensor]
 
 
 class CorruptedImages(LabelledImages):
-    """Images of another set, corrupted when they are fetched. Only for evaluation."""
+    """Images of another set, corrupted when they are fetched. Only for evaluation. There may be 95 such sets, too many for
+    workers of their own.
+    """
+
+    in_memory = True
 
     def __init__(self, clean: StoredImages, chosen: Tensor, name: str, severity: int):
         self.clean, self.chosen, self.name, self.severity = clean, chosen, name, severity
@@ -217,6 +221,8 @@ class CorruptedImages(LabelledImages):
 
 class PublishedCorruption(LabelledImages):
     """One severity of an npy file of CIFAR-10-C: 10,000 rows a severity, read when they are fetched."""
+
+    in_memory = True
 
     def __init__(self, rows: numpy.ndarray, labels: Tensor, chosen: Tensor, path: Path, like: StoredImages):
         self.rows, self.chosen, self.labels = rows, chosen, labels[chosen]
