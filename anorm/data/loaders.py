@@ -124,6 +124,8 @@ class Batches(NamedTuple):
             order = torch.randperm(count, generator=stream(self.seed, "evaluation order"))
         else:
             assert self.order == "classes", self.order
+            if not hasattr(dataset, "labels"):
+                raise ValueError("eval.order=classes is for images with one class each: use eval.order=shuffled")
             order = torch.argsort(dataset.labels, stable=True)
         found = [(part, len(part)) for part in order.split(self.size)]
         last, counted = found[-1]
