@@ -6,6 +6,7 @@
 """
 
 from anorm.convert import convert
+from anorm.norms.statistics import freeze_stats, set_sync, update_stats
 from anorm.registry import create_model, create_norm, list_archs, list_norms
 from anorm.weights import load_weights
 
@@ -15,9 +16,12 @@ __all__ = [
     "create_detector",
     "create_model",
     "create_norm",
+    "freeze_stats",
     "list_archs",
     "list_norms",
     "load_weights",
+    "set_sync",
+    "update_stats",
 ]
 
 

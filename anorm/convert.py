@@ -255,7 +255,9 @@ def is_norm(layer: nn.Module) -> bool:
 
 
 def _channels(layer: nn.Module) -> int:
-    named = getattr(layer, "num_features", getattr(layer, "channels", None))
+    if isinstance(layer, Norm):
+        return layer.channels
+    named = getattr(layer, "num_features", None)
     return named if named is not None else getattr(getattr(layer, "weight", None), "numel", int)()
 
 
@@ -263,7 +265,7 @@ def _refusal(layer: nn.Module) -> str | None:
     """Why a norm is left as it is; None where it can be replaced."""
     if "Frozen" in type(layer).__name__:
         return "frozen: its statistics and affine are constants"
-    if not isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+    if isinstance(layer, Norm) or not isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         return "not a BatchNorm2d"
     own = type(layer).forward not in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
     if own and type(layer).__name__ not in ("BatchNormAct2d", "SyncBatchNormAct"):

@@ -26,7 +26,11 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
 def batchnorms(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.BatchNorm2d) and not isinstance(m, Norm)
+    }
 
 
 def used(model, seed=0):

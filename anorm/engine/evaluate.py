@@ -17,10 +17,10 @@ from anorm.engine.device import Autocast
 from anorm.engine.statistics import (
     check_statistics,
     join_statistics,
-    norms_with_statistics,
     statistics_from,
     uses_batch_statistics,
 )
+from anorm.norms.statistics import tracking_norms
 from anorm.processes.world import World
 from anorm.tasks.base import Rows, Task
 
@@ -238,7 +238,7 @@ class Evaluator:
         """
         left = -(-self.settings.recalibrate_batches // self.world.size)
         model.eval()  # no dropout, wherever it is
-        for norm in norms_with_statistics(model):
+        for norm in tracking_norms(model):
             norm.training = True
         for step, step_batches in enumerate(self.train.epoch(self.unused_epoch)):
             for k, batch in enumerate(step_batches[:left]):

@@ -14,12 +14,16 @@ from torch.nn.modules.batchnorm import _NormBase
 from anorm.archs.foreign import Foreign
 from anorm.config.settings import Optim
 from anorm.convert import is_norm
-from anorm.norms.base import Norm, ParamNeeds, RunningNorm
+from anorm.norms.base import Norm, ParamNeeds
+from anorm.norms.statistics import freeze_stats
 from anorm.words import nearest
 
 MIXTURES = "mixtures"
 """The word for ``freeze`` that holds AN's learned mixtures and its statistics, and leaves its attention free.
 """
+
+STATISTICS = "stats"
+"""The word for ``freeze`` that holds running statistics alone."""
 
 
 def declared_needs(model: nn.Module) -> dict[str, tuple[ParamNeeds, bool]]:
@@ -220,17 +224,23 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
     statistics of its base, attention free: section 3.3 of the paper), or a pattern of parameter names such as
     "layer1.*". A norm whose parameters are all frozen by a role or pattern keeps its running statistics too, but for
     other libraries' norms, which go on tracking theirs: the line says so.
+
+    ``stats`` holds the running statistics of every norm, torch's too, while their affines learn (norm_eval in detection
+    codes); ``stats:layer1`` those at and below the modules of that name or pattern.
     """
     said, needs = [], declared_needs(model)
     roles = {need.role for need, _ in needs.values()}
     for word in words:
+        if word == STATISTICS or word.startswith(f"{STATISTICS}:"):
+            said.append(_freeze_statistics(model, word))
+            continue
         role = "mixture" if word == MIXTURES else word
         named = {name for name, (need, _) in needs.items() if need.role == role}
         if word not in roles and word != MIXTURES:
             named = {name for name in needs if fnmatch.fnmatchcase(name, word)}
         if not named:
             raise ValueError(
-                f"freeze={word} matches nothing: give {MIXTURES}, a role ({', '.join(sorted(roles))}) or a "
+                f"freeze={word} matches nothing: give {MIXTURES}, {STATISTICS}, a role ({', '.join(sorted(roles))}) or a "
                 "pattern of parameter names such as layer1.*"
             )
         parameters = dict(model.named_parameters())
@@ -245,21 +255,35 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
                 held = norm
             else:
                 continue
-            for layer in held.modules():
-                if isinstance(layer, RunningNorm):
-                    layer.frozen = True
-                    statistics += 1
+            statistics += freeze_stats(held)
         said.append(f"frozen by {word}: {len(named)} parameters, the statistics of {statistics} norms")
         if others := _others_tracking(model, named):
             said[-1] += f"; those of {others} norms of other libraries go on being tracked"
     return said
 
 
+def _freeze_statistics(model: nn.Module, word: str) -> str:
+    pattern = word.partition(":")[2] or "*"
+    held = 0
+    for name, module in model.named_modules():
+        name = name.removeprefix("network.") if isinstance(model, Foreign) else name
+        parents = [name, *(name[:i] for i, c in enumerate(name) if c == ".")]
+        if isinstance(module, _NormBase) and any(fnmatch.fnmatchcase(part, pattern) for part in parents):
+            held += freeze_stats(module)
+    if not held:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"freeze={word} holds nothing: no norm with running statistics stands at or below a module of that name; "
+            f"the network has {children}"
+        )
+    return f"frozen by {word}: the statistics of {held} norms, their affines learn"
+
+
 def _others_tracking(model: nn.Module, frozen: set[str]) -> int:
     """Norms of torch's, all of whose parameters are ``frozen``, with running statistics."""
     count = 0
     for name, module in model.named_modules():
-        if isinstance(module, _NormBase) and module.track_running_stats:
+        if isinstance(module, _NormBase) and not isinstance(module, Norm) and module.track_running_stats:
             own = {f"{name}.{local}" for local, _ in module.named_parameters(recurse=False)}
             count += bool(own) and own <= frozen
     return count

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anorm.engine import checkpoint
 from anorm.norms.base import RunningNorm
+from anorm.norms.statistics import tracking_norms
 from anorm.processes.world import World
 
 
@@ -83,7 +84,7 @@ def statistics_from(model: nn.Module, source: str, recalibrate: Callable[[], Non
     """Let norms evaluate, within, with their running statistics ("running"), each batch's own ("batch"), or statistics
     taken afresh from training batches by ``recalibrate`` ("recalibrated"). Afterwards all is as before.
     """
-    norms = norms_with_statistics(model)
+    norms = tracking_norms(model)
     ours = [norm for norm in norms if isinstance(norm, RunningNorm)]
     before = [norm.eval_stats for norm in ours]  # a law may have its own way (afn_as_released)
     if source == "running":
@@ -121,20 +122,11 @@ def uses_batch_statistics(model: nn.Module) -> bool:
     one of ours by ``eval_stats``, one of torch's that tracks none.
     """
     return any(
-        (isinstance(module, RunningNorm) and module.eval_stats == "batch" and not module.frozen)
-        or (isinstance(module, _BatchNorm) and module.running_mean is None)
+        module.eval_stats == "batch" and not module.frozen
+        if isinstance(module, RunningNorm)
+        else isinstance(module, _BatchNorm) and module.running_mean is None
         for module in model.modules()
     )
-
-
-def norms_with_statistics(model: nn.Module) -> list[nn.Module]:
-    """Return the norms that track statistics and are not frozen, torch's own among them (norm=module, norm=timm:...)."""
-    return [
-        module
-        for module in model.modules()
-        if (isinstance(module, RunningNorm) and not module.frozen)
-        or (isinstance(module, _BatchNorm) and module.track_running_stats)
-    ]
 
 
 def check_statistics(model: nn.Module, source: str) -> None:

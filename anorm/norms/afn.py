@@ -142,9 +142,9 @@ class AdaptiveFusionNorm(RunningNorm):
 
     def _std(self, var: Tensor) -> Tensor:
         if self.eps_place == "inside":
-            return (var + self.eps).sqrt()
+            return (var + self.epsilon).sqrt()
         # sqrt has an infinite slope at 0 (a dead channel): keep it a tiny distance away
-        return (var + torch.finfo(var.dtype).tiny ** 0.5).sqrt() + self.eps
+        return (var + torch.finfo(var.dtype).tiny ** 0.5).sqrt() + self.epsilon
 
     def zero_init(self) -> None:
         self.adapt.zero_rescaling(self.weight)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments
-from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, fully_connected
+from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, checked_eps, fully_connected
 
 __all__ = ["NORMS", "Adaptation", "AdaptiveStandardizationRescaling"]
 
@@ -75,7 +75,7 @@ class AdaptiveStandardizationRescaling(Norm):
         super().__init__(channels, act)
         if variance not in ("biased", "unbiased"):
             raise ValueError(f"variance={variance!r} is neither 'biased' nor 'unbiased'")
-        self.variance, self.eps = variance, eps
+        self.variance, self.eps = variance, checked_eps(eps)
         self._make_affine(True)
         self.weight.requires_grad_(not fixed_affine)
         self.bias.requires_grad_(not fixed_affine)
@@ -182,17 +182,26 @@ class Adaptation(nn.Module):
         self.bias_encoder = None if share == "both" else nn.Linear(channels, hidden)
         self.weight_decoder = nn.Linear(hidden, channels)
         self.bias_decoder = nn.Linear(hidden, channels)
-        if decoders == "zero":
+        size = channels if granularity == "channel" else 1
+        self.decoders, self.mix_start = decoders, float(MIX_START.get(mix_start, mix_start))
+        for name in ("lambda_mean", "lambda_std"):
+            self.register_parameter(name, nn.Parameter(torch.empty(size)))
+        for name in ("lambda_weight", "lambda_bias"):
+            raw = None if rescale_lambda == "none" else nn.Parameter(torch.empty(size))
+            self.register_parameter(name, raw)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start the lambdas, and zero decoders, anew; the linear layers have their own such method."""
+        for name in ("lambda_mean", "lambda_std"):
+            getattr(self, name).fill_(self.mix_start)
+        for raw in (self.lambda_weight, self.lambda_bias):
+            if raw is not None:
+                raw.fill_(RESCALE_START[self.rescale_lambda])
+        if self.decoders == "zero":
             for decoder in (self.mean_decoder, self.std_decoder, self.weight_decoder, self.bias_decoder):
                 _zero(decoder)
-
-        size = channels if granularity == "channel" else 1
-        start = MIX_START.get(mix_start, mix_start)
-        self.lambda_mean = nn.Parameter(torch.full((size,), float(start)))
-        self.lambda_std = nn.Parameter(torch.full((size,), float(start)))
-        for name in ("lambda_weight", "lambda_bias"):
-            raw = torch.full((size,), RESCALE_START[rescale_lambda])
-            self.register_parameter(name, None if rescale_lambda == "none" else nn.Parameter(raw))
 
     def forward(
         self, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor, learning: bool = False

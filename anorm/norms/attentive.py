@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, squeeze, then
-from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, Site, fully_connected
+from anorm.norms.base import (
+    Choice,
+    Norm,
+    ParamNeeds,
+    Parts,
+    Site,
+    around,
+    called_as_is,
+    checked_eps,
+    fully_connected,
+    moments_of,
+)
 from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build, build_base
 from anorm.ops.hot import HotLaw, hot_an
@@ -90,11 +101,17 @@ class AttentiveNorm(Norm):
         self.k = k
         self.source = source
         self.separate = separate
-        self.weight = nn.Parameter(1.0 + 0.1 * torch.randn(k, channels))
-        self.bias = nn.Parameter(0.1 * torch.randn(k, channels))
+        self.weight = nn.Parameter(torch.empty(k, channels))
+        self.bias = nn.Parameter(torch.empty(k, channels))
+        self.reset_parameters()
         self.base = build_base(base, channels, affine=False)
         weights = 2 * k if separate else k
         self.attention = Attention(channels, weights, input, attention, activation, attention_norm, eps_rsd)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.copy_(1.0 + 0.1 * torch.randn_like(self.weight))
+        self.bias.copy_(0.1 * torch.randn_like(self.bias))
 
     @classmethod
     def at(cls, site: Site, k: int | Sequence[int] | None = None, **options) -> AttentiveNorm:
@@ -114,6 +131,15 @@ class AttentiveNorm(Norm):
 
     def needs(self) -> str:
         return "mean_var" if "mean_var" in (self.base.needs(), self.attention.needs) else "mean"
+
+    def run(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        if called_as_is(self.base):
+            return super().run(x, residual, mask)
+        z = self.base(x)
+        of = moments_of(z if self.source == "standardized" else x, self.attention.needs == "mean_var")
+        with torch.autocast(x.device.type, enabled=False):
+            gamma, beta = self._mixed(self.attention(of))
+            return around(z, gamma, beta, self.act, residual, mask)
 
     def law(self, moments: Moments) -> Affine:
         standardized = self.base.law(moments)
@@ -154,12 +180,12 @@ class AttentiveNorm(Norm):
             and (attention.input, attention.activation, self.source) == ("rsd", "hsigmoid", "input")
             and not self.separate
         )
-        if not published or x.shape[0] < 2 or x.numel() == 0:
+        if not published or x.shape[0] < 2 or x.numel() == 0 or not self._parts_as_they_are():
             return None
         norms = base, attention.norm
         if (
             not all(norm.from_batch and not norm.sync for norm in norms)
-            or base.learning != attention.norm.learning
+            or base.tracking != attention.norm.tracking
         ):
             return None
 
@@ -169,9 +195,36 @@ class AttentiveNorm(Norm):
 
         return hot_an(
             (self.weight, self.bias, attention.fc.weight, attention.norm.weight, attention.norm.bias),
-            (base.eps, attention.eps, attention.norm.eps),
-            track if base.learning else None,
+            (base.epsilon, attention.eps, attention.norm.epsilon),
+            track if base.tracking else None,
         )
+
+    def _parts_as_they_are(self) -> bool:
+        attention = self.attention
+        return (
+            called_as_is(attention, Attention)
+            and called_as_is(attention.fc, nn.Linear)
+            and called_as_is(attention.norm)
+        )
+
+    @torch.no_grad()
+    def start_as(self, weight: Tensor, bias: Tensor) -> None:
+        """The attention's last affine layer at weight 0 gives every instance the same lambda (1/2 for hsigmoid),
+        so gamma_k = gamma / sum_k lambda_k (2 gamma / K), and beta likewise.
+
+        Where that layer is the FC (A1, SE), nothing would ever tell the K components apart: they differ by noise
+        of the published size that cancels in the sum.
+        """
+        last = self.attention.norm or self.attention.fc
+        last.weight.zero_()
+        last.bias.fill_(1.0 if self.attention.activation == "relu" else 0.0)
+        lambdas = ACTIVATIONS[self.attention.activation](last.bias[None].double())[0, : self.k]
+        for mixture, value in ((self.weight, weight), (self.bias, bias)):
+            mixture.copy_((value / lambdas.sum().to(value)).expand_as(mixture))
+            if last is self.attention.fc and self.k > 1:
+                noise = 0.1 * torch.randn_like(mixture)
+                mixture.add_(noise - noise.mean(0))
+        self.base.start_as(torch.ones_like(weight), torch.zeros_like(bias))
 
     def zero_init(self) -> None:
         nn.init.zeros_(self.weight)
@@ -221,7 +274,7 @@ class Attention(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is none of {', '.join(known)}")
-        self.input, self.activation, self.eps = input, activation, eps
+        self.input, self.activation, self.eps = input, activation, checked_eps(eps)
         self.needs = "mean" if input == "mean" else "mean_var"
         features = 2 * channels if input == "mean_std" else channels
         self.squeeze = None
@@ -230,12 +283,17 @@ class Attention(nn.Module):
             self.squeeze = nn.Linear(features, hidden)
             features = hidden
         self.fc = nn.Linear(features, out, bias=attention != "a2")
-        nn.init.kaiming_normal_(self.fc.weight, mode="fan_out", nonlinearity="relu")
-        if self.fc.bias is not None:
-            nn.init.zeros_(self.fc.bias)
+        self.reset_parameters()
         self.norm = None
         if attention == "a2":
             self.norm = build(attention_norm, out, **({"groups": 1} if attention_norm == "gn" else {}))
+            self.norm.part = True
+
+    def reset_parameters(self) -> None:
+        """He initialisation of the FC (fan-out), which replaces that of ``nn.Linear``."""
+        nn.init.kaiming_normal_(self.fc.weight, mode="fan_out", nonlinearity="relu")
+        if self.fc.bias is not None:
+            nn.init.zeros_(self.fc.bias)
 
     def describe(self, moments: Moments) -> Tensor:
         """The descriptor (N, C) or (N, 2C)."""
@@ -255,7 +313,9 @@ class Attention(nn.Module):
         if self.squeeze is not None:
             a = F.relu(fully_connected(self.squeeze, a))
         a = fully_connected(self.fc, a)
-        if self.norm is not None:
+        if self.norm is not None and not called_as_is(self.norm):
+            a = self.norm(a[:, :, None, None])[:, :, 0, 0]
+        elif self.norm is not None:
             # each instance holds one value of each of the outputs: moments (a, 0) of a 1x1 map
             a = squeeze(self.norm.law(Moments(a, torch.zeros_like(a), 1)), a)
         return ACTIVATIONS[self.activation](a)

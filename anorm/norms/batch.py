@@ -27,6 +27,8 @@ class BatchNorm(RunningNorm):
     Raises ValueError in training when a channel has a single value (N*H*W = 1).
     """
 
+    plain = True
+
     def __init__(
         self,
         channels: int,
@@ -43,12 +45,12 @@ class BatchNorm(RunningNorm):
         return "mean_var" if self.from_batch else "none"
 
     def parts(self, moments: Moments | None) -> Parts:
-        return Parts(standardize(*self.batch_statistics(moments), self.eps), self.weight, self.bias)
+        return Parts(standardize(*self.batch_statistics(moments), self.epsilon), self.weight, self.bias)
 
     def hot(self, x: Tensor) -> HotLaw | None:
         if not self.from_batch or self.sync or x.numel() <= self.channels:
             return None
-        return hot_bn(self.weight, self.bias, self.eps, self.track if self.learning else None)
+        return hot_bn(self.weight, self.bias, self.epsilon, self.track if self.tracking else None)
 
 
 NORMS = {"bn": BatchNorm}

@@ -46,10 +46,15 @@ class BatchInstanceNorm(RunningNorm):
         self.gate = nn.Parameter(torch.ones(channels))
 
     def parts(self, moments: Moments) -> Parts:
-        batch = standardize(*self.batch_statistics(moments), self.eps)
-        instance = standardize(moments.mean, moments.var, self.eps)
+        batch = standardize(*self.batch_statistics(moments), self.epsilon)
+        instance = standardize(moments.mean, moments.var, self.epsilon)
         gate = {"share of BN": Choice("gates", self.gate)}
         return Parts(mix(batch, instance, self.gate), self.weight, self.bias, gate)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.ones_(self.gate)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

@@ -67,7 +67,9 @@ def build_base(base: str | dict, channels: int, affine: bool) -> Norm:
         raise ValueError(
             f"norm {name!r} cannot be the base of another law: it has no plain affine to replace"
         )
-    return build(name, channels, affine=affine, **options)
+    norm = build(name, channels, affine=affine, **options)
+    norm.part = True
+    return norm
 
 
 def set_sync(module: nn.Module, sync: bool) -> None:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import copy
-from functools import singledispatch
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from anorm.norms.attentive import ACTIVATIONS, AttentiveNorm
-from anorm.norms.base import RunningNorm
+from anorm.norms.base import Norm, RunningNorm
 from anorm.norms.build import set_sync
-from anorm.norms.sparse_switchable import SparseSwitchableNorm
-from anorm.norms.squeeze_excite import SqueezeExcite
-from anorm.norms.switchable import SwitchableNorm
 
-__all__ = ["carry", "compare", "start_as"]
+__all__ = ["carry", "compare"]
 
 
 @torch.no_grad()
 def carry(old: nn.Module, new: nn.Module, given: set[str]) -> None:
     """Statistics, eps and momentum (but for those in ``given``) and affine of a BN into a new layer."""
     inner = new
-    while (below := getattr(inner, "base", getattr(inner, "module", None))) is not None:
+    while isinstance(below := getattr(inner, "base", getattr(inner, "module", None)), nn.Module):
         inner = below
     for name in {"eps", "momentum"} - given:
-        if hasattr(inner, name):
+        if isinstance(inner, RunningNorm) or hasattr(inner, name):
             setattr(inner, name, getattr(old, name))
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         mine, theirs = getattr(inner, name, None), getattr(old, name)
@@ -35,64 +31,8 @@ def carry(old: nn.Module, new: nn.Module, given: set[str]) -> None:
     if old.running_mean is None and isinstance(inner, RunningNorm):
         inner.eval_stats = "batch"
     ones = torch.ones(old.num_features, dtype=torch.float32)
-    start_as(new, ones if old.weight is None else old.weight, 0 * ones if old.bias is None else old.bias)
-
-
-@singledispatch
-def start_as(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Set a new layer to act like BN with this affine, weight and bias (C), as far as its law allows.
-
-    In general: its own ``weight`` and ``bias`` where they have that shape. Register a law's own way with
-    ``start_as.register``.
-    """
-    layer = getattr(layer, "module", layer)
-    for name, value in (("weight", weight), ("bias", bias)):
-        own = getattr(layer, name, None)
-        if isinstance(own, Tensor) and own.shape == value.shape:
-            own.copy_(value)
-
-
-@start_as.register
-def _(layer: AttentiveNorm, weight: Tensor, bias: Tensor) -> None:
-    """The attention's last affine layer at weight 0 gives every instance the same lambda (1/2 for hsigmoid),
-    so gamma_k = gamma / sum_k lambda_k (2 gamma / K), and beta likewise.
-
-    Where that layer is the FC (A1, SE), nothing would ever tell the K components apart: they differ by noise
-    of the published size that cancels in the sum.
-    """
-    last = layer.attention.norm or layer.attention.fc
-    last.weight.zero_()
-    last.bias.fill_(1.0 if layer.attention.activation == "relu" else 0.0)
-    lambdas = ACTIVATIONS[layer.attention.activation](last.bias[None].double())[0, : layer.k]
-    for mixture, value in ((layer.weight, weight), (layer.bias, bias)):
-        mixture.copy_((value / lambdas.sum().to(value)).expand_as(mixture))
-        if last is layer.attention.fc and layer.k > 1:
-            noise = 0.1 * torch.randn_like(mixture)
-            mixture.add_(noise - noise.mean(0))
-    start_as(layer.base, torch.ones_like(weight), torch.zeros_like(bias))
-
-
-@start_as.register
-def _(layer: SqueezeExcite, weight: Tensor, bias: Tensor) -> None:
-    """Second FC at 0: every gate is sigmoid(0) = 1/2, made up for by the doubled affine below."""
-    for parameter in layer.fc2.parameters():
-        parameter.zero_()
-    start_as(layer.base, 2 * weight, 2 * bias)
-
-
-@start_as.register
-def _(layer: SwitchableNorm, weight: Tensor, bias: Tensor) -> None:
-    """All weight on BN: softmax(0, 0, 20) is one-hot in float32. The switches barely learn from there."""
-    start_as.dispatch(nn.Module)(layer, weight, bias)
-    if layer.use_bn:
-        for control in (layer.mean_weight, layer.var_weight):
-            control.copy_(control.new_tensor([0.0, 0.0, 20.0]))
-
-
-@start_as.register
-def _(layer: SparseSwitchableNorm, weight: Tensor, bias: Tensor) -> None:
-    """The affine alone: weights that start one-hot would count as a choice that is made after one step."""
-    start_as.dispatch(nn.Module)(layer, weight, bias)
+    start = new.start_as if isinstance(new, Norm) else partial(Norm.start_as, new)
+    start(ones if old.weight is None else old.weight, 0 * ones if old.bias is None else old.bias)
 
 
 def compare(old: nn.Module, new: nn.Module) -> tuple[str, str]:

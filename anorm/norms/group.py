@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from anorm.algebra import Moments, pool_groups, standardize
-from anorm.norms.base import Norm, Parts
+from anorm.norms.base import Norm, Parts, checked_eps
 from anorm.ops.hot import HotLaw, hot_gn
 
 __all__ = ["NORMS", "GroupNorm", "InstanceNorm", "LayerNorm", "resolve_groups"]
@@ -40,8 +40,12 @@ class GroupNorm(Norm):
         eps: added to the variance.
         affine: learn weight and bias (C).
 
-    Raises ValueError when an explicit number of groups does not divide C.
+    Raises ValueError when an explicit number of groups does not divide C, and, as torch does, for a map of one instance
+    whose groups hold one value each.
     """
+
+    one_value = False
+    """Whether a single value is standardized, to 0."""
 
     def __init__(
         self,
@@ -53,12 +57,20 @@ class GroupNorm(Norm):
     ) -> None:
         super().__init__(channels, act)
         self.groups = resolve_groups(groups, channels)
-        self.eps = eps
+        self.eps = checked_eps(eps)
         self._make_affine(affine)
 
     def parts(self, moments: Moments) -> Parts:
         mean, var, _ = pool_groups(moments, self.groups)
         return Parts(standardize(mean, var, self.eps), self.weight, self.bias)
+
+    def check(self, x: Tensor) -> None:
+        super().check(x)
+        if x.numel() == self.groups and not self.one_value:
+            raise ValueError(
+                f"{type(self).__name__}({self.channels}, groups={self.groups}) got a shape {tuple(x.shape)}, one value "
+                "a group: nothing is left of it. Take fewer groups or larger maps"
+            )
 
     def hot(self, x: Tensor) -> HotLaw:
         return hot_gn(self.weight, self.bias, self.groups, self.eps)
@@ -82,6 +94,8 @@ class InstanceNorm(GroupNorm):
 
     Instance Normalization (Ulyanov et al., 2016). Learns an affine by default, unlike ``torch.nn.InstanceNorm2d``; a 1x1 map gives ``bias`` (its variance is 0).
     """
+
+    one_value = True
 
     def __init__(self, channels: int, act: str | None = None, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__(channels, act, channels, eps, affine)

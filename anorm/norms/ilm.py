@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Moments, pool_groups, standardize
-from anorm.norms.base import Norm, ParamNeeds, Parts, fully_connected
+from anorm.norms.base import Norm, ParamNeeds, Parts, checked_eps, fully_connected
 from anorm.norms.group import resolve_groups
 
 __all__ = ["NORMS", "InstanceLevelMetaNorm"]
@@ -68,18 +68,24 @@ class InstanceLevelMetaNorm(Norm):
             raise ValueError(f"groups={groups!r} is an option of base=gn, and the base is {base}")
         if variance not in ("unbiased", "biased"):
             raise ValueError(f"variance={variance!r} is neither 'unbiased' nor 'biased'")
-        self.base, self.variance, self.eps = base, variance, eps
+        self.base, self.variance, self.eps = base, variance, checked_eps(eps)
+        self.initial_weight = float(initial_weight)
         self.groups = {"gn": resolve_groups(groups, channels), "ln": 1, "in": channels}[base]
         self.keys = _number_of_keys(key_group_size, channels)
         if hidden == "auto":
             hidden = self.keys // 16 if self.keys >= (16 if base == "gn" else 17) else 2
         if not isinstance(hidden, int) or hidden < 1:
             raise ValueError(f"hidden={hidden!r} is neither auto nor a positive number")
-        self.weight = nn.Parameter(torch.full((channels,), float(initial_weight)))
+        self.weight = nn.Parameter(torch.full((channels,), self.initial_weight))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.encoder = nn.Linear(self.keys, hidden, bias=False)
         self.weight_decoder = nn.Linear(hidden, self.keys, bias=False)
         self.bias_decoder = nn.Linear(hidden, self.keys, bias=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.constant_(self.weight, self.initial_weight)
 
     def parts(self, moments: Moments) -> Parts:
         mean, var = self._statistics(moments, self.groups)

@@ -38,7 +38,16 @@ class ModuleNorm(Norm):
         except TypeError as error:
             raise ValueError(f"norm.target: {target.__name__}({channels}, ...) failed: {error}") from error
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def check(self, x: Tensor) -> None:
+        """The target has its own opinion."""
+
+    def start_as(self, weight: Tensor, bias: Tensor) -> None:
+        Norm.start_as(self.module, weight, bias)
+
+    def reset_parameters(self) -> None:
+        """All parameters are the target's."""
+
+    def run(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         y = self.module(x)
         if y.shape != x.shape:
             raise ValueError(f"norm.target returned shape {tuple(y.shape)} for an input of {tuple(x.shape)}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anorm.norms.base import ParamNeeds
+from anorm.norms.base import Norm, ParamNeeds
 from anorm.norms.switchable import SwitchableNorm
 
 __all__ = ["NORMS", "SparseSwitchableNorm", "sparsemax", "sparsestmax"]
@@ -117,6 +117,16 @@ class SparseSwitchableNorm(SwitchableNorm):
         self.centre = centre
         self.register_buffer("radius", torch.tensor(0.0))
         self.register_buffer("chosen", torch.tensor([-1, -1]))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.radius.zero_()
+        self.chosen.fill_(-1)
+
+    def start_as(self, weight: Tensor, bias: Tensor) -> None:
+        """The affine alone: weights that start one-hot would count as a choice that is made after one step."""
+        Norm.start_as(self, weight, bias)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Importance weights of the means and of the variances, in the order IN, LN[, BN]."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, gate, squeeze, then
-from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, Site, fully_connected
+from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, Site, around, called_as_is, fully_connected
 from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build_base
 from anorm.ops.hot import HotLaw, hot_se
@@ -63,10 +63,19 @@ class SqueezeExcite(Norm):
         normalized = self.base.law(moments)
         return gate(normalized, self.weights(squeeze(normalized, moments.mean)))
 
-    def hot(self, x: torch.Tensor) -> HotLaw | None:
-        below = self.base.hot(x) if type(self.base) is BatchNorm else None
+    def run(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        if called_as_is(self.base):
+            return super().run(x, residual, mask)
+        z = self.base(x)
+        with torch.autocast(x.device.type, enabled=False):
+            means = z.to(torch.promote_types(z.dtype, torch.float32)).mean((2, 3))
+            return around(z, self.weights(means), None, self.act, residual, mask)
+
+    def hot(self, x: Tensor) -> HotLaw | None:
+        linear = called_as_is(self.fc1, nn.Linear) and called_as_is(self.fc2, nn.Linear)
+        below = self.base.hot(x) if linear and type(self.base) is BatchNorm else None
         layers = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        return below and hot_se(below, layers, self.base.eps)
+        return below and hot_se(below, layers, self.base.epsilon)
 
     def parts(self, moments: Moments) -> Parts | None:
         below = self.base.parts(moments)
@@ -78,10 +87,17 @@ class SqueezeExcite(Norm):
         choices = {"channel gates": Choice("gates", weight)} | below.choices
         return Parts(below.standardized, gamma, beta, choices)
 
-    def weights(self, squeezed: torch.Tensor) -> torch.Tensor:
+    def weights(self, squeezed: Tensor) -> Tensor:
         """The gates (N, C) for squeezed features (N, C)."""
         hidden = F.relu(fully_connected(self.fc1, squeezed))
         return torch.sigmoid(fully_connected(self.fc2, hidden))
+
+    @torch.no_grad()
+    def start_as(self, weight: Tensor, bias: Tensor) -> None:
+        """Second FC at 0: every gate is sigmoid(0) = 1/2, made up for by the doubled affine below."""
+        for parameter in self.fc2.parameters():
+            parameter.zero_()
+        self.base.start_as(2 * weight, 2 * bias)
 
     def zero_init(self) -> None:
         self.base.zero_init()

@@ -55,7 +55,21 @@ class SwitchableNorm(RunningNorm):
         if use_bn:
             self._make_buffers()
         else:
-            self.tracked = ()
+            self._make_no_buffers()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.ones_(self.mean_weight)
+        nn.init.ones_(self.var_weight)
+
+    @torch.no_grad()
+    def start_as(self, weight: Tensor, bias: Tensor) -> None:
+        """All weight on BN: softmax(0, 0, 20) is one-hot in float32. The switches barely learn from there."""
+        super().start_as(weight, bias)
+        if self.use_bn:
+            for control in (self.mean_weight, self.var_weight):
+                control.copy_(control.new_tensor([0.0, 0.0, 20.0]))
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Importance weights of the means and of the variances, in the order IN, LN[, BN]."""
@@ -73,7 +87,7 @@ class SwitchableNorm(RunningNorm):
             return None
         parameters = self.weight, self.bias, self.mean_weight, self.var_weight
         unbias = self._unbias(x.shape[2] * x.shape[3])
-        return hot_sn(parameters, unbias, self.eps, self.track if self.learning else None)
+        return hot_sn(parameters, unbias, self.epsilon, self.track if self.tracking else None)
 
     def _unbias(self, count: int) -> float:
         """Factor of an instance's variance over so many values."""
@@ -88,7 +102,7 @@ class SwitchableNorm(RunningNorm):
             branches.append(self.batch_statistics(instance))
         mu = sum(w * mean for w, (mean, _) in zip(w_mean, branches, strict=True))
         sigma2 = sum(w * var for w, (_, var) in zip(w_var, branches, strict=True))
-        return standardize(mu, sigma2, self.eps)
+        return standardize(mu, sigma2, self.epsilon)
 
     def param_needs(self) -> dict[str, ParamNeeds]:
         control = {name: ParamNeeds("control") for name in ("mean_weight", "var_weight")}

@@ -262,3 +262,20 @@ def test_freeze_by_role_and_by_pattern():
     assert names and not any("bn" in name for name in names)
     with pytest.raises(ValueError, match=r"layer9\.\*"):
         optim.freeze(model, ["layer9.*"])
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm:resnet18"])
+def test_freeze_statistics_alone(arch):
+    """norm_eval of detection codes: statistics stay, affines learn; torch's norms as ours."""
+    norm = None if arch.startswith("timm") else "bn"
+    model = create_model(arch, norm, 10)
+    [said] = optim.freeze(model, ["stats:layer1"])
+    assert said == "frozen by stats:layer1: the statistics of 4 norms, their affines learn"
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert moved == {name for name in before if "layer1." not in name}
+    assert all(p.requires_grad and p.grad is not None for p in model.parameters())
+    assert optim.freeze(model, ["stats"]) == ["frozen by stats: the statistics of 20 norms, their affines learn"]
+    with pytest.raises(ValueError, match="stats:layer9 holds nothing.*layer1"):
+        optim.freeze(create_model("resnet18", "bn", 10), ["stats:layer9"])

@@ -155,7 +155,7 @@ def test_the_preset_is_the_released_settings():
     layer = anorm.create_norm("afn_as_released", 64)
     adapt = layer.adapt
     assert (adapt.dropout, adapt.floor, adapt.rescale_lambda, adapt.form) == (0.3, 0.0, "free", "mix")
-    assert (layer.variance, layer.eps, layer.eps_place) == ("unbiased", 1e-6, "outside")
+    assert (layer.variance, layer.epsilon, layer.eps_place) == ("unbiased", 1e-6, "outside")
     assert layer.eval_stats == "batch"
     # sigmoid(sigmoid(-3)) = 0.51185 and sigmoid(-5) = 0.0067, to their printed digits
     assert abs(adapt.lambda_mean.sigmoid().item() - 0.51185) < 5e-5
