@@ -46,7 +46,7 @@ class ConvNet(nn.Module):
         return {"stage1": first, "stage2": self.bn2(self.conv2(self.pool(first)))}
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2:] != (self.image_size, self.image_size):
+        if isinstance(x, Tensor) and x.shape[2:] != (self.image_size, self.image_size):  # else a tracer's stand-in
             raise ValueError(
                 f"this ConvNet is built for images of {self.image_size} x {self.image_size}, got "
                 f"{x.shape[2]} x {x.shape[3]}: give image_size (arch.image_size=...)"

@@ -33,7 +33,7 @@ class Foreign(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.network(x)
         # in training GoogLeNet and Inception return their auxiliary logits beside the logits
-        return y if isinstance(y, Tensor) else y.logits
+        return y.logits if isinstance(y, tuple) else y
 
     def forward_stages(self, x: Tensor) -> dict[str, Tensor]:
         """Feature maps {name: (N, C, H/stride, W/stride)}, in order; the classifier runs too."""

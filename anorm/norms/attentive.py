@@ -174,37 +174,28 @@ class AttentiveNorm(Norm):
 
     def hot(self, x: Tensor) -> HotLaw | None:
         base, attention = self.base, self.attention
+        fc, norm = attention.fc, attention.norm
         published = (
             type(base) is BatchNorm
-            and type(attention.norm) is BatchNorm
+            and type(norm) is BatchNorm
             and (attention.input, attention.activation, self.source) == ("rsd", "hsigmoid", "input")
             and not self.separate
         )
-        if not published or x.shape[0] < 2 or x.numel() == 0 or not self._parts_as_they_are():
+        if not published or x.shape[0] < 2 or x.numel() == 0:
             return None
-        norms = base, attention.norm
-        if (
-            not all(norm.from_batch and not norm.sync for norm in norms)
-            or base.tracking != attention.norm.tracking
-        ):
+        if not (base.from_batch and norm.from_batch) or base.sync or norm.sync or base.tracking != norm.tracking:
+            return None
+        if not (called_as_is(attention, Attention) and called_as_is(fc, nn.Linear) and called_as_is(norm)):
             return None
 
         def track(mean: Tensor, var: Tensor, attention_mean: Tensor, attention_var: Tensor) -> None:
             base.track(mean, var)
-            attention.norm.track(attention_mean, attention_var)
+            norm.track(attention_mean, attention_var)
 
         return hot_an(
-            (self.weight, self.bias, attention.fc.weight, attention.norm.weight, attention.norm.bias),
-            (base.epsilon, attention.eps, attention.norm.epsilon),
+            (self.weight, self.bias, fc.weight, norm.weight, norm.bias),
+            (base.epsilon, attention.eps, norm.epsilon),
             track if base.tracking else None,
-        )
-
-    def _parts_as_they_are(self) -> bool:
-        attention = self.attention
-        return (
-            called_as_is(attention, Attention)
-            and called_as_is(attention.fc, nn.Linear)
-            and called_as_is(attention.norm)
         )
 
     @torch.no_grad()

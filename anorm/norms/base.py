@@ -363,13 +363,15 @@ class RunningNorm(Norm, nn.BatchNorm2d):
     def from_batch(self) -> bool:
         """Whether the present mode standardizes with the batch's statistics."""
         return not self.frozen and (
-            self.training or self.eval_stats == "batch" or (self.running_mean is None and bool(self.tracked))
+            self.training
+            or self.eval_stats == "batch"
+            or (not self.track_running_stats and bool(self.tracked) and self.running_mean is None)
         )
 
     @property
     def tracking(self) -> bool:
         """Whether the present mode takes the batch's statistics into the running ones."""
-        return self.learning and self.track_running_stats and self.running_mean is not None
+        return self.training and self.track_running_stats and not self.frozen
 
     def batch_statistics(self, moments: Moments | None) -> tuple[Tensor, Tensor]:
         """Mean and variance over the batch (C,): of this batch in training (tracked there), else the running ones."""
@@ -437,13 +439,14 @@ def called_as_is(module: nn.Module, cls: type | None = None) -> bool:
     all modules), nor a forward of the instance, nor, where ``cls`` is given, a class other than that (parametrizations,
     LoRA, quantization). Laws may then use its weights without calling it.
     """
+    own = module.__dict__
     return not (
         (cls is not None and type(module) is not cls)
-        or module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
         or _has_any_global_hook()
     )
 

@@ -72,10 +72,11 @@ class SqueezeExcite(Norm):
             return around(z, self.weights(means), None, self.act, residual, mask)
 
     def hot(self, x: Tensor) -> HotLaw | None:
-        linear = called_as_is(self.fc1, nn.Linear) and called_as_is(self.fc2, nn.Linear)
-        below = self.base.hot(x) if linear and type(self.base) is BatchNorm else None
-        layers = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        return below and hot_se(below, layers, self.base.epsilon)
+        base, fc1, fc2 = self.base, self.fc1, self.fc2
+        if type(base) is not BatchNorm or not (called_as_is(fc1, nn.Linear) and called_as_is(fc2, nn.Linear)):
+            return None
+        below = base.hot(x)
+        return below and hot_se(below, (fc1.weight, fc1.bias, fc2.weight, fc2.bias), base.epsilon)
 
     def parts(self, moments: Moments) -> Parts | None:
         below = self.base.parts(moments)

@@ -411,13 +411,17 @@ def test_cells_without_variance_are_finite(backend, law, shape):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_one_value_for_each_channel(backend, law):
-    """Batch statistics cannot come from one value (an error in words); every other law just works."""
+    """Neither batch statistics nor a group's can come from one value (an error in words); every other law just works."""
     layer = create(law, backend)
     batch = any(isinstance(m, RunningNorm) and m.tracked for m in layer.modules())
     x = torch.randn(1, 16, 1, 1, device=backend)
     if batch:
         with pytest.raises(ValueError, match="batch"):
             layer(x)
+    elif law == "gn":
+        with pytest.raises(ValueError, match="one value a group"):
+            layer(x)
+        return
     else:
         assert layer(x).isfinite().all()
     assert layer.eval()(x).isfinite().all()
