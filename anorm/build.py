@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from anorm import tasks
 from anorm.config.settings import Settings, settings_from
@@ -77,6 +76,8 @@ def create_network(config: dict, task: Task) -> nn.Module:
 
 def outline(config: dict, source: Source) -> str:
     """Return in words the parameters and multiply-adds of the network on the meta device: no memory is taken."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
     try:
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             task = create_task(config, source.classes, len(source.mean))
