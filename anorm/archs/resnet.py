@@ -173,8 +173,12 @@ class ResNet(nn.Module):
             maps[name] = x = getattr(self, name)(x)
         return maps
 
+    def forward_head(self, x: Tensor) -> Tensor:
+        """The last stage's map -> logits."""
+        return self.fc(self.avgpool(x).flatten(1))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.avgpool(self.forward_stages(x)["layer4"]).flatten(1))
+        return self.forward_head(self.forward_stages(x)["layer4"])
 
 
 ARCHS = {

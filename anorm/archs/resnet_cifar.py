@@ -93,8 +93,12 @@ class CifarResNet(nn.Module):
             maps[name] = x = getattr(self, name)(x)
         return maps
 
+    def forward_head(self, x: Tensor) -> Tensor:
+        """The last stage's map -> logits."""
+        return self.fc(x.mean((2, 3)))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.forward_stages(x)["layer3"].mean((2, 3)))
+        return self.forward_head(self.forward_stages(x)["layer3"])
 
 
 ARCHS = {f"resnet{depth}": partial(CifarResNet, depth=depth) for depth in (20, 32, 56, 110)}

@@ -62,8 +62,12 @@ class VGG(nn.Module):
             x = self.pool(maps[name])
         return maps
 
+    def forward_head(self, x: Tensor) -> Tensor:
+        """The last stage's map -> logits."""
+        return self.classifier(self.pool(x).mean((2, 3)))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.pool(self.forward_stages(x)["stage5"]).mean((2, 3)))
+        return self.forward_head(self.forward_stages(x)["stage5"])
 
 
 ARCHS = {

@@ -91,8 +91,12 @@ class WideResNet(nn.Module):
         maps["layer3"] = self.bn(x)
         return maps
 
+    def forward_head(self, x: Tensor) -> Tensor:
+        """The last stage's map -> logits."""
+        return self.fc(x.mean((2, 3)))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.forward_stages(x)["layer3"].mean((2, 3)))
+        return self.forward_head(self.forward_stages(x)["layer3"])
 
 
 SIZES = ((16, 4), (40, 2), (40, 4), (40, 10))

@@ -106,6 +106,7 @@ def train_epoch(
     """Take the steps of one epoch from step ``first`` on: save, report and stop where due."""
     settings, world, progress = run.settings, run.world, run.progress
     run.network.train()
+    run.task.begin(epoch)
     meter = Meter(run, clock)
     batches = iter(meter.waiting(run.train.epoch(epoch, first)))
 

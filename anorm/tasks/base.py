@@ -87,6 +87,11 @@ class Task(ABC):
         """Return what training calls and DDP wraps: the model itself, or a module around it."""
         return model
 
+    def begin(self, epoch: int) -> None:
+        """Learn that steps of ``epoch``, counted from 0, come next: called before each part of an epoch that is trained, so
+        a task that depends on it resumes exactly.
+        """
+
     @abstractmethod
     def example(self, n: int, source: Source) -> Batch:
         """Return a training batch of ``n`` images of fixed noise, on the CPU: to count, to compile, and for DDP's first backward."""

@@ -44,7 +44,7 @@ class Classification(Task):
         self.mixing = Mixing(*mixing, num_classes=len(classes))
 
     def create(self, arch: str, norm: Any, **arch_options) -> nn.Module:
-        return create_model(arch, norm, len(self.classes), **arch_options)
+        return create_model(arch, norm, len(self.classes), self.channels, **arch_options)
 
     def example(self, n: int, source: Source) -> Batch:
         size, draws = source.image_size, torch.Generator().manual_seed(0)
