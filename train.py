@@ -109,6 +109,7 @@ def plan(found: Composed, world=None) -> dict | None:
         config["resume"] = "auto"  # resume=never was for the job's first start
     processes = config["hardware"]["processes"]
     source = create_source(config)
+    len(source.train)  # raises here, once, where there are no training images
     signed = signature(config, source.identity, processes)
     folder = folder_for(config, found.choices, signed)
     for deviation in found.recipe:

@@ -249,9 +249,11 @@ def evaluator_for(
         join_again(model, weights, join)
     place(model, settings.hardware, world.device)
     set_backends(settings.hardware, None)
-    train = source and TrainLoader(
-        source, settings.seed, settings.optim.global_batch, settings.batch_size, **_loading(settings, world)
-    )
+    train = None
+    if "recalibrated" in settings.eval.all_stats:  # nothing else needs training images
+        train = TrainLoader(
+            source, settings.seed, settings.optim.global_batch, settings.batch_size, **_loading(settings, world)
+        )
     return lambda sets: _evaluator(settings, task, model, train, sets, world)
 
 

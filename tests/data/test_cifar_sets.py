@@ -247,3 +247,16 @@ def test_broken_arrays_are_said(folders, npy):
     assert "holds float32" in error()
     np.save(npy / "labels.npy", np.tile(np.array([3, 10]), 5))
     assert "labels.npy must hold five times the labels of the test images, 0 to 9" in error()
+
+
+def test_a_folder_of_test_images_alone_can_be_evaluated_on(folders):
+    import shutil
+
+    whole = create("cifar10", root=str(folders)).val
+    shutil.rmtree(folders / "train")
+    source = create("cifar10", root=str(folders))
+    assert by_content(source.val) == by_content(whole) and source.image_size == 32
+    with pytest.raises(
+        ValueError, match="no folder train: without training images the network can be evaluated only"
+    ):
+        len(source.train)

@@ -295,3 +295,10 @@ def test_mnist_is_also_found_beside_its_archives(tmp_path):
             )
     source = create("domains", root=str(tmp_path), train=["mnist"], image_size=28)
     assert np.array_equal(source.evals["other"].fetch(range(10), None).images[:, 0], images)
+
+
+def test_all_domains_can_be_tested_without_one_to_train_on(root):
+    source = create("domains", root=str(root), test=["art", "photo", "sketch"])
+    assert list(source.evals) == ["art", "photo", "sketch"] and source.classes == list(CLASSES)
+    with pytest.raises(ValueError, match="are all domains of .*evaluated only"):
+        len(source.train)

@@ -131,6 +131,27 @@ def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
     return (torch.tensor(values) * 255).view(1, -1, 1, 1).to(device)
 
 
+class Absent(Dataset):
+    """In place of a training set that is not there: whatever is asked of it raises ValueError with ``words``.
+
+    A source without one can still be evaluated on.
+    """
+
+    identity = "absent"
+
+    def __init__(self, words: str):
+        self.words = words
+
+    def __len__(self) -> int:
+        raise ValueError(self.words)
+
+    def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> Fetched:
+        raise ValueError(self.words)
+
+    def finish(self, fetched: Fetched, device: torch.device, memory_format: torch.memory_format) -> Batch:
+        raise ValueError(self.words)
+
+
 @dataclass(frozen=True)
 class Source:
     """What a run trains on and is judged by.
@@ -153,15 +174,15 @@ class Source:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        return self.train.mean
+        return self.val.mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        return self.train.std
+        return self.val.std
 
     @property
     def image_size(self) -> int:
-        return self.train.image_size
+        return self.val.image_size
 
     @property
     def channels(self) -> int:

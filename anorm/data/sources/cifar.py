@@ -16,7 +16,7 @@ from anorm.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from anorm.data.decode import decode
 from anorm.data.index import index_folder
 from anorm.data.random import stream
-from anorm.data.sources.base import FetchedImages, LabelledImages, Source
+from anorm.data.sources.base import Absent, Dataset, FetchedImages, LabelledImages, Source
 from anorm.data.sources.folder import FolderStore, check_same_classes
 from anorm.data.sources.stored import StoredImages, content_digest
 from anorm.words import nearest
@@ -99,14 +99,19 @@ def _cifar(
             f"data.root is not set: give the folder that holds {_published(count)[0]}, or train and test"
         )
     folder = Path(root).expanduser()
-    (images, labels), (test_images, test_labels), classes = _read(folder, count)
+    learned, (test_images, test_labels), classes = _read(folder, count)
     augment = Augment(rotation, autoaugment, jitter, grayscale)
-    keep, out = _split(labels, held_out, count)
     levels = {"mean": mean, "std": std}
-    train = StoredImages(images[keep], labels[keep], pad=pad, flip=flip, augment=augment, **levels)
     test = StoredImages(test_images, test_labels, **levels)
     evals: dict[str, LabelledImages] = {"test": test}
-    if held_out:
+    train: Dataset = Absent(
+        f"{folder} has test images and no folder train: without training images the network can be evaluated only"
+    )
+    if learned:
+        images, labels = learned
+        keep, out = _split(labels, held_out, count)
+        train = StoredImages(images[keep], labels[keep], pad=pad, flip=flip, augment=augment, **levels)
+    if learned and held_out:
         evals = {"val": StoredImages(images[out], labels[out], **levels)} | evals
     if corrupted is not None:
         evals |= _corrupted(count, test, corrupted, corruptions, severities, corrupted_images)
@@ -127,22 +132,24 @@ def _published(count: int) -> tuple[str, str]:
     return ("cifar-10-batches-py", "CIFAR10") if count == 10 else ("cifar-100-python", "CIFAR100")
 
 
-def _read(folder: Path, count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
-    """(training images and labels, test images and labels, classes)."""
+def _read(folder: Path, count: int) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor], list[str]]:
+    """(training images and labels, or None where there is no folder of them, test images and labels, classes)."""
     unpacked, reader = _published(count)
     if (folder / unpacked).is_dir():
         return _from_torchvision(folder, reader)
     test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
-    if test is None or not (folder / "train").is_dir():
+    if test is None:
         raise ValueError(
             f"{folder} holds neither {unpacked} nor the class folders train and test. To fetch it:\n"
             f'  python -c "from torchvision.datasets import {reader}; {reader}({str(folder)!r}, download=True)"'
         )
-    indices = [index_folder(folder / "train"), index_folder(test)]
-    check_same_classes(*indices)
+    indices = [index_folder(test)]
+    if (folder / "train").is_dir():
+        indices = [index_folder(folder / "train"), *indices]
+        check_same_classes(*indices)
     if len(indices[0].classes) != count:
         raise ValueError(
-            f"{folder / 'train'} has {len(indices[0].classes)} class folders; CIFAR-{count} has {count}: set "
+            f"{indices[0].folder} has {len(indices[0].classes)} class folders; CIFAR-{count} has {count}: set "
             "data.root, or use data=imagefolder for another set"
         )
     parts = []
@@ -157,7 +164,7 @@ def _read(folder: Path, count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
                 )
             images[i] = image
         parts.append((images, store.labels))
-    return parts[0], parts[1], list(indices[0].classes)
+    return (parts[0] if len(parts) == 2 else None), parts[-1], list(indices[0].classes)
 
 
 def _from_torchvision(

@@ -20,7 +20,9 @@ from anorm.data.random import stream
 from anorm.data.sources.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Absent,
     Batch,
+    Dataset,
     EncodedImages,
     FetchedImages,
     LabelledImages,
@@ -77,6 +79,7 @@ def domains(
     and images are then decoded once and kept in memory. eval_resize: short side before the evaluation's centre crop
     (default: image_size). pad, flip: random shift (of whole images) and mirroring; rotation .. grayscale: see ``Augment``.
     mean, std: a value a channel (default: 0.5 for gray images, else ImageNet's).
+    Where ``test`` names all domains, the source can be evaluated on and not trained on.
     Raises ValueError, in words, for unknown or overlapping domains, unlike classes and lists that do not fit the files.
     """
     if root is None:
@@ -119,8 +122,13 @@ def domains(
         moves = {"pad": pad, "flip": flip, "augment": augment} if training else {}
         return DecodedOnce(joined, **moves)
 
-    trained = images([part for part, _ in parts], True)
-    evals = {"val": images([part for _, part in parts], False)}
+    trained: Dataset = Absent(
+        f"data.test={tested} are all domains of {folder}: without training images the network can be evaluated only"
+    )
+    evals = {}
+    if parts:
+        trained = images([part for part, _ in parts], True)
+        evals = {"val": images([part for _, part in parts], False)}
     evals |= {name: images([part], False) for name, part in test_parts.items()}
     if selection == "test_domains":
         evals = {ON_TEST: images(list(test_parts.values()), False)} | evals
@@ -168,9 +176,8 @@ def _chosen_domains(
             f"{', '.join(both)} stand{'s' if len(both) == 1 else ''} in data.train and in data.test: a test domain must "
             "be unseen"
         )
-    for key, names in (("train", learned), ("test", tested)):
-        if not names:
-            raise ValueError(f"no domain is left for data.{key}: {folder} has {', '.join(known)}")
+    if not tested:
+        raise ValueError(f"no domain is left for data.test: {folder} has {', '.join(known)}")
     for name in tested:
         if name in ("val", ON_TEST):
             raise ValueError(f"a test domain cannot be called {name}: rename the folder {folder / name}")

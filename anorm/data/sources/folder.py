@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anorm.data.index import FileIndex, index_folder
-from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, EncodedImages, Source
+from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, Absent, EncodedImages, Source
 from anorm.data.transforms import Crop
 
 IMAGENET_CLASSES = 1000
@@ -52,6 +52,7 @@ def imagefolder(
     loader: str = "torch",
 ) -> Source:
     """Any number of classes and images. train, val: the two folders, in root. The rest: `Crop`, `EncodedImages`.
+    Where the folder of train is missing, the source can be evaluated on and not trained on.
 
     Class names come from ROOT/classes.txt or ROOT/LOC_synset_mapping.txt where one is there (a line a class, either
     "folder name" or the names alone in the order of the folders), and else from the folders.
@@ -68,13 +69,21 @@ def imagefolder(
             f"data.root={root} is not a folder: set it (for data=imagenet also $IMAGENET_DIR) to the one with train and val"
         )
     crop = Crop(image_size, eval_resize, interpolation, tuple(crop_scale), tuple(crop_ratio), flip)
-    train_index = index_folder(folder / train, on_error, cache)
     val_index = index_folder(folder / val, on_error, cache)
+    val_images = EncodedImages(FolderStore(val_index), crop, on_error, loader, mean, std)
+    if not (folder / train).exists():
+        absent = Absent(
+            f"{folder / train} is not a folder: without training images the network can be evaluated only"
+        )
+        return Source(
+            absent, {"val": val_images}, class_names(folder, val_index.classes), f"val-{val_index.digest()}"
+        )
+    train_index = index_folder(folder / train, on_error, cache)
     check_same_classes(train_index, val_index)
     digest = hashlib.blake2b((train_index.digest() + val_index.digest()).encode(), digest_size=16).hexdigest()
     return Source(
         EncodedImages(FolderStore(train_index), crop, on_error, loader, mean, std),
-        {"val": EncodedImages(FolderStore(val_index), crop, on_error, loader, mean, std)},
+        {"val": val_images},
         class_names(folder, train_index.classes),
         f"files-{digest}",
     )
