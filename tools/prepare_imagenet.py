@@ -4,9 +4,14 @@
     python tools/prepare_imagenet.py --from TARS --to shards --format shards --short-side 256             indexed tar shards
     python tools/prepare_imagenet.py --index shards                                                       index shards made elsewhere
 
-TARS holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as image-net.org gives them
-(or, for the classes of the validation images, Kaggle's LOC_val_solution.csv); a folder with train/CLASS and val/CLASS
-does as well. Nothing is unpacked on the way. Repeating the command goes on where it was cut off.
+TARS holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as image-net.org gives them;
+nothing is unpacked on the way. A folder with train/CLASS/IMAGE and val/CLASS/IMAGE does as well, or Kaggle's download. Where
+the validation images lie side by side (val/IMAGE, or their tar), one of these files beside them says their classes:
+  ILSVRC2012_devkit_t12.tar.gz, or unpacked: ILSVRC2012_validation_ground_truth.txt beside the devkit's meta.mat
+  LOC_val_solution.csv (Kaggle)
+  val_classes.txt (a class folder a line, in the order of the images' names)
+Re-encoded images are 8-bit RGB, not turned by their EXIF orientation: what train.py makes of the originals.
+Repeating the command goes on where it was cut off.
 """
 
 from __future__ import annotations

@@ -5,15 +5,32 @@ from __future__ import annotations
 import functools
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING
 
+import numpy
 import torch
 from torch import Tensor
 
 from anorm.data import jpeg
 from anorm.data.transforms import Window
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff")
+TIFF_BITS, TIFF_ORIENTATION, TIFF_SAMPLE_FORMAT = 258, 274, 339  # numbers of tags
+UNDO_ORIENTATION = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_90",
+    7: "TRANSVERSE",
+    8: "ROTATE_270",
+}
 
 
 class BadImage(ValueError):
@@ -28,7 +45,8 @@ class BadImage(ValueError):
 def decode(encoded: Tensor, name: str) -> Tensor:
     """encoded: 1-D uint8, the bytes of an image file. Returns uint8 (3,H,W), RGB, strides of an H x W x 3 array.
 
-    Greyscale is repeated and transparency dropped. EXIF orientation is not applied, as in torchvision's ImageFolder.
+    Grey is repeated, transparency dropped, more than 8 bits are reduced to 8 (`as_rgb`). Orientation, in EXIF or TIFF, is
+    never applied, as in torchvision's ImageFolder on JPEGs, which made the published numbers.
     ImageNet holds a PNG and some CMYK files named .JPEG: these go through Pillow, they are not skipped.
     name: what an error calls the file. Raises BadImage.
     """
@@ -82,20 +100,80 @@ def jpeg_decoder() -> Callable[..., Tensor]:
 
 
 def _decode_with_pillow(encoded: Tensor, name: str) -> Tensor:
-    import numpy
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(encoded.numpy().tobytes())) as image:
-            if image.mode.startswith("I;16"):  # 16 bits of grey, which convert() would clip to white
-                image = Image.fromarray((numpy.array(image) >> 8).astype(numpy.uint8))
-            pixels = numpy.array(image.convert("RGB"))
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow's words for "not readable"
-        reason = "no image file" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
-        raise BadImage(f"{name} is not a readable image ({reason})") from error
+    with opened(encoded.numpy().tobytes(), name) as image:
+        pixels = numpy.array(as_rgb(image))
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@contextmanager
+def opened(encoded: bytes, name: str) -> Iterator[Image]:
+    """Give an image file as Pillow opens it, of any size. Within, Pillow's complaints become a BadImage of that name."""
+    image = _pillow()
+    try:
+        with image.open(io.BytesIO(encoded)) as found:
+            yield found
+    except BadImage:
+        raise
+    except MemoryError as error:
+        raise BadImage(f"{name} is not a readable image (it does not fit into this machine's memory)") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for "not readable"
+        unknown = isinstance(error, image.UnidentifiedImageError)
+        reason = "no image file" if unknown else str(error).splitlines()[0] if str(error) else "damaged"
+        raise BadImage(f"{name} is not a readable image ({reason})") from error
+
+
+@functools.cache
+def _pillow() -> ModuleType:
+    """Return PIL.Image without its limit of 179 million pixels, which is a guard against files that strangers send.
+
+    A user's own photographs and scans are larger, and torchvision's decoder, which reads the other JPEGs, has none.
+    """
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
+    return Image
+
+
+def as_rgb(image: Image) -> Image:
+    """Return the image (of a file, its first frame) as 8-bit RGB, not turned. The only such conversion of the project.
+
+    Grey of more bits keeps the high eight of its scale. A file of 16 bits says its scale. One of 32-bit integers or of
+    floats says none: it is the smallest of 1 (floats), 8, 16 and 32 bits (31 of signed ones) that holds the
+    image's largest value.
+    Raises ValueError for negative values, for floats that are not finite or above 16 bits, and for what Pillow cannot
+    convert.
+    """
+    stored = image.tag_v2.get(TIFF_ORIENTATION) if image.format == "TIFF" else None
+    image.load()
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        found = _pillow().fromarray(_high_eight_bits(image))
+    elif "transparency" in image.info:  # else Pillow warns of a loss
+        found = image.convert("RGBA")
+    else:
+        found = image
+    found = found.convert("RGB")
+    if stored is not None and TIFF_ORIENTATION not in image.tag_v2:  # Pillow turns TIFF files, and no others
+        undo = UNDO_ORIENTATION.get(stored)
+        found = found.transpose(_pillow().Transpose[undo]) if undo else found
+    return found
+
+
+def _high_eight_bits(image: Image) -> numpy.ndarray:
+    """uint8 (H,W) of a grey image in mode I;16, I or F."""
+    values, tags = numpy.array(image), image.tag_v2 if image.format == "TIFF" else {}
+    unsigned = tags.get(TIFF_SAMPLE_FORMAT, (1,))[0] == 1
+    if image.mode == "I" and image.format == "TIFF" and unsigned:
+        values = values.view(numpy.uint32)  # Pillow has no unsigned mode
+    if not numpy.isfinite(values).all() or values.min() < 0:
+        raise ValueError("its values are negative or no numbers, which is no brightness")
+    largest = values.max()
+    if image.mode == "F":
+        scale = next((scale for scale in (1, 2**8 - 1, 2**16 - 1) if largest <= scale), None)
+        if scale is None:
+            raise ValueError(f"its values run up to {largest:g}: store them in 8 or 16 bits")
+        return (values * (255 / scale) + 0.5).astype(numpy.uint8)
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # those are of 16 bits
+        bits = next(bits for bits in (8, 16, 32 if unsigned else 31) if largest < 2**bits)
+    else:
+        bits = tags.get(TIFF_BITS, (16,))[0]
+    return (values >> (bits - 8)).astype(numpy.uint8)

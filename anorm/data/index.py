@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,16 @@ import numpy
 
 from anorm.data.decode import EXTENSIONS
 from anorm.files import replacing
+from anorm.words import printable
 
 log = logging.getLogger(__name__)
 
+# left behind by Synology, QNAP, macOS, Windows and ext4; in lower case
+SERVICE = frozenset(
+    "@eadir @recycle @recently-snapshot #recycle #snapshot __macosx __pycache__ thumbs.db desktop.ini lost+found "
+    "$recycle.bin".split()
+) | {"system volume information"}
+SHOWN = 3  # names in a warning
 SETTLED = 2.0  # seconds: a folder changed more recently than this may change again within its clock's tick
 
 
@@ -26,7 +34,8 @@ class FileIndex:
     """Images of one split. All names lie in one byte array, because 1.3 million Python strings in every worker
     process would cost gigabytes (each reading touches a reference count, so forked pages are copied).
 
-    classes: class folders, sorted. labels (N,) int64. skipped: files passed over (on_error=skip).
+    classes: class folders, sorted. labels (N,) int64. skipped: paths passed over, service files and, under
+    on_error=skip, all else that is no image.
     """
 
     folder: Path
@@ -42,91 +51,118 @@ class FileIndex:
 
     def path(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
-        name = self.names[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+        name = os.fsdecode(self.names[start : self.ends[index]].tobytes())
         return os.path.join(self.folder, self.classes[self.labels[index]], name)
 
     def digest(self) -> str:
         """Changes when a file is added, removed, renamed, moved to another class or given another size."""
-        digest = hashlib.blake2b("\n".join(self.classes).encode("utf-8", "surrogateescape"), digest_size=16)
+        digest = hashlib.blake2b(os.fsencode("\n".join(self.classes)), digest_size=16)
         for array in (self.names, self.ends, self.labels, self.sizes):
             digest.update(numpy.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
 
-def index_folder(folder: Path, on_error: str = "error", cache: bool = True) -> FileIndex:
+def is_service(name: str) -> bool:
+    """Say whether a file or folder of this name is an operating system's or a program's, and not part of a data set."""
+    return name.startswith(".") or name.lower() in SERVICE
+
+
+def index_folder(
+    folder: Path, on_error: str = "error", cache: bool = True, preparing: bool = False
+) -> FileIndex:
     """List folder/CLASS/IMAGE. Raises ValueError, naming the culprit, for anything that is not of this form.
 
+    preparing: called by tools/prepare_imagenet.py, to which errors must not advise itself, nor train.py's options.
+
+    Hidden files and folders, and what systems leave behind (`is_service`), are passed over with a warning.
     The cache (in $XDG_CACHE_HOME/anorm or ~/.cache/anorm) is used only while the time stamps of the folder and of every
     class folder are the ones it was made from; adding, removing or renaming a file changes its folder's stamp.
     Only a file overwritten in place escapes it: that changes no name, and images are always read anew.
     """
     if not folder.is_dir():
         raise ValueError(
-            f"{folder} is not a folder: put the class folders there, or set data.root (for ImageNet also "
+            f"{printable(folder)} is not a folder: put the class folders there, or set data.root (for ImageNet also "
             "$IMAGENET_DIR) to the folder that holds train and val"
         )
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    entries = sorted(_entries(folder), key=lambda entry: entry.name)
+    aside = [entry.path for entry in entries if is_service(entry.name)]
+    entries = [entry for entry in entries if not is_service(entry.name)]
     classes = [entry.name for entry in entries if entry.is_dir()]
     files = [entry.name for entry in entries if not entry.is_dir()]
     if not classes:
-        raise ValueError(
-            f"{folder} holds no class folders"
-            + (
-                f" but files such as {files[0]}: sort them into one folder a class (tools/prepare_imagenet.py does "
-                "that for ImageNet)"
-                if files
-                else ": it is empty; expected CLASS/IMAGE files in it"
-            )
-        )
+        raise ValueError(f"{printable(folder)} holds no class folders{_instead(folder, files, preparing)}")
+    or_skip = "" if preparing else ", or set data.on_error=skip"
     if files and on_error == "error":
-        raise ValueError(
-            f"{folder / files[0]} lies beside the class folders: move it away, or set data.on_error=skip"
-        )
+        raise ValueError(f"{printable(folder / files[0])} lies beside the class folders: move it away{or_skip}")
 
     stamps = numpy.array(
         [os.stat(folder).st_mtime_ns] + [os.stat(folder / name).st_mtime_ns for name in classes]
     )
     cached = _cache_file(folder, on_error) if cache else None
-    if cached:
-        found = _load(cached, folder, classes, stamps)
-        if found is not None:
-            return found
-    index = _scan(folder, classes, on_error, [str(folder / name) for name in files])
-    if cached and stamps.max() < (time.time() - SETTLED) * 1e9:
-        _save(cached, index, stamps)
+    index = _load(cached, folder, classes, stamps) if cached else None
+    if index is None:
+        skipped = [*aside, *(str(folder / name) for name in files)]
+        index = _scan(folder, classes, skipped, or_skip if on_error == "error" else None)
+        if cached and stamps.max() < (time.time() - SETTLED) * 1e9:
+            _save(cached, index, stamps)
+    if index.skipped:
+        shown = ", ".join(printable(os.path.relpath(path, folder)) for path in index.skipped[:SHOWN])
+        more = f" and {len(index.skipped) - SHOWN} more" if len(index.skipped) > SHOWN else ""
+        log.warning("passed over in %s, no images: %s%s", printable(folder), shown, more)
     return index
 
 
-def _scan(folder: Path, classes: list[str], on_error: str, skipped: list[str]) -> FileIndex:
-    def scan(name: str) -> tuple[list[tuple[str, int]], list[str]]:
-        images, others = [], []
-        for entry in os.scandir(folder / name):
-            if entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+def _instead(folder: Path, files: list[str], preparing: bool) -> str:
+    """What a folder without class folders holds, and what to do about it."""
+    if not files:
+        return ": it is empty; expected CLASS/IMAGE files in it"
+    sort = f" but files such as {printable(files[0])}: sort them into one folder a class"
+    if preparing:
+        return sort
+    return (
+        f"{sort}. For ImageNet's validation images python tools/prepare_imagenet.py --from "
+        f"{shlex.quote(printable(folder.parent))} --to NEW does that, given a file of their classes (see its --help)"
+    )
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise ValueError(f"{printable(folder)} cannot be listed ({error.strerror}): see to its permissions") from error
+
+
+def _scan(folder: Path, classes: list[str], skipped: list[str], or_skip: str | None) -> FileIndex:
+    """skipped: what was passed over already. or_skip: None to pass over all that is no image, else the end of an error."""
+
+    def scan(name: str) -> tuple[list[tuple[str, int]], list[str], list[str]]:
+        images, others, aside = [], [], []
+        for entry in _entries(folder / name):
+            if is_service(entry.name):
+                aside.append(entry.path)
+            elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
                 images.append((entry.name, entry.stat().st_size))
             else:
                 others.append(entry.path)
-        return sorted(images), sorted(others)
+        return sorted(images), sorted(others), sorted(aside)
 
     names, sizes, counts = [], [], []
-    with ThreadPoolExecutor(
-        16
-    ) as pool:  # latency, not work: on a network file system each look-up is a round trip
-        for class_name, (images, others) in zip(classes, pool.map(scan, classes), strict=True):
-            if others and on_error == "error":
-                what = (
-                    "a folder where an image should be" if os.path.isdir(others[0]) else "not an image file"
-                )
-                raise ValueError(f"{others[0]} is {what}: remove it, or set data.on_error=skip")
+    # latency, not work: on a network file system each look-up is a round trip
+    with ThreadPoolExecutor(16) as pool:
+        for class_name, (images, others, aside) in zip(classes, pool.map(scan, classes), strict=True):
+            if others and or_skip is not None:
+                raise ValueError(_no_image(others[0]) + or_skip)
             if not images:
                 raise ValueError(
-                    f"{folder / class_name} holds no images: fill it, or remove it from train and val"
+                    f"{printable(folder / class_name)} holds no images"
+                    + (f", but {printable(os.path.basename(others[0]))}" if others else "")
+                    + ": a class needs some; fill it, or remove it from train and val"
                 )
-            skipped += others
+            skipped += [*aside, *others]
             counts.append(len(images))
             names += [os.fsencode(name) for name, _ in images]
             sizes += [size for _, size in images]
-    for path in skipped:
-        log.warning("skipped, not an image: %s", path)
     return FileIndex(
         folder,
         classes,
@@ -138,13 +174,23 @@ def _scan(folder: Path, classes: list[str], on_error: str, skipped: list[str]) -
     )
 
 
+def _no_image(path: str) -> str:
+    if not os.path.isdir(path):
+        return f"{printable(path)} is not an image file: remove it"
+    return (
+        f"{printable(path)} is a folder where an image should be: class folders lie directly in train and val; move it there, "
+        "remove it"
+    )
+
+
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anorm" / "index"
 
 
 def _cache_file(folder: Path, on_error: str) -> Path | None:
-    """None on a machine without a home."""
-    key = hashlib.blake2b(os.fsencode(folder.resolve()) + on_error.encode(), digest_size=12).hexdigest()
+    """None on a machine without a home. The key holds the rules of what is listed: an index made by others is of no use."""
+    rules = on_error.encode() + b" but service files"
+    key = hashlib.blake2b(os.fsencode(folder.resolve()) + rules, digest_size=12).hexdigest()
     try:
         return cache_folder() / f"{key}.npz"
     except RuntimeError as error:

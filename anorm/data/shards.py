@@ -6,11 +6,17 @@ sequence; the index beside them gives exact epochs and exact resume, which a str
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
+import logging
 import os
+import re
 import resource
+import shlex
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,11 +26,17 @@ from torch import Tensor
 
 from anorm.data.decode import EXTENSIONS
 from anorm.files import replacing
+from anorm.words import printable
+
+log = logging.getLogger(__name__)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
-    """samples: (key, JPEG bytes, label). Whole or not at all; equal samples give equal bytes."""
-    with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    """samples: (key, JPEG bytes, label). Whole or not at all; equal samples give equal bytes.
+
+    Keys are of any length and bytes: such as plain (ustar) headers do not hold have an extended one before them.
+    """
+    with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
         for key, encoded, label in samples:
             for name, content in ((f"{key}.jpg", encoded), (f"{key}.cls", str(label).encode())):
                 member = tarfile.TarInfo(name)
@@ -47,39 +59,28 @@ def write_index(
     classes: their names in the order of the labels; None names them by their numbers.
     Raises ValueError for a sample without a label or a label without an image.
     """
-    shards = sorted(folder.glob(f"{split}-*.tar"))
+    shards = sorted(folder.glob(f"{glob.escape(split)}-*.tar"))
     if not shards:
-        raise ValueError(f"{folder} holds no shards {split}-*.tar")
+        raise ValueError(f"{printable(folder)} holds no shards {split}-*.tar")
     rows: list[tuple[int, int, int, int]] = []
     keys: list[bytes] = []
     for number, shard in enumerate(shards):
-        images: dict[str, tuple[int, int]] = {}
-        labels: dict[str, int] = {}
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                folders, slash, name = member.name.rpartition("/")
-                name, dot, extension = name.partition(".")  # WebDataset's rule
-                key = folders + slash + name
-                if not member.isfile():
-                    continue
-                if (dot + extension).lower() in EXTENSIONS:
-                    images[key] = (member.offset_data, member.size)
-                elif extension == "cls":
-                    labels[key] = int(tar.extractfile(member).read())
+        images, labels = _members(shard)
         if images.keys() != labels.keys():
             odd = sorted(images.keys() ^ labels.keys())[0]
-            raise ValueError(f"{shard}: {odd} has {'no label' if odd in images else 'a label but no image'}")
+            what = "no label" if odd in images else "a label but no image"
+            raise ValueError(f"{printable(shard)}: {printable(odd)} has {what}")
         rows += [(number, *images[key], labels[key]) for key in images]
-        keys += [key.encode() for key in images]
+        keys += [os.fsencode(key) for key in images]
         progress(number + 1)
     if not rows:
-        raise ValueError(f"{shards[0]} and the other shards hold no images (KEY.jpg beside KEY.cls)")
+        raise ValueError(f"{printable(shards[0])} and the other shards hold no images (KEY.jpg beside KEY.cls)")
     shard_numbers, offsets, sizes, labels_ = numpy.array(rows, dtype=numpy.int64).T
     if classes is None:
         classes = [str(label) for label in range(int(labels_.max()) + 1)]
     if labels_.min() < 0 or labels_.max() >= len(classes):
         raise ValueError(
-            f"{folder}: labels run from {labels_.min()} to {labels_.max()}, for {len(classes)} classes"
+            f"{printable(folder)}: labels run from {labels_.min()} to {labels_.max()}, for {len(classes)} classes"
         )
     with replacing(index_file(folder, split)) as partial, open(partial, "wb") as file:
         numpy.savez(
@@ -96,13 +97,60 @@ def write_index(
     return len(keys)
 
 
+def _members(shard: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """(key -> offset and size of its image, key -> label) of a tar file. Raises ValueError for a damaged one."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                folders, slash, name = member.name.rpartition("/")
+                name, dot, extension = name.partition(".")  # WebDataset's rule
+                key = folders + slash + name
+                if not member.isfile():
+                    continue
+                if (dot + extension).lower() in EXTENSIONS:
+                    images[key] = (member.offset_data, member.size)
+                elif extension == "cls":
+                    label = tar.extractfile(member).read()
+                    try:
+                        labels[key] = int(label)
+                    except ValueError:
+                        raise ValueError(
+                            f"{printable(shard)}: the label in {printable(member.name)}, {label[:20]!r}, is no number"
+                        ) from None
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{printable(shard)} is not a readable tar file ({error}): restore it, or make it again"
+        ) from error
+    return images, labels
+
+
+def splits_of(folder: Path) -> list[str]:
+    """Return the splits whose shards, SPLIT-NUMBER.tar or SPLIT-NUMBER-of-NUMBER.tar, lie in a folder."""
+    found = (re.match(r"(.+?)-\d[^/]*\.tar$", name) for name in os.listdir(folder))
+    return sorted({match[1] for match in found if match})
+
+
 def classes_of(folder: Path, split: str) -> list[str] | None:
-    """The class names in an index that is there already; tars hold numbers only."""
+    """Return the class names in an index that is there already and whole; tars hold numbers only."""
     path = index_file(folder, split)
     if not path.is_file():
         return None
-    with numpy.load(path, allow_pickle=False) as saved:
-        return saved["classes"].tolist()
+    try:
+        return _load(path, "classes")[0].tolist()
+    except ValueError as error:
+        log.warning("%s; it is written anew", error)
+        return None
+
+
+def _load(path: Path, *names: str) -> list[numpy.ndarray]:
+    """Return arrays of an index. Raises ValueError for a damaged one."""
+    try:
+        with open(path, "rb") as file, numpy.load(file, allow_pickle=False) as saved:
+            return [saved[name] for name in names]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{printable(path)} is damaged ({error})") from error
 
 
 class ShardStore:
@@ -113,22 +161,24 @@ class ShardStore:
     """
 
     def __init__(self, folder: Path, split: str):
-        path = index_file(folder, split)
+        path, anew = index_file(folder, split), f"python tools/prepare_imagenet.py --index {shlex.quote(printable(folder))}"
         if not path.is_file():
             raise ValueError(
-                f"{path} is missing: python tools/prepare_imagenet.py --index {folder} writes the index of shards "
-                "that are there, and with --from and --to it makes both"
+                f"{printable(path)} is missing: {anew} writes the index of shards that are there, and with --from and --to "
+                "the tool makes both"
             )
-        with numpy.load(path, allow_pickle=False) as saved:
-            self.shards, sizes = [folder / name for name in saved["shards"].tolist()], saved["bytes"].tolist()
-            self.shard, self.offset, self.size = saved["shard"], saved["offset"], saved["size"]
-            self.key, self.classes = saved["key"], saved["classes"].tolist()
-            self.labels = torch.from_numpy(saved["label"])
-        for shard, size in zip(self.shards, sizes, strict=True):
+        try:
+            found = _load(path, "shards", "bytes", "shard", "offset", "size", "key", "classes", "label")
+        except ValueError as error:
+            raise ValueError(f"{error}: {anew} writes it again") from error
+        shards, sizes, self.shard, self.offset, self.size, self.key, classes, labels = found
+        self.shards, self.classes = [folder / name for name in shards.tolist()], classes.tolist()
+        self.labels = torch.from_numpy(labels)
+        for shard, size in zip(self.shards, sizes.tolist(), strict=True):
             if not shard.is_file() or shard.stat().st_size != size:
                 raise ValueError(
-                    f"{shard} is missing, or of another size than when it was indexed: restore it, or index anew "
-                    f"with python tools/prepare_imagenet.py --index {folder}"
+                    f"{printable(shard)} is missing, or of another size than when it was indexed: restore it, or index anew "
+                    f"with {anew}"
                 )
         self._files: dict[int, int] = {}
         self._keep = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
@@ -148,14 +198,14 @@ class ShardStore:
                 if len(self._files) >= self._keep or self._files.setdefault(number, file) != file:
                     os.close(file)
         if read != len(buffer):
-            raise ValueError(f"{self.shards[number]} ended early: it changed while it was read")
+            raise ValueError(f"{printable(self.shards[number])} ended early: it changed while it was read")
         return torch.frombuffer(buffer or bytearray(1), dtype=torch.uint8)
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self.shard[index]]}: {self.key[index].decode()}"
+        return printable(f"{self.shards[self.shard[index]]}: {os.fsdecode(self.key[index])}")
 
     def digest(self) -> str:
-        digest = hashlib.blake2b("\n".join(self.classes).encode(), digest_size=16)
+        digest = hashlib.blake2b(os.fsencode("\n".join(self.classes)), digest_size=16)
         for array in (self.key, self.labels.numpy(), self.size):
             digest.update(array.tobytes())
         return digest.hexdigest()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -14,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from anorm.data.index import index_folder
+from anorm.data.decode import EXTENSIONS
+from anorm.data.index import index_folder, is_service
+from anorm.words import printable
 
-TRAIN_TAR, VAL_TAR, DEVKIT = (
-    "ILSVRC2012_img_train.tar",
-    "ILSVRC2012_img_val.tar",
-    "ILSVRC2012_devkit_t12.tar.gz",
-)
+TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT, TRUTH, META = "ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+KAGGLE, SOLUTION = "ILSVRC/Data/CLS-LOC", "LOC_val_solution.csv"
 # as torchvision's ImageNet data set lists them
 MD5 = {
     TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e",
@@ -43,27 +45,54 @@ class Item(NamedTuple):
             file.seek(self.offset)
             content = file.read(self.size)
         if len(content) != self.size:
-            raise ValueError(f"{self.file} ends before {self.name}: copy or download it again")
+            raise ValueError(f"{printable(self.file)} ends before {printable(self.name)}: copy or download it again")
         return content
 
 
 def find(source: Path) -> dict[str, list[Item]]:
-    """{"train": items, "val": items} of the official tars in `source`, or of its class folders; sorted by class and name."""
+    """Return {"train": items, "val": items} of what lies in `source`, sorted by class and name.
+
+    That is the official tar files, or train/CLASS/IMAGE with val/CLASS/IMAGE, with val/IMAGE and a file of their classes
+    (`val_classes`) or with the official tar file of val; all as Kaggle lays them out, too. Raises ValueError for the rest.
+    """
     if (source / TRAIN_TAR).is_file():
         return {"train": train_items(source / TRAIN_TAR), "val": val_items(source)}
-    if (source / "train").is_dir():
-        return {split: folder_items(source / split) for split in ("train", "val")}
-    raise ValueError(
-        f"{source} holds neither {TRAIN_TAR} nor a train folder: give the folder with the official tar files "
-        "(image-net.org, ILSVRC2012), or one with train/CLASS/IMAGE and val/CLASS/IMAGE"
-    )
+    base = source / KAGGLE if (source / KAGGLE / "train").is_dir() else source
+    if not (base / "train").is_dir():
+        raise ValueError(
+            f"{printable(source)} holds neither {TRAIN_TAR} nor a train folder: give the folder with the official tar files "
+            "(image-net.org, ILSVRC2012), or one with train/CLASS/IMAGE and val/CLASS/IMAGE"
+        )
+    train, val = folder_items(base / "train"), base / "val"
+    if not val.is_dir():
+        if (source / VAL_TAR).is_file():
+            return {"train": train, "val": val_items(source)}
+        raise ValueError(f"{printable(base)} holds train, but neither a val folder nor {VAL_TAR}: put one there")
+    flat = flat_items(val)
+    if not flat:
+        return {"train": train, "val": folder_items(val)}
+    classes = val_classes([source, base, val], [item.name for item in flat])
+    return {"train": train, "val": sorted(item._replace(class_name=classes[item.name]) for item in flat)}
 
 
 def folder_items(folder: Path) -> list[Item]:
-    index = index_folder(folder, cache=False)
+    index = index_folder(folder, cache=False, preparing=True)
     return [
         Item(index.classes[index.labels[i]], Path(index.path(i)).name, index.path(i), 0, int(index.sizes[i]))
         for i in range(len(index))
+    ]
+
+
+def flat_items(folder: Path) -> list[Item]:
+    """Return the images of a folder that has no folders in it, sorted by name and without classes; else none."""
+    with os.scandir(folder) as entries:
+        found = sorted((e for e in entries if not is_service(e.name)), key=lambda entry: entry.name)
+    if any(entry.is_dir() for entry in found):
+        return []
+    return [
+        Item("", entry.name, entry.path, 0, entry.stat().st_size)
+        for entry in found
+        if entry.name.lower().endswith(EXTENSIONS)
     ]
 
 
@@ -95,7 +124,7 @@ def train_items(path: Path) -> list[Item]:
 
 
 def val_items(source: Path) -> list[Item]:
-    """The validation tar holds 50,000 images side by side; their classes come from `val_classes`."""
+    """Return the images of the validation tar, which holds 50,000 side by side; their classes come from `val_classes`."""
     path = source / VAL_TAR
     if not path.is_file():
         raise ValueError(f"{path} is missing: it belongs beside {TRAIN_TAR}")
@@ -103,53 +132,96 @@ def val_items(source: Path) -> list[Item]:
         members = sorted(
             ((m.name, m.offset_data, m.size) for m in images if m.isfile()), key=lambda member: member[0]
         )
-    classes = val_classes(source, [name for name, _, _ in members])
+    classes = val_classes([source], [name for name, _, _ in members])
     return sorted(Item(classes[name], name, str(path), offset, size) for name, offset, size in members)
 
 
-def val_classes(source: Path, names: list[str]) -> dict[str, str]:
-    """File name -> class folder, from the official devkit, from Kaggle's LOC_val_solution.csv, or from val_classes.txt.
+def val_classes(places: list[Path], names: list[str]) -> dict[str, str]:
+    """Return file name -> class folder of validation images, from the first of these files that lies in one of `places`:
 
-    The devkit's ground truth is a line an image, in the order of the file names, with the ILSVRC2012 id of its class;
-    its meta.mat says which WordNet id that is. val_classes.txt: a class folder a line in the order of the file names.
+    the official devkit, as a tar file or unpacked: ILSVRC2012_validation_ground_truth.txt (a line an image, in the order
+    of the official numbers, with the ILSVRC2012 id of its class) beside meta.mat (which WordNet id that is); Kaggle's
+    LOC_val_solution.csv; val_classes.txt (a class folder a line, in the order of the file names).
+    names: sorted. Raises ValueError where there is none, or it does not fit the images.
     """
-    if (source / DEVKIT).is_file():
-        return dict(zip(names, _devkit_classes(source / DEVKIT, len(names)), strict=True))
-    if (source / "LOC_val_solution.csv").is_file():
-        with open(source / "LOC_val_solution.csv", newline="") as file:
-            found = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-        missing = [name for name in names if Path(name).stem not in found]
-        if missing:
-            raise ValueError(f"{source / 'LOC_val_solution.csv'} has no line for {missing[0]}")
-        return {name: found[Path(name).stem] for name in names}
-    if (source / "val_classes.txt").is_file():
-        classes = (source / "val_classes.txt").read_text().split()
-        if len(classes) != len(names):
-            raise ValueError(
-                f"{source / 'val_classes.txt'} has {len(classes)} lines for {len(names)} validation images"
-            )
-        return dict(zip(names, classes, strict=True))
+    for place in places:
+        if (place / DEVKIT).is_file():
+            with _open(place / DEVKIT) as devkit:
+                parts = {Path(m.name).name: devkit.extractfile(m).read() for m in devkit if m.isfile()}
+            missing = [name for name in (TRUTH, META) if name not in parts]
+            if missing:
+                raise ValueError(f"{printable(place / DEVKIT)} holds no {missing[0]}: is it the official file?")
+            return _in_order(names, _devkit_classes(place / DEVKIT, parts[TRUTH], parts[META]), place / DEVKIT)
+    for place in places:
+        for folder in (place, place / "data", place / DEVKIT.removesuffix(".tar.gz") / "data"):
+            truth, meta = folder / TRUTH, folder / META
+            if truth.is_file():
+                if not meta.is_file():
+                    raise ValueError(
+                        f"{printable(truth)} gives classes by their ILSVRC2012 ids: put the devkit's {META}, which says "
+                        f"which WordNet ids those are, beside it (or the whole {DEVKIT} into {printable(places[0])})"
+                    )
+                return _in_order(names, _devkit_classes(truth, truth.read_bytes(), meta.read_bytes()), truth)
+    for place in places:
+        if (place / SOLUTION).is_file():
+            return _kaggle_classes(place / SOLUTION, names)
+    for place in places:
+        if (place / "val_classes.txt").is_file():
+            path = place / "val_classes.txt"
+            return _in_order(names, [os.fsdecode(line) for line in path.read_bytes().split()], path)
     raise ValueError(
-        f"the classes of the validation images are missing: put {DEVKIT} (official), LOC_val_solution.csv "
-        f"(Kaggle) or val_classes.txt (a class folder a line) into {source}"
+        f"the classes of the validation images are missing: put {DEVKIT} (official), {SOLUTION} (Kaggle) or "
+        f"val_classes.txt (a class folder a line, in the order of the file names) into {printable(places[0])}"
     )
 
 
-def _devkit_classes(path: Path, count: int) -> list[str]:
-    import scipy.io
+def _in_order(names: list[str], classes: list[str], file: Path) -> dict[str, str]:
+    """Return name -> class: by the official number in a name where all have one, else by position."""
+    numbers = [re.search(r"ILSVRC2012_val_(\d{8})", name) for name in names]
+    if all(numbers):
+        places = [int(number[1]) - 1 for number in numbers]
+        odd = [name for name, place in zip(names, places, strict=True) if not 0 <= place < len(classes)]
+        if odd:
+            raise ValueError(f"{printable(file)} has the classes of {len(classes)} images, and none for {odd[0]}")
+        return {name: classes[place] for name, place in zip(names, places, strict=True)}
+    if len(classes) != len(names):
+        raise ValueError(
+            f"{printable(file)} has the classes of {len(classes)} validation images, but there are {len(names)}"
+        )
+    return dict(zip(names, classes, strict=True))
 
-    with _open(path) as devkit:
-        parts = {Path(member.name).name: member for member in devkit if member.isfile()}
-        try:
-            truth, meta = parts["ILSVRC2012_validation_ground_truth.txt"], parts["meta.mat"]
-        except KeyError as error:
-            raise ValueError(f"{path} holds no {error.args[0]}: is it the official {DEVKIT}?") from error
-        numbers = [int(line) for line in devkit.extractfile(truth).read().split()]
-        synsets = scipy.io.loadmat(io.BytesIO(devkit.extractfile(meta).read()), squeeze_me=True)["synsets"]
-    folders = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-    if len(numbers) != count:
-        raise ValueError(f"{path} has the classes of {len(numbers)} validation images, but there are {count}")
-    return [folders[number] for number in numbers]
+
+def _kaggle_classes(path: Path, names: list[str]) -> dict[str, str]:
+    """ImageId (a name without its ending), PredictionString (a class and a box, as often as there are objects)."""
+    found = {}
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        for row in csv.DictReader(file):
+            words = (row.get("PredictionString") or "").split()
+            if "ImageId" not in row or not words:
+                raise ValueError(
+                    f"{printable(path)} is no list of ImageId,PredictionString such as Kaggle's: download it again"
+                )
+            found[row["ImageId"]] = words[0]
+    missing = [name for name in names if Path(name).stem not in found]
+    if missing:
+        raise ValueError(f"{printable(path)} has no line for {printable(missing[0])}")
+    return {name: found[Path(name).stem] for name in names}
+
+
+def _devkit_classes(file: Path, truth: bytes, meta: bytes) -> list[str]:
+    """Return a WordNet id an image, in the order of the official numbers."""
+    import scipy.io
+    from scipy.io.matlab import MatReadError
+
+    try:
+        synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        folders = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+        return [folders[int(line)] for line in truth.split()]
+    except (MatReadError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{printable(file)} and {META} do not fit together ({type(error).__name__}: {error}): take both from the "
+            "official devkit"
+        ) from error
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import io
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -18,15 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL.Image import Resampling
+
 from anorm.data import shards
+from anorm.data.decode import BadImage, as_rgb, opened
+from anorm.data.sources.folder import check_same_classes
 from anorm.files import file_digest, write_atomic
 from anorm.prepare import archives
 from anorm.prepare.archives import Item
 from anorm.processes.interrupt import end_with_parent
+from anorm.words import printable
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
 CLASSES = 1000
 CHUNK = 1000  # images of one job, and of one shard
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -59,27 +67,23 @@ class Job(NamedTuple):
 
 
 def reencode(encoded: bytes, name: str, short_side: int, quality: int) -> bytes:
-    """JPEG bytes with the short side at most `short_side` (0: as they are). What is small enough stays as it is.
+    """Return JPEG bytes with the short side at most `short_side` (0: as they are). A small JPEG stays as it is.
 
-    Antialiased bicubic down-sampling, 4:2:0, RGB.
+    Antialiased bicubic down-sampling, 4:2:0, RGB as the loaders see it. Raises ValueError for an unreadable image.
     """
-    from PIL import Image
-
     if not short_side:
         return encoded
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with opened(encoded, name) as image:
             ratio = short_side / min(image.size)
             if ratio >= 1 and image.format == "JPEG" and image.mode == "RGB":
                 return encoded
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{name} is not a readable image ({error}): replace it in the source, or remove it there"
-        ) from error
+            image = as_rgb(image)
+    except BadImage as error:
+        raise ValueError(f"{error}: replace it in the source and repeat the command") from error
     if ratio < 1:
         size = [max(short_side, round(side * ratio)) for side in image.size]
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = image.resize(size, Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()
@@ -91,31 +95,37 @@ def key(item: Item) -> str:
 
 
 def prepared(item: Item, job: Job) -> bytes:
-    return reencode(item.read(), f"{item.file}: {item.name}", job.short_side, job.quality)
+    name = printable(item.file if Path(item.file).name == item.name else f"{item.file}: {item.name}")
+    return reencode(item.read(), name, job.short_side, job.quality)
 
 
 def run(job: Job) -> int:
-    """Do a job unless it is done; returns its number of images."""
+    """Do a job unless it is done; return its number of images."""
     target = Path(job.target)
     if job.labels is not None:
         if not target.exists():
-            shards.write_shard(
-                target,
-                (
-                    (key(item), prepared(item, job), label)
-                    for item, label in zip(job.items, job.labels, strict=True)
-                ),
-            )
+            labelled = zip(job.items, job.labels, strict=True)
+            shards.write_shard(target, ((key(item), prepared(item, job), label) for item, label in labelled))
         return len(job.items)
     for item in job.items:
         path = target / item.class_name / item.name
-        # a name appears only when its content is whole, but for a loss of power
         if not path.exists() or (not job.short_side and path.stat().st_size != item.size):
-            path.parent.mkdir(exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(prepared(item, job))
-            os.replace(partial, path)
+            _write(path, prepared(item, job))
     return len(job.items)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """The name appears only when its content is whole, but for a loss of power: 1.3 million flushes would take hours."""
+    path.parent.mkdir(exist_ok=True)
+    # of its own length, as the image's name may be as long as a name can be
+    digest = hashlib.blake2b(os.fsencode(path.name), digest_size=16).hexdigest()
+    partial = path.with_name(f".{digest}{PARTIAL}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def plan(items: dict[str, list[Item]], asked: Preparation) -> Iterator[tuple[str, Job]]:
@@ -146,11 +156,9 @@ def plan(items: dict[str, list[Item]], asked: Preparation) -> Iterator[tuple[str
 
 
 def check_source(items: dict[str, list[Item]], asked: Preparation) -> None:
-    """Classes that agree, names that make keys, and (unless --any) ImageNet's own counts."""
+    """Raise ValueError unless classes agree, names make keys, and (unless any_counts) the counts are ImageNet's own."""
     classes = {split: {item.class_name for item in found} for split, found in items.items()}
-    if classes["train"] != classes["val"]:
-        odd = sorted(classes["train"] ^ classes["val"])
-        raise ValueError(f"{len(odd)} classes are in only one of train and val, such as {odd[0]}")
+    check_same_classes(sorted(classes["train"]), sorted(classes["val"]))
     for split, found in items.items():
         if not asked.any_counts and (len(found) != COUNTS[split] or len(classes[split]) != CLASSES):
             raise ValueError(
@@ -160,7 +168,8 @@ def check_source(items: dict[str, list[Item]], asked: Preparation) -> None:
         [(name, count)] = collections.Counter(key(item) for item in found).most_common(1)
         if asked.form == "shards" and count > 1:
             raise ValueError(
-                f"{split} holds {count} images that are called {name}: shards need a name an image; use --format folder"
+                f"{split} holds {count} images that are called {printable(name)}: shards need a name an image; use "
+                "--format folder"
             )
 
 
@@ -174,38 +183,61 @@ def check_md5(source: Path) -> None:
 
 
 def check_same_plan(asked: Preparation, items: dict[str, list[Item]]) -> None:
-    """What is there must come from the same images and options, or a shard would mix two preparations."""
-    listing = json.dumps(
-        {split: [(item.class_name, item.name, item.size) for item in found] for split, found in items.items()}
-    )
-    now = {
-        "format": asked.form,
-        "short_side": asked.short_side,
-        "quality": asked.quality,
-        "images": hashlib.blake2b(listing.encode(), digest_size=16).hexdigest(),
+    """Raise ValueError unless what is there comes from the same images and options, or shards would mix two preparations.
+
+    A source file may be replaced by one of another size: what was written before stays, and is compared at the end.
+    """
+    names = {split: [(item.class_name, item.name) for item in found] for split, found in items.items()}
+    sizes = {
+        split: [(item.class_name, item.name, item.size) for item in found] for split, found in items.items()
     }
+    now = {"format": asked.form, "short_side": asked.short_side, "quality": asked.quality}
+    now |= {"images": _digest(sizes), "names": _digest(names)}
     path = asked.to / "prepared.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before != now:
-            odd = ", ".join(key for key in now if before.get(key) != now[key])
-            raise ValueError(f"{asked.to} was begun with other {odd}: give the same options, or another --to")
-    else:
+    if not path.exists():
         write_atomic(path, json.dumps(now).encode())
+        return
+    try:
+        before = json.loads(path.read_text())
+        before = {"names": None} | before  # which earlier versions did not write
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{printable(path)} is damaged: remove it, and what was prepared there") from error
+    odd = [word for word in now if before.get(word) != now[word]]
+    if odd in (["images"], ["names"]):
+        write_atomic(path, json.dumps(now).encode())
+    elif set(odd) <= {"images", "names"} and odd:
+        raise ValueError(
+            f"{printable(asked.to)} was begun with other images: give the same, or another --to; or, to keep what is there, "
+            f"remove {shlex.quote(printable(path))} and the shards of the split that changed"
+        )
+    elif odd:
+        words = ", ".join(odd)
+        raise ValueError(f"{printable(asked.to)} was begun with other {words}: give the same options, or another --to")
 
 
-def check_space(asked: Preparation, items: dict[str, list[Item]]) -> None:
+def _digest(listing: dict) -> str:
+    return hashlib.blake2b(json.dumps(listing).encode(), digest_size=16).hexdigest()
+
+
+def make_room(asked: Preparation, items: dict[str, list[Item]]) -> None:
+    """Remove what a kill left half written. Raise ValueError where the disk has no room for the rest."""
     # an image of short side 256 at quality 90 takes about 40 kB; without re-encoding nothing shrinks
     wanted = sum(
         min(item.size, asked.short_side**2 if asked.short_side else item.size)
         for found in items.values()
         for item in found
     )
-    there = sum(file.stat().st_size for file in asked.to.rglob("*") if file.is_file())
+    there = 0
+    for file in asked.to.rglob("*"):
+        if file.name.endswith(PARTIAL) and file.relative_to(asked.to).parts[0].startswith(("train", "val")):
+            file.unlink()
+        elif file.is_file():
+            there += file.stat().st_size
     free = shutil.disk_usage(asked.to).free
     if wanted - there > free:
         raise ValueError(
-            f"{asked.to} has {free / 1e9:.1f} GB free and about {(wanted - there) / 1e9:.1f} GB are needed"
+            f"{printable(asked.to)} has {free / 1e9:.1f} GB free and about {(wanted - there) / 1e9:.1f} GB are needed: free "
+            "some, give another --to, or a smaller --short-side"
         )
 
 
@@ -269,10 +301,10 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another preparation writes to {folder}: wait for it, or stop it") from None
+            raise ValueError(f"another preparation writes to {printable(folder)}: wait for it, or stop it") from None
         except OSError as error:
             print(
-                f"{folder} cannot be locked ({error.strerror}): see that no other preparation writes to it",
+                f"{printable(folder)} cannot be locked ({error.strerror}): see that no other preparation writes to it",
                 flush=True,
             )
         yield
@@ -289,7 +321,8 @@ def check_sample(jobs: list[tuple[str, Job]], count: int) -> int:
             content = written.get(key(item)) if written is not None else path.read_bytes()
             if content != prepared(item, job):
                 raise ValueError(
-                    f"{job.target}: {item.name} is not what its source gives: delete it and repeat the command"
+                    f"{printable(item.name)} is not what its source gives: delete "
+                    f"{printable(path if written is None else job.target)} and repeat the command"
                 )
             checked += 1
     return checked
@@ -307,19 +340,27 @@ def _members(shard: Path) -> dict[str, bytes]:
 
 
 def index(folder: Path) -> None:
-    """Write the indices of the shards in a folder and say how many images each holds."""
-    for split in ("train", "val"):
-        print(f"{split}: {shards.write_index(folder, split, shards.classes_of(folder, split))} images")
+    """Write the index of every split whose shards lie in a folder, and say how many images each holds.
+
+    Class names come from the split's index that is there already, or from another split's; tars hold numbers only.
+    """
+    splits = shards.splits_of(folder)
+    if not splits:
+        raise ValueError(f"{printable(folder)} holds no shards such as train-000000.tar")
+    names = {split: shards.classes_of(folder, split) for split in splits}
+    known = next((found for found in names.values() if found is not None), None)
+    for split in splits:
+        print(f"{printable(split)}: {shards.write_index(folder, split, names[split] or known)} images")
 
 
 def prepare(asked: Preparation) -> None:
     """Do all that is asked for and is not there yet; says what was done. Raises ValueError for what is wrong."""
-    print(f"listing {asked.source} ...", flush=True)
+    print(f"listing {printable(asked.source)} ...", flush=True)
     items = archives.find(asked.source)
     check_source(items, asked)
     asked.to.mkdir(parents=True, exist_ok=True)
     with alone(asked.to):
-        check_space(asked, items)
+        make_room(asked, items)
         check_same_plan(asked, items)
         done, checked = write(items, asked)
     print(
@@ -328,7 +369,15 @@ def prepare(asked: Preparation) -> None:
         + ("" if asked.short_side else "; the bytes of images were kept, and not decoded")
     )
     choice = "imagenet_shards" if asked.form == "shards" else "imagefolder" if asked.any_counts else "imagenet"
-    print(f"python train.py data={choice} data.root={asked.to.resolve()}")
+    print(f"python train.py data={choice} {override('data.root', str(asked.to.resolve()))}")
+
+
+def override(key: str, value: str) -> str:
+    """Return key=value as a word of a shell's command line, in the quotes that Hydra wants for all but plain paths."""
+    if not re.fullmatch(r"[A-Za-z0-9_/.+@%:-]+", value):
+        value = value.replace("${", "\\${")  # which would name another key
+        value = '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), value) + '"'
+    return shlex.quote(f"{key}={value}")
 
 
 def write(items: dict[str, list[Item]], asked: Preparation) -> tuple[dict[str, int], int]:
@@ -344,7 +393,7 @@ def write(items: dict[str, list[Item]], asked: Preparation) -> tuple[dict[str, i
             done[split] = shards.write_index(asked.to, split, classes)
             if done[split] != len(found):
                 raise ValueError(
-                    f"{asked.to} holds {done[split]} images of {split} instead of {len(found)}: remove {split}-*.tar "
+                    f"{printable(asked.to)} holds {done[split]} images of {split} instead of {len(found)}: remove {split}-*.tar "
                     "and repeat the command"
                 )
     for name in ("LOC_synset_mapping.txt", "classes.txt"):

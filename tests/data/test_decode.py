@@ -35,25 +35,6 @@ def test_other_formats_named_jpeg_are_read_by_pillow(form):
     assert difference(decode(data, "n02105855_2933.JPEG").permute(1, 2, 0), expected) == 0
 
 
-def test_sixteen_bits_of_grey_keep_their_high_eight():
-    grey = numpy.arange(20 * 30, dtype=numpy.uint16).reshape(20, 30) * 109
-    found = decode(encoded(Image.fromarray(grey), "PNG"), "x.png")
-    assert difference(found.permute(1, 2, 0), numpy.repeat((grey >> 8)[..., None], 3, 2)) == 0
-
-
-def test_transparency_is_dropped():
-    image = Image.fromarray(picture(0, 20, 30)).convert("RGBA")
-    image.putalpha(7)
-    assert difference(decode(encoded(image, "PNG"), "x.png").permute(1, 2, 0), picture(0, 20, 30)) == 0
-
-
-def test_exif_orientation_is_not_applied():
-    image = Image.fromarray(picture(0, 20, 30))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    assert decode(encoded(image, "JPEG", exif=exif), "x.jpg").shape == (3, 20, 30)
-
-
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
 def test_a_file_that_is_no_image_is_named(damage):
     data = encoded(Image.fromarray(picture(0, 64, 80)), "JPEG")

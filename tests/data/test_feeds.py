@@ -28,6 +28,14 @@ def root(tmp_path_factory):
     Image.open(path).convert("CMYK").save(path, "JPEG", quality=95)
     path = root / "val/ant/ant_1.JPEG"
     Image.open(path).convert("L").save(path, "JPEG")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # no loader turns images
+    for path, form in (
+        (root / "train/ant/ant_5.JPEG", "JPEG"),
+        (root / "val/bee/bee_0.JPEG", "JPEG"),
+        (root / "val/bee/bee_2.JPEG", "TIFF"),
+    ):
+        Image.open(path).save(path, form, exif=turned)
     return root
 
 

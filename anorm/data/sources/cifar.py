@@ -146,7 +146,7 @@ def _read(folder: Path, count: int) -> tuple[tuple[Tensor, Tensor] | None, tuple
     indices = [index_folder(test)]
     if (folder / "train").is_dir():
         indices = [index_folder(folder / "train"), *indices]
-        check_same_classes(*indices)
+        check_same_classes(*(index.classes for index in indices))
     if len(indices[0].classes) != count:
         raise ValueError(
             f"{indices[0].folder} has {len(indices[0].classes)} class folders; CIFAR-{count} has {count}: set "

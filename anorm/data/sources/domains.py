@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anorm.data.augment import Augment
 from anorm.data.decode import decode
-from anorm.data.index import index_folder
+from anorm.data.index import index_folder, is_service
 from anorm.data.random import stream
 from anorm.data.sources.base import (
     IMAGENET_MEAN,
@@ -148,7 +148,7 @@ def _chosen_domains(
     known = sorted(
         entry.name
         for entry in os.scandir(folder)
-        if entry.is_dir() and entry.name[0] != "." and entry.name != SPLITS
+        if entry.is_dir() and not is_service(entry.name) and entry.name != SPLITS
     )
     if not known:
         raise ValueError(f"data.root={folder} holds no folders: a domain is a folder of class folders")

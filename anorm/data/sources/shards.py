@@ -8,8 +8,9 @@ from pathlib import Path
 
 from anorm.data.shards import ShardStore
 from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, EncodedImages, Source
-from anorm.data.sources.folder import class_names
+from anorm.data.sources.folder import check_same_classes, class_names
 from anorm.data.transforms import Crop
+from anorm.words import printable
 
 
 def imagenet_shards(
@@ -33,14 +34,13 @@ def imagenet_shards(
     """
     if root is None or not Path(root).expanduser().is_dir():
         raise ValueError(
-            f"data.root={root} is not a folder: set it (or $IMAGENET_SHARDS) to the one with train-*.tar and "
+            f"data.root={root and printable(root)} is not a folder: set it (or $IMAGENET_SHARDS) to the one with train-*.tar and "
             "val-*.tar; tools/prepare_imagenet.py --format shards makes them"
         )
     folder = Path(root).expanduser()
     crop = Crop(image_size, eval_resize, interpolation, tuple(crop_scale), tuple(crop_ratio), flip)
     stores = [ShardStore(folder, split) for split in (train, val)]
-    if stores[0].classes != stores[1].classes:
-        raise ValueError(f"the classes of {folder}/{train} and {folder}/{val} differ: make both from one set")
+    check_same_classes(stores[0].classes, stores[1].classes, (f"{folder}/{train}", f"{folder}/{val}"))
     identity = hashlib.blake2b(
         "".join(store.digest() for store in stores).encode(), digest_size=16
     ).hexdigest()

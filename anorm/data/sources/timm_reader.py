@@ -11,8 +11,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from anorm.data.index import is_service
 from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, EncodedImages, Source
+from anorm.data.sources.folder import check_same_classes
 from anorm.data.transforms import Crop
+from anorm.words import printable
 
 STREAMS = ("hfids", "tfds", "wds")
 
@@ -45,10 +48,10 @@ class TimmStore:
         Face's images are not known without reading them.
         """
         found = hashlib.blake2b(self.title.encode(), digest_size=16)
-        found.update("\n".join(self.classes()).encode() + self.labels.numpy().tobytes())
+        found.update(os.fsencode("\n".join(self.classes())) + self.labels.numpy().tobytes())
         if hasattr(self.reader, "samples"):
             for index in range(len(self.labels)):
-                found.update(self.reader.filename(index, basename=True).encode() + b"\n")
+                found.update(os.fsencode(self.reader.filename(index, basename=True)) + b"\n")
         return found.hexdigest()
 
     def classes(self) -> list[str]:
@@ -117,14 +120,20 @@ def timm(
                 "pip install datasets"
             ) from error
         stores.append(TimmStore(found, f"{reader} {split}"))
-    if stores[0].classes() != stores[1].classes():
-        raise ValueError(f"the classes of data.train={train} and data.val={val} differ in {reader}")
+    classes = stores[0].classes()
+    check_same_classes(classes, stores[1].classes(), (f"data.train={train}", f"data.val={val}"))
+    service = [name for name in classes if is_service(name)] if prefix == "folder" else []
+    if service:
+        raise ValueError(
+            f"timm's reader takes the folder {service[0]} for a class: remove it, or set data=imagefolder, which passes "
+            "such folders over"
+        )
     digest = hashlib.blake2b("".join(store.digest() for store in stores).encode(), digest_size=16)
     train_images, val_images = (EncodedImages(store, crop, on_error, loader, mean, std) for store in stores)
     return Source(
         train_images,
         {"val": val_images},
-        stores[0].classes(),
+        [printable(name) for name in classes],
         f"timm-{digest.hexdigest()}",
     )
 
