@@ -73,16 +73,16 @@ def imagefolder(
             "train and val"
         )
     crop = Crop(image_size, eval_resize, interpolation, tuple(crop_scale), tuple(crop_ratio), flip)
+    train_index = index_folder(folder / train, on_error, cache) if (folder / train).exists() else None
     val_index = index_folder(folder / val, on_error, cache)
     val_images = EncodedImages(FolderStore(val_index), crop, on_error, loader, mean, std)
-    if not (folder / train).exists():
+    if train_index is None:
         absent = Absent(
             f"{printable(folder / train)} is not a folder: without training images the network can be evaluated only"
         )
         return Source(
             absent, {"val": val_images}, class_names(folder, val_index.classes), f"val-{val_index.digest()}"
         )
-    train_index = index_folder(folder / train, on_error, cache)
     check_same_classes(train_index.classes, val_index.classes, (str(train_index.folder), str(val_index.folder)))
     digest = hashlib.blake2b((train_index.digest() + val_index.digest()).encode(), digest_size=16).hexdigest()
     return Source(
