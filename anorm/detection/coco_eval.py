@@ -69,7 +69,9 @@ def evaluate(truth: dict, detections: Sequence[dict], kind: str, name: str | Non
         COCO, evaluation = (_attribute(package, path) for path in (dataset, evaluator))
         # the packages write into what they are given
         annotated = _load(COCO, copy.deepcopy(truth))
-        run = evaluation(annotated, annotated.loadRes(copy.deepcopy(_never_empty(truth, detections, kind))), kind)
+        run = evaluation(
+            annotated, annotated.loadRes(copy.deepcopy(_never_empty(truth, detections, kind))), kind
+        )
         run.evaluate()
         run.accumulate()
         found = run.eval
@@ -129,7 +131,12 @@ def _attribute(package: str, path: str):
 
 
 def results(
-    image_id: int, categories: Sequence[int], boxes: Tensor, labels: Tensor, scores: Tensor, masks: Sequence[dict]
+    image_id: int,
+    categories: Sequence[int],
+    boxes: Tensor,
+    labels: Tensor,
+    scores: Tensor,
+    masks: Sequence[dict],
 ) -> list[dict]:
     """An image's detections as COCO results, one dict each with both bbox and segmentation.
 

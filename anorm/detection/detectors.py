@@ -25,7 +25,6 @@ __all__ = ["DETECTORS", "Backbone", "Detector", "create_detector"]
 MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 PARTS = ("fpn", "box", "mask")
-CHANNELS = 256
 
 
 class Backbone(nn.Module):
@@ -177,6 +176,7 @@ def create_detector(
     geometry: str = "modern",
     box_head: str | None = None,
     semantic_classes: int = 183,
+    arch_options: dict | None = None,
     **options,
 ) -> Detector:
     """A detector by name, in torchvision's calling convention (see ``Detector``).
@@ -192,11 +192,12 @@ def create_detector(
         geometry: "modern", "legacy" (MMDetection 1, for the authors' checkpoints) or "torchvision".
         box_head: "4conv1fc" (the default of Mask R-CNN) or "2fc" (of the cascades).
         semantic_classes: of HTC's semantic branch; 0 for HTC without it.
-        options: ``arch_options`` (a dict), and the names of torchvision's ``MaskRCNN``: rpn_pre_nms_top_n_train,
+        arch_options: of the architecture.
+        options: by the names of torchvision's ``MaskRCNN``: rpn_pre_nms_top_n_train,
             rpn_pre_nms_top_n_test, rpn_post_nms_top_n_train, rpn_post_nms_top_n_test, rpn_nms_thresh,
             rpn_batch_size_per_image, rpn_positive_fraction, box_batch_size_per_image, box_positive_fraction,
-            box_score_thresh, box_nms_thresh, box_detections_per_img; anchor_scale (8: an anchor's side in strides)
-            and rpn_convs (1).
+            box_score_thresh, box_nms_thresh, box_detections_per_img; anchor_scale (8: an anchor's side in strides),
+            rpn_convs (1), width (256: channels of pyramid and heads) and hidden (1024: of the linear layers).
 
     Raises ValueError for what does not exist, naming what does.
     """
@@ -209,7 +210,7 @@ def create_detector(
     for what, value, least in (("num_classes", num_classes, 1), ("semantic_classes", semantic_classes, 0)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{what}={value!r} must be a number from {least} on")
-    network = create_model(arch, norm, **options.pop("arch_options", {}))
+    network = create_model(arch, norm, **(arch_options or {}))
     return _assemble(
         DETECTORS[name],
         Backbone(network, arch),
@@ -259,13 +260,15 @@ def _assemble(
     box_detections_per_img: int = 100,
     anchor_scale: float = 8.0,
     rpn_convs: int = 1,
+    width: int = 256,
+    hidden: int = 1024,
 ) -> Detector:
     boxes = geometry(geometry_name)
     norms = _head_norms(head_norm)
     strides = (*backbone.strides, 2 * backbone.strides[-1])
-    fpn = FPN(backbone.channels, CHANNELS, norms["fpn"])
+    fpn = FPN(backbone.channels, width, norms["fpn"])
     rpn = RPN(
-        CHANNELS,
+        width,
         strides,
         boxes,
         anchor_scale,
@@ -277,14 +280,14 @@ def _assemble(
         convs=rpn_convs,
     )
     kind, cascade = box_head or family.box_head, len(family.stages) > 1
-    heads = [BoxHead(CHANNELS, num_classes, kind, agnostic=cascade, norm=norms["box"]) for _ in family.stages]
-    masks = [MaskHead(CHANNELS, num_classes, norms["mask"], family.interleaved) for _ in family.stages]
+    heads = [BoxHead(width, num_classes, kind, cascade, hidden, norms["box"]) for _ in family.stages]
+    masks = [MaskHead(width, num_classes, norms["mask"], family.interleaved) for _ in family.stages]
     if family.interleaved:
         # no stage comes before the first: the published files have these weights, no gradient reaches them
         masks[0].flow.requires_grad_(False)
     semantic = None
     if family.interleaved and semantic_classes:
-        semantic = SemanticHead(len(strides), CHANNELS, semantic_classes, strides[1], 1)
+        semantic = SemanticHead(len(strides), width, semantic_classes, strides[1], 1)
     roi = RoIHeads(
         boxes,
         strides[:-1],

@@ -35,6 +35,7 @@ class Geometry:
         weak_matches: in the RoI heads too a ground truth takes its best boxes below the threshold for positives.
         inside: only anchors inside the image train the RPN.
         least, least_found: proposals must be wider and higher than this many pixels, detections at least as wide.
+        one_scale: ground truth is resized by the factor that was asked for, not by each side's true one.
         targets, window: mask targets, and the interpolation that pastes a mask (``anorm.detection.masks``).
         at_least_half: a pixel of exactly one half belongs to a mask.
     """
@@ -53,6 +54,7 @@ class Geometry:
     least: float = 0.0
     least_found: float = 0.0
     level_eps_inside: bool = True
+    one_scale: bool = False
 
     def sizes(self, boxes: Tensor) -> Tensor:
         """Widths and heights (..., 2)."""
@@ -94,6 +96,22 @@ class Geometry:
         """Boxes of an image of that width mirrored left to right."""
         x1, y1, x2, y2 = boxes.unbind(1)
         return torch.stack((width - x2 - self.one, y1, width - x1 - self.one, y2), 1)
+
+    def ground_truth(
+        self,
+        xywh: Tensor,
+        original: tuple[int, int],
+        size: tuple[int, int],
+        scale: float,
+        flipped: bool,
+    ) -> Tensor:
+        """COCO's boxes of an image (H, W) -> boxes of the same image resized to ``size``, cut to it, mirrored."""
+        if self.one_scale:
+            x, y = scale, scale
+        else:
+            x, y = size[1] / original[1], size[0] / original[0]
+        boxes = self.clip(self.from_xywh(xywh) * xywh.new_tensor((x, y, x, y)), size)
+        return self.flip(boxes, size[1]) if flipped else boxes
 
     def base_anchors(self, stride: int, scale: float, ratios: tuple[float, ...]) -> Tensor:
         """Anchors (ratios, 4) of the cell (0, 0): area (stride * scale)^2, ratio h / w; float64."""
@@ -144,7 +162,7 @@ class Geometry:
         return masks.paste(probabilities, boxes, size, self.window, self.at_least_half)
 
 
-LEGACY = Geometry("legacy", 1.0, True, False, masks.crop_targets, masks.integer_window, False)
+LEGACY = Geometry("legacy", 1.0, True, False, masks.crop_targets, masks.integer_window, False, one_scale=True)
 MODERN = Geometry("modern", 0.0, False, True, masks.aligned_targets, masks.pixel_window, True)
 TORCHVISION = Geometry(
     "torchvision",
