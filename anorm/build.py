@@ -49,7 +49,12 @@ from anorm.weights import load_weights
 def create_source(config: dict) -> Source:
     """Return the data set. Raises ValueError, in words, when its files are missing or wrong."""
     options = dict(config["data"])
-    return sources.create(options.pop("name"), **options)
+    name = options.pop("name")
+    # how images are read may depend on the task (the geometry's resize): its keys are a source's where both have them
+    task = {key: value for key, value in (config.get("task") or {}).items() if key != "name"}
+    accepted = sources.signature_of(name).parameters if name in sources.list_sources() else {}
+    options |= {key: value for key, value in task.items() if key in accepted and options.get(key) is None}
+    return sources.create(name, **options)
 
 
 def create_task(config: dict, classes: list[str], channels: int = 3) -> Task:

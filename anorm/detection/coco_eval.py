@@ -158,14 +158,14 @@ def results(
 
 def encode_masks(masks: Tensor) -> list[dict]:
     """Masks (n, H, W) of bool -> COCO's compressed run lengths, ``counts`` as text."""
-    coder = _attribute("pycocotools", "mask")
+    coder = importlib.import_module("pycocotools.mask")
     columns = numpy.asfortranarray(masks.cpu().numpy().astype(numpy.uint8).transpose(1, 2, 0))
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in coder.encode(columns)]
 
 
 def decode_mask(rle: dict) -> Tensor:
     """COCO's run lengths, compressed or not -> mask (H, W) of bool."""
-    coder = _attribute("pycocotools", "mask")
+    coder = importlib.import_module("pycocotools.mask")
     if isinstance(rle["counts"], list):
         rle = coder.frPyObjects(rle, *rle["size"])
     with warnings.catch_warnings():

@@ -46,7 +46,7 @@ class Detection(Task):
         geometry: "modern", "legacy" or "torchvision": what a box is.
         box_head: "4conv1fc" or "2fc"; None: the detector's own.
         anchor_scale: an anchor's side in strides; 8 for COCO.
-        proposals: how many proposals of an image are kept in training (after NMS; 2000 in the papers).
+        proposals: how many of a level are kept before NMS, and of an image after it, in training (2000 in the papers).
         rois: RoIs of an image that the heads train on (512 in the papers).
         detections: most detections of an image.
         width, hidden: channels of pyramid and heads, and of their linear layers (256 and 1024 in the papers).
@@ -94,13 +94,15 @@ class Detection(Task):
                     f"mix.{key}={getattr(mix, key)}: task={self.family} mixes no images; set it to 0"
                 )
         self.geometry = geometry_of(geometry)
-        self.evaluator = evaluator
+        # a missing package is found out now and not after an epoch
+        self.evaluator = coco_eval.backend(evaluator)
         self.options = {
             "head_norm": head_norm,
             "num_classes": len(classes),
             "geometry": geometry,
             "box_head": box_head,
             "anchor_scale": anchor_scale,
+            "rpn_pre_nms_top_n_train": proposals,
             "rpn_post_nms_top_n_train": proposals,
             "box_batch_size_per_image": rois,
             "box_detections_per_img": detections,
