@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -66,6 +67,27 @@ def test_imports_point_upwards(path):
     assert own in ORDER, f"{own} has no place in the order of the house"
     for other in imported_rooms(path):
         assert ORDER.index(other) <= ORDER.index(own), f"{path} imports {other}, which stands below {own}"
+
+
+def test_no_circles_in_ops():
+    """Imports inside functions included; ``from package import module`` is an import of the module."""
+    modules = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+    graph = {}
+    for name, path in modules.items():
+        if not name.startswith("anorm.ops"):
+            continue
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                of = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {full if full in modules else node.module for full in of} & modules.keys()
+        graph[name] = found - {name}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_ops_know_no_law():
+    for path in (PACKAGE / "ops").rglob("*.py"):
+        assert "norms" not in imported_rooms(path), path
 
 
 def test_architectures_know_no_law():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, partialmethod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anorm.algebra import Affine, Moments, squeeze, then
+from anorm.algebra import Affine, Moments, pool_batch, squeeze, standardize, then
 from anorm.norms.base import (
     Choice,
     Norm,
@@ -24,14 +24,20 @@ from anorm.norms.base import (
 )
 from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build, build_base
-from anorm.ops.hot import HotLaw, hot_an
+from anorm.ops.fused import FusedLaw, Tensors
 
-__all__ = ["NORMS", "Attention", "AttentiveGroupNorm", "AttentiveNorm"]
+__all__ = ["NORMS", "Attention", "AttentiveGroupNorm", "AttentiveNorm", "fused_an"]
 
 
 def hsigmoid(a: Tensor) -> Tensor:
     """min(max(a + 3, 0), 6) / 6 (torch's own hardsigmoid multiplies by a float32 sixth, even in float64)."""
     return F.relu6(a + 3.0) / 6.0
+
+
+def reverse_rsd(moments: Moments, eps: float) -> Tensor:
+    """mean / sqrt(v n/(n-1) + eps), the reverse of the relative standard deviation; n = 1 keeps v."""
+    mean, var, n = moments
+    return mean * torch.rsqrt((var * (n / (n - 1)) if n > 1 else var) + eps)
 
 
 INPUTS = ("rsd", "rsd_paper", "mean", "mean_std")
@@ -172,7 +178,7 @@ class AttentiveNorm(Norm):
             moments = Moments(mean, var, moments.count)
         return self.attention(moments)
 
-    def hot(self, x: Tensor) -> HotLaw | None:
+    def fused(self, x: Tensor) -> FusedLaw | None:
         base, attention = self.base, self.attention
         fc, norm = attention.fc, attention.norm
         published = (
@@ -192,7 +198,7 @@ class AttentiveNorm(Norm):
             base.track(mean, var)
             norm.track(attention_mean, attention_var)
 
-        return hot_an(
+        return fused_an(
             (self.weight, self.bias, fc.weight, norm.weight, norm.bias),
             (base.epsilon, attention.eps, norm.epsilon),
             track if base.tracking else None,
@@ -288,13 +294,11 @@ class Attention(nn.Module):
 
     def describe(self, moments: Moments) -> Tensor:
         """The descriptor (N, C) or (N, 2C)."""
-        mean, var, n = moments
+        mean, var, _ = moments
         if self.input == "mean":
             return mean
         if self.input == "rsd":
-            if n > 1:
-                var = var * (n / (n - 1))
-            return mean * torch.rsqrt(var + self.eps)
+            return reverse_rsd(moments, self.eps)
         # sqrt has an infinite slope at 0 (a dead channel): keep it a tiny distance away
         std = (var + torch.finfo(var.dtype).tiny ** 0.5).sqrt()
         return mean / (std + self.eps) if self.input == "rsd_paper" else torch.cat((mean, std), 1)
@@ -310,6 +314,37 @@ class Attention(nn.Module):
             # each instance holds one value of each of the outputs: moments (a, 0) of a 1x1 map
             a = squeeze(self.norm.law(Moments(a, torch.zeros_like(a), 1)), a)
         return ACTIVATIONS[self.activation](a)
+
+
+def fused_an(parameters: Tensors, eps: tuple[float, float, float], track: Callable | None) -> FusedLaw:
+    """AN over BN in its published form in one call each way.
+
+    parameters: mixtures of scale and shift (K, C), FC (K, C), weight and bias of the attention norm (K). eps: of the
+    base norm, the descriptor, the attention norm. ``track(mean, unbiased variance, mean, unbiased variance)``: of the
+    base norm and of the attention norm.
+    """
+
+    def law(moments: Moments, p: Tensors) -> Affine:
+        mixed_weight, mixed_bias, fc, weight, bias = (t.to(moments.mean.dtype) for t in p)
+        a = F.linear(reverse_rsd(moments, eps[1]), fc)
+        over_batch = pool_batch(Moments(a, torch.zeros_like(a), 1))
+        weights = hsigmoid(squeeze(then(standardize(*over_batch[:2], eps[2]), weight, bias), a))
+        return then(standardize(*pool_batch(moments)[:2], eps[0]), weights @ mixed_weight, weights @ mixed_bias)
+
+    return FusedLaw(
+        name="an_coefficients",
+        parameters=parameters,
+        forward=lambda laws, mean, var, count, p: laws.an_coefficients(mean, var, *p, count, *eps),
+        affine=lambda saved, p: Affine(*saved[:3]),
+        backward=lambda laws, dscale, dshift, mean, saved, p, count: (
+            mean,
+            *laws.an_coefficients_backward(
+                dscale, dshift, mean, *(saved[i] for i in (0, 1, 3, 5, 6, 7, 10)), *p, count
+            ),
+        ),
+        law=law,
+        track=None if track is None else lambda saved: track(saved[0], saved[4], saved[8], saved[9]),
+    )
 
 
 NORMS = {"an": AttentiveNorm, "an_gn": AttentiveGroupNorm}

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from anorm.algebra import Affine, Moments, gate, pool_batch, then
 from anorm.ops import normalize, reference
 from anorm.ops.activations import lookup
-from anorm.ops.hot import HotLaw
+from anorm.ops.fused import FusedLaw
 
 __all__ = [
     "Choice",
@@ -175,7 +175,7 @@ class Norm(nn.Module):
     def run(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """What ``forward`` computes, for tensors that were checked."""
         if mask is None:
-            return normalize(x, self.law, self.act, residual, self.needs(), self.hot(x))
+            return normalize(x, self.law, self.act, residual, self.needs(), self.fused(x))
         return normalize(x, lambda moments: gate(self.law(moments), mask), self.act, residual, self.needs())
 
     def _recorded(self, x, *others):
@@ -186,7 +186,7 @@ class Norm(nn.Module):
             others = others[:-1]
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x, *others), {})
 
-    def hot(self, x: Tensor) -> HotLaw | None:
+    def fused(self, x: Tensor) -> FusedLaw | None:
         """This law as the compiled backends compute it in one call, where they can for the present mode and x."""
         return None
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from anorm.algebra import Moments, standardize
+from anorm.algebra import Affine, Moments, pool_batch, standardize, then
 from anorm.norms.base import Parts, RunningNorm
-from anorm.ops.hot import HotLaw, hot_bn
+from anorm.ops.fused import FusedLaw, shift_or_zeros
 
-__all__ = ["NORMS", "BatchNorm"]
+__all__ = ["NORMS", "BatchNorm", "fused_bn"]
 
 
 class BatchNorm(RunningNorm):
@@ -47,10 +49,26 @@ class BatchNorm(RunningNorm):
     def parts(self, moments: Moments | None) -> Parts:
         return Parts(standardize(*self.batch_statistics(moments), self.epsilon), self.weight, self.bias)
 
-    def hot(self, x: Tensor) -> HotLaw | None:
+    def fused(self, x: Tensor) -> FusedLaw | None:
         if not self.from_batch or self.sync or x.numel() <= self.channels:
             return None
-        return hot_bn(self.weight, self.bias, self.epsilon, self.track if self.tracking else None)
+        return fused_bn(self.weight, self.bias, self.epsilon, self.track if self.tracking else None)
+
+
+def fused_bn(weight: Tensor | None, bias: Tensor | None, eps: float, track: Callable | None) -> FusedLaw:
+    """BN with the batch's statistics in one call each way; ``track(mean, unbiased variance)``."""
+    return FusedLaw(
+        name="bn_coefficients",
+        parameters=(weight, bias),
+        forward=lambda laws, mean, var, count, p: laws.bn_coefficients(mean, var, p[0], count, eps),
+        affine=lambda saved, p: Affine(saved[0], saved[1], shift_or_zeros(p[1], saved[1])),
+        backward=lambda laws, dscale, dshift, mean, saved, p, count: (
+            saved[0],
+            *laws.bn_coefficients_backward(dscale, dshift, saved[1], saved[2], count),
+        ),
+        law=lambda moments, p: then(standardize(*pool_batch(moments)[:2], eps), *p),
+        track=None if track is None else lambda saved: track(saved[0], saved[3]),
+    )
 
 
 NORMS = {"bn": BatchNorm}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from anorm.algebra import Moments, pool_groups, standardize
+from anorm.algebra import Affine, Moments, pool_groups, standardize, then
 from anorm.norms.base import Norm, Parts, checked_eps
-from anorm.ops.hot import HotLaw, hot_gn
+from anorm.ops.fused import FusedLaw, shift_or_zeros
 
-__all__ = ["NORMS", "GroupNorm", "InstanceNorm", "LayerNorm", "resolve_groups"]
+__all__ = ["NORMS", "GroupNorm", "InstanceNorm", "LayerNorm", "fused_gn", "resolve_groups"]
 
 
 def resolve_groups(groups: int | str, channels: int, at_most: int = 32) -> int:
@@ -72,8 +73,8 @@ class GroupNorm(Norm):
                 "a group: nothing is left of it. Take fewer groups or larger maps"
             )
 
-    def hot(self, x: Tensor) -> HotLaw:
-        return hot_gn(self.weight, self.bias, self.groups, self.eps)
+    def fused(self, x: Tensor) -> FusedLaw:
+        return fused_gn(self.weight, self.bias, self.groups, self.eps)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"
@@ -99,6 +100,24 @@ class InstanceNorm(GroupNorm):
 
     def __init__(self, channels: int, act: str | None = None, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__(channels, act, channels, eps, affine)
+
+
+def fused_gn(weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> FusedLaw:
+    """GN in one call each way."""
+    return FusedLaw(
+        name="gn_coefficients",
+        parameters=(weight, bias),
+        forward=lambda laws, mean, var, count, p: laws.gn_coefficients(mean, var, p[0], groups, eps),
+        affine=lambda saved, p: Affine(saved[0], saved[1], shift_or_zeros(p[1], saved[1])),
+        backward=lambda laws, dscale, dshift, mean, saved, p, count: (
+            saved[0],
+            *laws.gn_coefficients_backward(dscale, dshift, saved[1], saved[2], groups, count),
+        ),
+        law=lambda moments, p: then(standardize(*pool_groups(moments, groups)[:2], eps), *p),
+        torchs=lambda x: F.group_norm(
+            x, groups, *(None if p is None else p.float() for p in (weight, bias)), eps
+        ),
+    )
 
 
 NORMS = {"gn": GroupNorm, "ln": LayerNorm, "in": InstanceNorm}

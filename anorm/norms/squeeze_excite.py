@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anorm.algebra import Affine, Moments, gate, squeeze, then
+from anorm.algebra import Affine, Moments, gate, pool_batch, squeeze, standardize, then
 from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, Site, around, called_as_is, fully_connected
 from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build_base
-from anorm.ops.hot import HotLaw, hot_se
+from anorm.ops.fused import FusedLaw, Tensors
 
-__all__ = ["NORMS", "SqueezeExcite"]
+__all__ = ["NORMS", "SqueezeExcite", "fused_se"]
 
 
 class SqueezeExcite(Norm):
@@ -71,12 +73,12 @@ class SqueezeExcite(Norm):
             means = z.to(torch.promote_types(z.dtype, torch.float32)).mean((2, 3))
             return around(z, self.weights(means), None, self.act, residual, mask)
 
-    def hot(self, x: Tensor) -> HotLaw | None:
+    def fused(self, x: Tensor) -> FusedLaw | None:
         base, fc1, fc2 = self.base, self.fc1, self.fc2
         if type(base) is not BatchNorm or not (called_as_is(fc1, nn.Linear) and called_as_is(fc2, nn.Linear)):
             return None
-        below = base.hot(x)
-        return below and hot_se(below, (fc1.weight, fc1.bias, fc2.weight, fc2.bias), base.epsilon)
+        below = base.fused(x)
+        return below and fused_se(below, (fc1.weight, fc1.bias, fc2.weight, fc2.bias), base.epsilon)
 
     def parts(self, moments: Moments) -> Parts | None:
         below = self.base.parts(moments)
@@ -106,6 +108,78 @@ class SqueezeExcite(Norm):
     def param_needs(self) -> dict[str, ParamNeeds]:
         attention = {name: ParamNeeds("attention") for name, _ in self.named_parameters()}
         return attention | {f"base.{name}": needs for name, needs in self.base.param_needs().items()}
+
+
+def fused_se(base: FusedLaw, layers: Tensors, eps: float) -> FusedLaw:
+    """SE on BN: the base's coefficients in one call each way, the gate in PyTorch.
+
+    layers: weight (H, C) and bias (H) or None of the first, weight (C, H) and bias (C) or None of the second. eps: the
+    base's, which has weight and bias.
+    """
+    return FusedLaw(
+        name=base.name,
+        parameters=(*base.parameters, *layers),
+        forward=lambda laws, mean, var, count, p: _forward(laws, mean, var, count, p, eps),
+        affine=lambda saved, p: Affine(saved[0], *saved[4:6]),
+        backward=_backward,
+        law=lambda moments, p: _law(moments, p, eps),
+        track=base.track,  # what it takes stands where the base's own coefficients would
+    )
+
+
+def _gates(squeezed: Tensor, layers: Tensors) -> tuple[Tensor, Tensor]:
+    """(the hidden layer, lambda) of eq. 3."""
+    hidden = F.relu(F.linear(squeezed, *layers[:2]))
+    return hidden, torch.sigmoid(F.linear(hidden, *layers[2:]))
+
+
+def _law(moments: Moments, parameters: Tensors, eps: float) -> Affine:
+    weight, bias, *layers = (None if p is None else p.to(moments.mean.dtype) for p in parameters)
+    base = then(standardize(*pool_batch(moments)[:2], eps), weight, bias)
+    return gate(base, _gates(squeeze(base, moments.mean), layers)[1])
+
+
+def _forward(
+    laws: ModuleType, mean: Tensor, var: Tensor, count: int, parameters: Tensors, eps: float
+) -> Tensors:
+    weight, bias, *layers = (None if p is None else p.to(mean.dtype) for p in parameters)
+    centre, base, rstd, unbiased = laws.bn_coefficients(mean, var, weight, count, eps)
+    squeezed = torch.addcmul(bias, mean - centre, base)
+    hidden, gates = _gates(squeezed, layers)
+    return centre, base, rstd, unbiased, gates * base, gates * bias, squeezed, hidden, gates
+
+
+def _backward(
+    laws: ModuleType,
+    dscale: Tensor,
+    dshift: Tensor,
+    mean: Tensor,
+    saved: Tensors,
+    parameters: Tensors,
+    count: int,
+) -> Tensors:
+    centre, base, rstd, _, _, _, squeezed, hidden, gates = saved
+    _, bias, first, first_bias, second, second_bias = (
+        None if p is None else p.to(mean.dtype) for p in parameters
+    )
+    dgates = torch.addcmul(dscale * base, dshift, bias)
+    dlogits = torch.ops.aten.sigmoid_backward(dgates, gates)
+    dhidden = torch.ops.aten.threshold_backward(dlogits @ second, hidden, 0)
+    dsqueezed = dhidden @ first
+    # the base norm sees both the map and its squeeze, which is its output at the instance's mean
+    dvar2, dmean1, dweight, dbias = laws.bn_coefficients_backward(
+        torch.addcmul(dscale * gates, dsqueezed, mean - centre),
+        torch.addcmul(dsqueezed, dshift, gates),
+        base,
+        rstd,
+        count,
+    )
+    dmean1 = torch.addcmul(dmean1, dsqueezed, base, value=1 / count)
+    layers = (
+        dhidden.t() @ squeezed, None if first_bias is None else dhidden.sum(0),
+        dlogits.t() @ hidden, None if second_bias is None else dlogits.sum(0),
+    )  # fmt: skip
+    return centre, dvar2, dmean1, dweight, dbias, *layers
 
 
 NORMS = {"se": SqueezeExcite}

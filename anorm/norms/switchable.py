@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from anorm.algebra import Affine, Moments, pool_groups, standardize
+from anorm.algebra import Affine, Moments, pool_batch, pool_groups, standardize, then
 from anorm.norms.base import Choice, ParamNeeds, Parts, RunningNorm
-from anorm.ops.hot import HotLaw, hot_sn
+from anorm.ops.fused import FusedLaw, Tensors, shift_or_zeros
 
-__all__ = ["NORMS", "SwitchableNorm"]
+__all__ = ["NORMS", "SwitchableNorm", "fused_sn"]
 
 
 class SwitchableNorm(RunningNorm):
@@ -80,29 +82,23 @@ class SwitchableNorm(RunningNorm):
         shares = dict(zip(("means", "variances"), (Choice("shares", w, names) for w in weights), strict=True))
         return Parts(self._standardized(moments, *weights), self.weight, self.bias, shares)
 
-    def hot(self, x: Tensor) -> HotLaw | None:
+    def fused(self, x: Tensor) -> FusedLaw | None:
         if type(self) is not SwitchableNorm or not self.use_bn or not self.from_batch or self.sync:
             return None
         if x.numel() <= self.channels:
             return None
         parameters = self.weight, self.bias, self.mean_weight, self.var_weight
         unbias = self._unbias(x.shape[2] * x.shape[3])
-        return hot_sn(parameters, unbias, self.epsilon, self.track if self.tracking else None)
+        return fused_sn(parameters, unbias, self.epsilon, self.track if self.tracking else None)
 
     def _unbias(self, count: int) -> float:
         """Factor of an instance's variance over so many values."""
         return count / (count - 1) if self.variance == "unbiased" and count > 1 else 1.0
 
     def _standardized(self, moments: Moments, w_mean: Tensor, w_var: Tensor) -> Affine:
-        mean, var, count = moments
-        var = var * self._unbias(count)
-        instance = Moments(mean, var, count)
-        branches = [(mean, var), pool_groups(instance, 1)[:2]]
-        if self.use_bn:
-            branches.append(self.batch_statistics(instance))
-        mu = sum(w * mean for w, (mean, _) in zip(w_mean, branches, strict=True))
-        sigma2 = sum(w * var for w, (_, var) in zip(w_var, branches, strict=True))
-        return standardize(mu, sigma2, self.epsilon)
+        instance = moments._replace(var=moments.var * self._unbias(moments.count))
+        batch = self.batch_statistics(instance) if self.use_bn else None
+        return _mixed(instance, w_mean, w_var, batch, self.epsilon)
 
     def param_needs(self) -> dict[str, ParamNeeds]:
         control = {name: ParamNeeds("control") for name in ("mean_weight", "var_weight")}
@@ -112,6 +108,45 @@ class SwitchableNorm(RunningNorm):
 def _at_least_float32(weight: Tensor) -> Tensor:
     """Shares that are rounded to a half-precision model's dtype do not sum to one."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _mixed(
+    instance: Moments, w_mean: Tensor, w_var: Tensor, batch: tuple[Tensor, Tensor] | None, eps: float
+) -> Affine:
+    """Standardize with the shares of the statistics over the instance's channel, its layer and the batch."""
+    branches = [instance[:2], pool_groups(instance, 1)[:2], *([] if batch is None else [batch])]
+    mu = sum(w * mean for w, (mean, _) in zip(w_mean, branches, strict=True))
+    sigma2 = sum(w * var for w, (_, var) in zip(w_var, branches, strict=True))
+    return standardize(mu, sigma2, eps)
+
+
+def fused_sn(parameters: Tensors, unbias: float, eps: float, track: Callable | None) -> FusedLaw:
+    """SN over IN, LN and BN in one call each way.
+
+    parameters: weight and bias (C) or None, the logits of the means' and of the variances' shares (3). unbias: factor
+    of the instance's variance. ``track(mean, variance)``: of the batch.
+    """
+
+    def law(moments: Moments, p: Tensors) -> Affine:
+        instance = moments._replace(var=moments.var * unbias)
+        shares = (logits.to(moments.mean.dtype).softmax(0) for logits in p[2:])
+        return then(_mixed(instance, *shares, pool_batch(instance)[:2], eps), *p[:2])
+
+    return FusedLaw(
+        name="sn_coefficients",
+        parameters=parameters,
+        forward=lambda laws, mean, var, count, p: (
+            *laws.sn_coefficients(mean, var, p[0], p[2], p[3], unbias, eps),
+            var,
+        ),
+        affine=lambda saved, p: Affine(saved[0], saved[1], shift_or_zeros(p[1], saved[1])),
+        backward=lambda laws, dscale, dshift, mean, saved, p, count: (
+            mean,
+            *laws.sn_coefficients_backward(dscale, dshift, mean, saved[-1], *saved[1:-1], count, unbias),
+        ),
+        law=law,
+        track=None if track is None else lambda saved: track(saved[5], saved[6]),
+    )
 
 
 NORMS = {"sn": SwitchableNorm}

@@ -22,7 +22,7 @@ from anorm.algebra import Affine, Moments
 from anorm.ops import reference
 from anorm.ops.activations import lookup
 from anorm.ops.autograd import fixed_affine, moments_and_slots, slotted_affine
-from anorm.ops.hot import HotLaw, normalize_hot
+from anorm.ops.fused import FusedLaw, normalize_fused
 
 __all__ = ["BACKENDS", "normalize", "resolve", "set_backend", "use_backend", "why_not"]
 
@@ -39,7 +39,7 @@ def normalize(
     act: str | None = None,
     residual: Tensor | None = None,
     needs: str = "mean_var",
-    hot: HotLaw | None = None,
+    fused: FusedLaw | None = None,
 ) -> Tensor:
     """y = act(scale * (x - centre) + shift [+ residual]) with (centre, scale, shift) = law(moments of x).
 
@@ -51,7 +51,7 @@ def normalize(
         residual: added before the activation; the shape of x.
         needs: "mean_var", "mean" (``var`` is None, the reduction reads x once for the mean alone) or "none" (the law
             gets None: no reduction pass runs, and backward is scale * dy).
-        hot: the same law as the compiled backends compute it in one call, where they do (``anorm.ops.hot``).
+        fused: the same law as the compiled backends compute it in one call, where they do (``anorm.ops.fused``).
 
     Backward is one reduction over (dy, x), the law's own backward on small tensors, and one elementwise pass.
     Gradients of gradients work (through the reference formulas). Raises ValueError for a shape, dtype or name that
@@ -68,28 +68,28 @@ def normalize(
     if needs not in NEEDS:
         raise ValueError(f"needs={needs!r} is none of {', '.join(NEEDS)}")
     activation = lookup(act)
-    fused = activation.name if activation.fused else "none"
+    inner = activation.name if activation.fused else "none"
     if residual is not None and residual.dtype != x.dtype:
         common = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(common), residual.to(common)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # meta knows no autocast
         with torch.autocast(x.device.type, enabled=False):
-            y = _run(x, law, fused, residual, needs, hot)
+            y = _run(x, law, inner, residual, needs, fused)
     else:
-        y = _run(x, law, fused, residual, needs, hot)
+        y = _run(x, law, inner, residual, needs, fused)
     return y if activation.fused else activation.function(y)
 
 
 def _run(
-    x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str, hot: HotLaw | None
+    x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str, fused: FusedLaw | None
 ) -> Tensor:
     if torch.compiler.is_exporting():
         return _plain(x, law, act, residual, needs)
     backend = resolve(x.device.type)
-    if hot is not None and not _traced() and hasattr(backend.laws(x.dtype), hot.name):
-        if hot.torchs is not None and residual is None and backend.prefers_torch(x):
-            return lookup(act).function(hot.torchs(x))
-        return normalize_hot(x, hot, act, residual, backend)
+    if fused is not None and not _traced() and hasattr(backend.laws_for(x.dtype), fused.name):
+        if fused.torchs is not None and residual is None and backend.prefers_torch(x):
+            return lookup(act).function(fused.torchs(x))
+        return normalize_fused(x, fused, act, residual, backend)
     if needs == "none":
         return fixed_affine(x, *_dense(law(None)), residual, act, backend)
     mask_from_x = act if residual is None else "none"

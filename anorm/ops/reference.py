@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anorm.ops.activations import masked
 
-__all__ = ["affine", "affine_backward", "available", "laws", "moments", "moments_backward"]
+__all__ = ["affine", "affine_backward", "available", "laws_for", "moments", "moments_backward"]
 
 
 def available() -> None:
@@ -21,7 +21,7 @@ def available() -> None:
     return None
 
 
-def laws(dtype: torch.dtype) -> None:
+def laws_for(dtype: torch.dtype) -> None:
     """No law is computed in one call: each runs as it is written."""
     return None
 

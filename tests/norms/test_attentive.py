@@ -169,7 +169,7 @@ def test_parameter_roles_and_initialisation():
         ({"attention": "a3"}, "a1, a2, se"),
         ({"activation": "tanh"}, "hsigmoid"),
         ({"base": "an"}, "cannot be the base"),
-        ({"base": "gnn"}, "try gn"),
+        ({"base": "gnn"}, "did you mean gn"),
         ({"kk": 3}, "no option 'kk'"),
     ],
 )

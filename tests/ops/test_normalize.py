@@ -194,7 +194,7 @@ def test_variance_survives_a_large_mean():
     [
         (lambda x: ops.normalize(x[0], whiten), "N, C, H, W"),
         (lambda x: ops.normalize(x.long(), whiten), "floating-point"),
-        (lambda x: ops.normalize(x, whiten, "rleu"), "try relu"),
+        (lambda x: ops.normalize(x, whiten, "rleu"), "did you mean relu"),
         (lambda x: ops.normalize(x, whiten, residual=x[:1]), "residual's shape"),
         (lambda x: ops.normalize(x, whiten, needs="var"), "none, mean, mean_var"),
         (lambda x: ops.set_backend("cudnn"), "auto, reference, cpu, triton"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from anorm.ops import triton as backend
-from anorm.ops import triton_laws
+from anorm.ops.triton import laws as triton_laws
+from anorm.ops.triton import passes as backend
 
 compiler = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -22,7 +22,8 @@ if compiler.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anorm.ops import triton_coefficients, triton_kernels
+from anorm.ops.triton import coefficients as triton_coefficients
+from anorm.ops.triton import kernels as triton_kernels
 
 pytestmark = pytest.mark.skipif(
     "nvidia" not in compiler.backends.backends, reason="this Triton has no NVIDIA compiler"
@@ -73,7 +74,7 @@ def launch_all(shape, layout, dtype):
 
 
 def launch_laws(n, c, k, groups):
-    """The coefficients of every hot law, forward and backward."""
+    """The coefficients of every fused law, forward and backward."""
     cells, row, square, short = (torch.empty(size, device="meta") for size in ((n, c), (c,), (n, k), (k,)))
     network = (torch.empty(k, c, device="meta"),) * 3 + (short, short)
     triton_laws._bn(cells, cells, row, 49, 1e-5)

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from anorm import algebra, ops
-from anorm.ops import reference, triton, triton_laws
+from anorm.ops import reference, triton
+from anorm.ops.triton import laws as triton_laws
+from anorm.ops.triton import passes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -68,12 +70,12 @@ def assert_near(result, exact, dtype, scale=None):
 
 def test_the_shapes_reach_every_way_of_cutting():
     for layout in (True, False):
-        plans = [triton.plan(n, c, h * w, layout) for n, c, h, w in SHAPES]
+        plans = [passes.plan(n, c, h * w, layout) for n, c, h, w in SHAPES]
         assert {p.splits > 1 for p in plans} == {True, False}
         assert {p.align > 1 for p in plans} == {True, False}
         assert any(
             p.rows > p.block_r
-            for p in (triton.plan(64, 256, 3136, layout), triton.plan(1, 64, 10**6, layout))
+            for p in (passes.plan(64, 256, 3136, layout), passes.plan(1, 64, 10**6, layout))
         )
 
 
@@ -82,7 +84,7 @@ def test_the_shapes_reach_every_way_of_cutting():
 def test_every_plan_covers_its_map(hw, c):
     for n in (1, 2, 256):
         for channels_last in (True, False):
-            p = triton.plan(n, c, hw, channels_last)
+            p = passes.plan(n, c, hw, channels_last)
             assert p.splits * p.rows >= hw > (p.splits - 1) * p.rows and p.rows % p.block_r == 0
             assert p.blocks * p.block_r >= hw
             assert p.splits <= 512 and p.block_r * p.block_c <= triton.TILE and p.warps in (1, 2, 4, 8)
@@ -374,7 +376,7 @@ def test_a_layer_under_torch_compile(layout):
             assert compiled.stride() == eager.stride()
 
 
-# ---- coefficients of the hot laws: against float64 autograd through the definition ----------------------------------
+# ---- coefficients of the fused laws: against float64 autograd through the definition ----------------------------------
 
 # N, C, groups, K, HW
 LAW_SHAPES = [

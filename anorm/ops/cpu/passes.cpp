@@ -1,4 +1,4 @@
-// The CPU backend: the passes of README.md over a feature map, and the coefficients of the hot laws.
+// The CPU backend: the passes of README.md over a feature map, and the coefficients of the fused laws.
 //
 // This file checks and shapes the arguments, splits the work over threads and registers the operators. The kernels are
 // in the headers beside it, compiled once for each instruction set and chosen when the library is loaded, so that one
@@ -69,8 +69,8 @@ struct Passes {
 
 }  // namespace anorm
 
-#define ANORM_KERNELS "cpu_passes.h"
-#include "cpu_isa.h"
+#define ANORM_KERNELS "passes.h"
+#include "isa.h"
 
 namespace anorm {
 

@@ -1,4 +1,4 @@
-"""The four passes on a GPU, as Triton kernels (``triton_kernels.py``) behind torch.library operators.
+"""The four passes on a GPU: launches of the Triton kernels in ``kernels.py``, behind torch.library operators.
 
 The operators are opaque to torch.compile and carry no autograd formula: autograd.py supplies it from outside. Both
 dense layouts run; channels_last is the fast one (128-byte rows of channels for any map size, where a contiguous 7x7
@@ -11,56 +11,20 @@ interpreter, slowly: for tests.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
 from functools import cache, lru_cache
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["affine", "affine_backward", "available", "laws", "moments", "moments_backward", "prefers_torch"]
+from anorm.ops.triton.library import operator, power
+
+__all__ = ["affine", "affine_backward", "moments", "moments_backward", "prefers_torch"]
 
 TILE = 4096  # cells of a tile: 16 a thread, two 16-byte loads of 2-byte numbers
 FILL = 512  # programs that fill a large GPU: about 4 on each of its 132 to 148 processors
 LONG = 8  # tiles that one program reduces where there is work for more programs
 MAX_SPLITS = 64  # unless more are needed to reach FILL
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_KEYS = ("CUDA", "CPU") if _INTERPRETED else ("CUDA",)
-
-
-def available() -> str | None:
-    """None where the kernels can run here, else the reason."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    if _INTERPRETED:
-        return None
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    return _unfit(torch.cuda.current_device())
-
-
-@cache
-def _unfit(device: int) -> str | None:
-    """Why this GPU cannot run the kernels: below compute capability 8.0 only a trial tells."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= (8, 0):
-        return None
-    x = torch.ones(1, 16, 4, 4, device=f"cuda:{device}", dtype=torch.half)
-    try:
-        mean, _ = moments(x.to(memory_format=torch.channels_last))
-        right = bool((mean == 1).all())
-    except Exception as error:  # whatever Triton's compiler, ptxas or the driver raise: it becomes the reason
-        return f"the installed Triton cannot compile for compute capability {capability[0]}.{capability[1]}: {error}"
-    return (
-        None
-        if right
-        else f"a trial kernel computes wrongly on compute capability {capability[0]}.{capability[1]}"
-    )
-
 
 class Plan(NamedTuple):
     """How a shape is cut into tiles."""
@@ -77,12 +41,6 @@ class Plan(NamedTuple):
     warps: int
 
 
-@cache
-def laws(dtype: torch.dtype) -> ModuleType | None:
-    """The coefficient operators for maps of a dtype; None for float64, whose laws run as they are written."""
-    return None if dtype == torch.float64 else importlib.import_module("anorm.ops.triton_laws")
-
-
 def prefers_torch(x: Tensor) -> bool:
     """Nothing was measured here for which torch's own function would be the faster one."""
     return False
@@ -94,11 +52,11 @@ def plan(n: int, c: int, hw: int, channels_last: bool) -> Plan:
     align = _divisor(c if channels_last else hw)
     tile = TILE if align >= 4 else TILE // 2  # narrow loads need more registers a cell
     if channels_last:
-        block_c = min(64, _power(c))
-        block_r = min(tile // block_c, max(16, _power(hw)))
+        block_c = min(64, power(c))
+        block_r = min(tile // block_c, max(16, power(hw)))
         channel_blocks = n * -(-c // block_c)
     else:
-        block_r = max(16, _power(hw)) if hw <= 64 else min((256, 128, 64), key=lambda b: -(-hw // b) * b)
+        block_r = max(16, power(hw)) if hw <= 64 else min((256, 128, 64), key=lambda b: -(-hw // b) * b)
         block_c = tile // block_r
         channel_blocks = -(-n * c // block_c)
     blocks = -(-hw // block_r)
@@ -109,11 +67,6 @@ def plan(n: int, c: int, hw: int, channels_last: bool) -> Plan:
     return Plan(
         channels_last, sizes, align, block_r, block_c, channel_blocks, blocks, -(-hw // rows), rows, warps
     )
-
-
-def _power(value: int) -> int:
-    """The smallest power of two that is not below value."""
-    return 1 << (value - 1).bit_length()
 
 
 def _divisor(value: int) -> int:
@@ -175,13 +128,13 @@ def _tile(p: Plan) -> dict[str, int | bool]:
 
 @cache
 def _kernels():
-    from anorm.ops import triton_kernels  # on first use: importing anorm needs torch alone
+    from anorm.ops.triton import kernels  # on first use: importing anorm needs torch alone
 
-    return triton_kernels
+    return kernels
 
 
 def _merge_tile(splits: int, cells: int) -> tuple[tuple[int], dict[str, int | bool]]:
-    sp = _power(splits)
+    sp = power(splits)
     bc = max(16, min(128, 2048 // sp))
     return (-(-cells // bc),), {"SP": sp, "BC": bc, "num_warps": 4, "enable_fp_fusion": True}
 
@@ -302,19 +255,6 @@ def _moments_backward_impl(
             MEAN=dmean1 is not None, VAR=dvar2 is not None, ACT=act, **_tile(p),
         )  # fmt: skip
     return dx
-
-
-_library = torch.library.Library("anorm_triton", "DEF")
-
-
-def operator(name: str, schema: str, implementation, fake):
-    """Define an operator: fixed arity, no aliasing, strides as they come; -> its overload, bound once."""
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    _library.define(f"{name}{schema}", tags=tags)
-    for key in _KEYS:
-        _library.impl(name, implementation, key)
-    torch.library.register_fake(f"anorm_triton::{name}", fake, lib=_library)
-    return getattr(torch.ops.anorm_triton, name).default
 
 
 _moments_op = operator(

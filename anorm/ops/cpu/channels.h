@@ -1,5 +1,5 @@
-// Loops over the channels of (N, C) coefficients. Included once per instruction set, after cpu_cells.h
-// and cpu_vector.h.
+// Loops over the channels of (N, C) coefficients. Included once per instruction set, after cells.h
+// and vector.h.
 
 // Calls body.at<V>(c) for the channels [begin, end), the last register overlapping the one before it if need be.
 template <class A, class Body>

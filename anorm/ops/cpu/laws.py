@@ -17,7 +17,7 @@ takes in: var M/(M-1) over M values (var itself if M = 1).
 
 from __future__ import annotations
 
-from anorm.ops.cpu import operator
+from anorm.ops.cpu.library import operator
 
 __all__ = [
     "an_coefficients",

@@ -1,4 +1,4 @@
-// The four passes over the feature map. Included once per instruction set by cpu.cpp, after cpu_vector.h.
+// The four passes over the feature map. Included once per instruction set by passes.cpp, after vector.h.
 //
 // A kernel works on a range of items, and what it writes for an item depends on that item alone, never on the range:
 // results are the same for any number of threads. NCHW items are planes (n, c) of hw values. Channels_last items are

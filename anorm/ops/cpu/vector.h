@@ -1,6 +1,6 @@
 // Vectors of one register, and how each storage type is loaded into and stored from them.
 //
-// Included once per instruction set by cpu.cpp, inside a namespace of its own; ANORM_BYTES is the width of a register.
+// Included once per instruction set by passes.cpp, inside a namespace of its own; ANORM_BYTES is the width of a register.
 // Everything is written for a type V that is either such a vector or a plain scalar: operators, comparisons and the
 // ternary select mean the same for both, so the narrow rest of a map runs through the very same code.
 

@@ -1,12 +1,12 @@
 // Coefficients of switchable normalization over IN, LN and BN, forward and backward in one call each, for training
-// mode. The operators' signatures, shapes and meaning are in cpu_laws.py.
+// mode. The operators' signatures, shapes and meaning are in laws.py.
 
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "cpu_cells.h"
+#include "cells.h"
 
 namespace anorm {
 
@@ -43,8 +43,8 @@ struct SwitchKernels {
 
 }  // namespace anorm
 
-#define ANORM_KERNELS "cpu_switchable.h"
-#include "cpu_isa.h"
+#define ANORM_KERNELS "switchable.h"
+#include "isa.h"
 
 namespace anorm {
 

@@ -1,7 +1,7 @@
 // Compiles a header of kernels once for each instruction set, each in a namespace of its own, and says which to call.
 //
-//     #define ANORM_KERNELS "cpu_passes.h"
-//     #include "cpu_isa.h"
+//     #define ANORM_KERNELS "passes.h"
+//     #include "isa.h"
 //
 // Only kernels lie between the pragmas: whatever they need from the standard library or from ATen is included before,
 // so that no inline function of a library is ever compiled for an instruction set that the machine may lack.
@@ -29,7 +29,7 @@ namespace anorm {
 
 namespace baseline {
 #define ANORM_BYTES 16
-#include "cpu_vector.h"
+#include "vector.h"
 #include ANORM_KERNELS
 #undef ANORM_BYTES
 }  // namespace baseline
@@ -43,7 +43,7 @@ namespace baseline {
 #endif
 namespace avx2 {
 #define ANORM_BYTES 32
-#include "cpu_vector.h"
+#include "vector.h"
 #include ANORM_KERNELS
 #undef ANORM_BYTES
 }  // namespace avx2
@@ -57,7 +57,7 @@ namespace avx2 {
 #endif
 namespace avx512 {
 #define ANORM_BYTES 64
-#include "cpu_vector.h"
+#include "vector.h"
 #include ANORM_KERNELS
 #undef ANORM_BYTES
 }  // namespace avx512

@@ -1,8 +1,8 @@
-// Coefficients of the hot laws, (N, C) -> (N, C). Included once per instruction set by cpu_laws.cpp, after cpu_vector.h.
+// Coefficients of the fused laws, (N, C) -> (N, C). Included once per instruction set by laws.cpp, after vector.h.
 //
 // Sums over the batch run in double or in short runs; sums over channels and over mixtures run in registers.
 
-#include "cpu_channels.h"
+#include "channels.h"
 
 // ---- batch statistics: mu = E_n[m], var = E_n[v] + E_n[(m - mu)^2] ---------------------------------------------------
 

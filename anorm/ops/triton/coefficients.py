@@ -1,7 +1,7 @@
-"""Coefficients of the hot laws as Triton kernels: BN, GN, AN over BN, forward and backward, one to three launches each.
+"""Coefficients of the fused laws as Triton kernels: BN, GN, AN over BN, forward and backward, one to three launches each.
 
 In plain PyTorch the (N, C) part of AN is some hundred kernels of a few microseconds; on a fast GPU that is more time
-than its passes take. What goes in and out is said in triton_laws.py. Everything is float32 (products too: no TF32);
+than its passes take. What goes in and out is said in laws.py. Everything is float32 (products too: no TF32);
 no atomics: every sum has one owner and a fixed order.
 """
 

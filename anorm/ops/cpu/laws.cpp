@@ -1,12 +1,12 @@
 // Coefficients of the laws that matter most (BN, GN with LN and IN, AN over BN), forward and backward in one call each,
-// for training mode. The equations are in README.md; the operators' signatures, shapes and meaning in cpu_laws.py.
+// for training mode. The equations are in README.md; the operators' signatures, shapes and meaning in laws.py.
 
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "cpu_cells.h"
+#include "cells.h"
 
 namespace anorm {
 
@@ -73,8 +73,8 @@ struct LawKernels {
 
 }  // namespace anorm
 
-#define ANORM_KERNELS "cpu_laws.h"
-#include "cpu_isa.h"
+#define ANORM_KERNELS "laws.h"
+#include "isa.h"
 
 namespace anorm {
 

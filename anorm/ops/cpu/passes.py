@@ -1,4 +1,4 @@
-"""The C++ backend for CPU tensors: the four passes (``reference.py`` defines them); ``cpu_laws`` has the coefficients.
+"""The four passes on a CPU: operators of the C++ library (``reference.py`` defines the passes).
 
 What lies between the passes has the statistics' dtype: float32, and float64 for float64 maps. Results are the same for
 any number of threads. Operators are functional; their kernels live in a library that holds them for several
@@ -7,107 +7,17 @@ instruction sets and chooses when it is loaded, so one build serves every machin
 
 from __future__ import annotations
 
-import importlib
-import logging
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from anorm.native import BuildError, Library
+from anorm.ops.cpu.library import operator
 
-__all__ = [
-    "affine",
-    "affine_backward",
-    "available",
-    "build",
-    "instruction_set",
-    "laws",
-    "moments",
-    "moments_backward",
-    "operator",
-    "prefers_torch",
-]
+__all__ = ["affine", "affine_backward", "moments", "moments_backward", "prefers_torch"]
 
 SMALL = 64
 """H * W up to which ``prefers_torch`` holds."""
 
 _ACTS = {"none": 0, "relu": 1, "relu6": 2}
-
-_log = logging.getLogger(__name__)
-
-# ---- building ------------------------------------------------------------------------------------------------------
-
-_TORCH = Path(torch.__file__).parent
-
-LIBRARY = Library(
-    name=f"cpu-torch{torch.__version__}",
-    folder=Path(__file__).parent,
-    # the passes are vectors by hand, the laws' loops are not
-    sources={"cpu.cpp": "-O2", "cpu_laws.cpp": "-O3", "cpu_switchable.cpp": "-O3"},
-    headers=(
-        "cpu_isa.h", "cpu_vector.h", "cpu_passes.h", "cpu_cells.h", "cpu_channels.h", "cpu_laws.h", "cpu_switchable.h",
-    ),
-    # neither -ffast-math nor -march: see cpu.cpp; the two -fno are about errno and floating-point traps only
-    flags=(
-        "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-        "-fno-trapping-math", "-Wno-psabi", "-w",
-    ),
-    link=("-fopenmp", f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"),
-    built_for=f"{torch.__version__} {torch.version.git_version}",
-    include=(_TORCH / "include", _TORCH / "include/torch/csrc/api/include"),
-)  # fmt: skip
-
-
-def build(rebuild: bool = False) -> str:
-    """Compile the kernels if the cache does not hold them (about a minute and a half of one core), load them, and
-    return the library's path. Raises BuildError with the reason where that is not possible.
-    """
-    if not (_TORCH / "include").is_dir():
-        raise BuildError(
-            f"this torch has no C++ headers ({_TORCH / 'include'}); install torch's wheel from PyPI or pytorch.org"
-        )
-    path = LIBRARY.compiled(
-        rebuild, lambda: _log.warning("compiling the C++ kernels, once (a minute or two)")
-    )
-    _load(str(path))
-    return str(path)
-
-
-@cache
-def _load(path: str) -> None:
-    torch.ops.load_library(path)
-
-
-@cache
-def available() -> str | None:
-    """None if the kernels are loaded (built now if need be), else the reason in words. The answer is kept."""
-    try:
-        build()
-    except (BuildError, OSError) as error:  # OSError: the loader refused the library
-        return str(error)
-    return None
-
-
-def instruction_set() -> str:
-    """The kernels in use: "avx512", "avx2" or "baseline" (ANORM_CPU_ISA may ask for a narrower one than there is)."""
-    return torch.ops.anorm_cpu.instruction_set()
-
-
-# ---- operators: schemas and shapes here, kernels in C++ ------------------------------------------------------------
-
-_library = torch.library.Library("anorm_cpu", "DEF")
-_library.define("instruction_set() -> str")
-
-
-def operator(schema: str, fake: Callable):
-    """Define an operator whose CPU kernel the compiled library brings; its shape function is ``fake``."""
-    name = _library.define(schema)
-    torch.library.register_fake(f"anorm_cpu::{name}", fake, lib=_library)
-    return getattr(torch.ops.anorm_cpu, name).default
 
 
 def _map(x: Tensor) -> Tensor:
@@ -143,12 +53,6 @@ _moments_backward = operator(
     " Tensor? dmean1, int act) -> Tensor",
     lambda dy, x, *_: _map(x),
 )
-
-
-@cache
-def laws(dtype: torch.dtype) -> ModuleType:
-    """The coefficient operators for maps of a dtype (any), as ``hot.py`` calls them."""
-    return importlib.import_module("anorm.ops.cpu_laws")
 
 
 def prefers_torch(x: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Coefficients of the laws that matter most on a GPU, forward and backward, in one to three launches each.
 
-Signatures, shapes and meaning are those of ``cpu_laws``; statistics are float32 here (a float64 map goes through
+Signatures, shapes and meaning are those of ``cpu/laws.py``; statistics are float32 here (a float64 map goes through
 the law itself). All take the moments (N, C) and the sums dscale, dshift (N, C) of the passes; parameters may have any
 floating dtype, their gradients are float32. What a backward returns goes into
 ``moments_backward(dy, x, centre, scale, shift, mean, dvar2, dmean1, act)``, with ``mean`` = the moments' mean for AN
@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from anorm.ops.triton import operator
+from anorm.ops.triton.library import operator, power
 
 __all__ = [
     "an_coefficients",
@@ -32,17 +32,13 @@ _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 @cache
 def _kernels():
-    from anorm.ops import triton_coefficients  # on first use: importing anorm needs torch alone
+    from anorm.ops.triton import coefficients  # on first use: importing anorm needs torch alone
 
-    return triton_coefficients
+    return coefficients
 
 
 def _blocks(length: int, block: int) -> int:
     return -(-length // block)
-
-
-def _power(value: int) -> int:
-    return 1 << (value - 1).bit_length()
 
 
 def _dense(*statistics: Tensor) -> list[Tensor]:
@@ -68,13 +64,13 @@ _BATCH_TILE = {"BN": _ROWS, "BC": _COLUMNS, **_OPTIONS}
 
 
 def _group_tile(n: int, c: int, groups: int) -> tuple[tuple[int], dict[str, int | bool]]:
-    width = _power(c // groups)
-    height = max(1, min(_power(groups), 1024 // width))
+    width = power(c // groups)
+    height = max(1, min(power(groups), 1024 // width))
     return (n * _blocks(groups, height),), {"BG": height, "BD": width, **_OPTIONS}
 
 
 def _mix_tile(k: int) -> dict[str, int | bool]:
-    return {"KP": max(16, _power(k)), **_BATCH_TILE}
+    return {"KP": max(16, power(k)), **_BATCH_TILE}
 
 
 def _bn(mean: Tensor, var: Tensor, weight: Tensor | None, hw: int, eps: float) -> tuple[Tensor, ...]:
@@ -159,7 +155,7 @@ def _an(
         if n:
             _kernels().an_attention_kernel[(k,)](
                 logits, gain, offset, a_mean, a_unbiased, a_rstd, standardized, attention, n, k, _unbias(n),
-                attention_eps, NP=_power(n), **_OPTIONS,
+                attention_eps, NP=power(n), **_OPTIONS,
             )  # fmt: skip
             _kernels().an_mix_kernel[(_blocks(n, _ROWS), pools)](
                 attention, mix_weight, mix_bias, rstd, scale, shift, n, c, k, **_mix_tile(k)
@@ -197,7 +193,7 @@ def _an_backward(
             doffset,
             n,
             k,
-            NP=_power(n),
+            NP=power(n),
             **_OPTIONS,
         )
         _kernels().an_backward_kernel[(columns,)](

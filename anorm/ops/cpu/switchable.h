@@ -1,7 +1,7 @@
-// Coefficients of switchable normalization, (N, C) -> (N, C). Included once per instruction set by cpu_switchable.cpp,
-// after cpu_vector.h. Sums over the batch run in double, sums over channels in registers.
+// Coefficients of switchable normalization, (N, C) -> (N, C). Included once per instruction set by switchable.cpp,
+// after vector.h. Sums over the batch run in double, sums over channels in registers.
 
-#include "cpu_channels.h"
+#include "channels.h"
 
 template <class A>
 struct InstanceTerm {  // m, v u
