@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gn_coefficients_backward(const Tensor
 
 // ---- AN over BN ------------------------------------------------------------------------------------------------------
 
-// lambda = hsigmoid(gain * h + offset), h = the logits standardized over the batch. (N, K) is small: one thread.
+// (Eq. 12) lambda = hsigmoid(gain * h + offset), h = the logits standardized over the batch. (N, K) is small: one thread.
 template <class A>
 void attention_norm(const A* logits, const A* gain, const A* offset, double eps, int64_t n, int64_t k, A* standardized,
                     A* attention, A* mean, A* unbiased, A* rstd) {
@@ -172,6 +172,7 @@ void attention_norm(const A* logits, const A* gain, const A* offset, double eps,
   }
 }
 
+// (Eq. 15) Gradients of the logits, gain and offset.
 template <class A>
 void attention_norm_backward(const A* dattention, const A* standardized, const A* gain, const A* offset, const A* rstd,
                              int64_t n, int64_t k, A* dlogits, A* dgain, A* doffset) {

@@ -6,6 +6,7 @@
 
 // ---- batch statistics: mu = E_n[m], var = E_n[v] + E_n[(m - mu)^2] ---------------------------------------------------
 
+// (Eq. 6) BN: statistics of the blocks [begin, end) of channels.
 template <class A>
 void batch_statistics(const BatchLaw<A>& p, int64_t begin, int64_t end) {
   for (int64_t c0 = begin * kBlock; c0 < std::min(end * kBlock, p.c); c0 += kBlock) {
@@ -22,7 +23,7 @@ void batch_statistics(const BatchLaw<A>& p, int64_t begin, int64_t end) {
   }
 }
 
-// dvar2 = 2 dvar / M and dmean1 = dmu / M with M = N HW:  dvar = -r^2/2 s sum_n ds,  dmu = -s sum_n db,  s = weight r.
+// (Eq. 7) dvar2 = 2 dvar / M and dmean1 = dmu / M with M = N HW:  dvar = -r^2/2 s sum_n ds,  dmu = -s sum_n db,  s = weight r.
 template <class A>
 void batch_statistics_backward(const BatchLawBackward<A>& p, int64_t begin, int64_t end) {
   for (int64_t c0 = begin * kBlock; c0 < std::min(end * kBlock, p.c); c0 += kBlock) {
@@ -67,6 +68,7 @@ struct SpreadTerm {  // v + (m - mu)^2, m - mu
   }
 };
 
+// (Eq. 8) GN: statistics of the groups [begin, end).
 template <class A>
 void group_statistics(const GroupLaw<A>& p, int64_t begin, int64_t end) {
   const int64_t width = p.c / p.groups;
@@ -95,7 +97,7 @@ struct ProductTerm {  // s ds, s db
   }
 };
 
-// dvar2 = 2 dvar / M and dmean1 = dmu / M with M = HW C/G, as for the batch.
+// (Eq. 9) dvar2 = 2 dvar / M and dmean1 = dmu / M with M = HW C/G, as for the batch.
 template <class A>
 void group_statistics_backward(const GroupLawBackward<A>& p, int64_t begin, int64_t end) {
   const int64_t width = p.c / p.groups;
@@ -110,7 +112,7 @@ void group_statistics_backward(const GroupLawBackward<A>& p, int64_t begin, int6
   }
 }
 
-// dweight = sum_n r ds, dbias = sum_n db.
+// (Eq. 10) dweight = sum_n r ds, dbias = sum_n db.
 template <class A>
 void group_parameters_backward(const GroupLawBackward<A>& p, int64_t begin, int64_t end) {
   for (int64_t c0 = begin * kBlock; c0 < std::min(end * kBlock, p.c); c0 += kBlock) {
@@ -158,7 +160,7 @@ struct DescriptorScale {
   }
 };
 
-// a_{n,k} = <m q, W_k> for instances [begin, end).
+// (Eq. 11) a_{n,k} = <m q, W_k> for instances [begin, end).
 template <class A>
 void attention_logits(const AttentiveLaw<A>& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
@@ -193,6 +195,7 @@ struct Mixture {  // scale = r sum_k lambda_k G_k, shift = sum_k lambda_k B_k
   }
 };
 
+// (Eq. 13) AN: coefficients of the instances [begin, end).
 template <class A>
 void mix(const AttentiveLaw<A>& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
@@ -212,7 +215,7 @@ struct AttentionTerm {  // (r ds) G_k + db B_k, and the same for l
   }
 };
 
-// The gradient of the attention lambda_{n,k}, for instances [begin, end).
+// (Eq. 14) The gradient of the attention lambda_{n,k}, for instances [begin, end).
 template <class A>
 void attention_backward(const AttentiveLawBackward<A>& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
@@ -285,6 +288,7 @@ struct MixtureBackward {
   }
 };
 
+// (Eq. 16) AN: gradients of the blocks [begin, end) of channels.
 template <class A>
 void mixture_backward(const AttentiveLawBackward<A>& p, int64_t begin, int64_t end) {
   cover<A>(MixtureBackward<A>{p}, begin * kBlock, std::min(end * kBlock, p.c));

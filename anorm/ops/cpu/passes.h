@@ -52,8 +52,9 @@ struct Coefficients {
 
 // ---- what a reduction adds up ----------------------------------------------------------------------------------------
 
+// (Eq. 1) x
 template <class T>
-struct MeanTerms {  // x
+struct MeanTerms {
   const T* x;
   INLINE_MEMBER MeanTerms of(const Pass& p, int64_t at) { return {p.x_at<T>(at)}; }
   template <class V>
@@ -62,8 +63,9 @@ struct MeanTerms {  // x
   }
 };
 
+// (Eq. 1) x - centre and its square
 template <class T>
-struct MomentTerms {  // x - centre, (x - centre)^2
+struct MomentTerms {
   const T* x;
   INLINE_MEMBER MomentTerms of(const Pass& p, int64_t at) { return {p.x_at<T>(at)}; }
   template <class V>
@@ -74,8 +76,9 @@ struct MomentTerms {  // x - centre, (x - centre)^2
   }
 };
 
+// (Eq. 3) g and g (x - centre); the mask is recomputed from x
 template <class T, Act act>
-struct GradientTerms {  // g, g * (x - centre); the mask is recomputed from x
+struct GradientTerms {
   const T *dy, *x;
   INLINE_MEMBER GradientTerms of(const Pass& p, int64_t at) { return {p.dy_at<T>(at), p.x_at<T>(at)}; }
   template <class V>
@@ -87,8 +90,9 @@ struct GradientTerms {  // g, g * (x - centre); the mask is recomputed from x
   }
 };
 
+// (Eq. 3, 4) The same; the mask is read off y, and g is kept: it is the residual's gradient.
 template <class T, Act act>
-struct ResidualGradientTerms {  // the same; the mask is read off y, and g is kept: it is the residual's gradient
+struct ResidualGradientTerms {
   const T *dy, *x, *y;
   T* g;
   INLINE_MEMBER ResidualGradientTerms of(const Pass& p, int64_t at) {
@@ -167,6 +171,7 @@ INLINE void plane_gradients(const Pass& p, int64_t r) {
   *p.second_at<A>(r) = A(dscale);
 }
 
+// (Eq. 1) Mean and variance of the planes [begin, end).
 template <class T, class A>
 void moments_nchw(const Pass& p, int64_t begin, int64_t end) {
   using V = typename Register<A>::type;
@@ -177,6 +182,7 @@ void moments_nchw(const Pass& p, int64_t begin, int64_t end) {
   }
 }
 
+// (Eq. 1) Mean of the planes [begin, end).
 template <class T, class A>
 void mean_nchw(const Pass& p, int64_t begin, int64_t end) {
   using V = typename Register<A>::type;
@@ -187,6 +193,7 @@ void mean_nchw(const Pass& p, int64_t begin, int64_t end) {
   }
 }
 
+// (Eq. 3) Sums over the planes [begin, end).
 template <class Terms, class A>
 void gradients_nchw(const Pass& p, int64_t begin, int64_t end) {
   using V = typename Register<A>::type;
@@ -247,6 +254,7 @@ INLINE void put(const Pass& p, const Segment& s, int64_t c, int64_t count, const
   }
 }
 
+// (Eq. 1) Moments of a block of channels of a segment.
 template <class T, class A>
 struct MomentBlock {
   template <class V, int U>
@@ -269,6 +277,7 @@ struct MomentBlock {
   }
 };
 
+// (Eq. 1) Means of a block of channels of a segment.
 template <class T, class A>
 struct MeanBlock {
   template <class V, int U>
@@ -282,6 +291,7 @@ struct MeanBlock {
   }
 };
 
+// (Eq. 3, 4) Sums over a block of channels of a segment.
 template <class Terms, class A>
 struct GradientBlock {
   template <class V, int U>
@@ -298,6 +308,7 @@ struct GradientBlock {
   }
 };
 
+// (Eq. 1, 3) A reduction over the segments [begin, end).
 template <class Block, class A>
 void segments_nhwc(const Pass& p, int64_t begin, int64_t end) {
   using V = typename Register<A>::type;
@@ -315,7 +326,7 @@ void segments_nhwc(const Pass& p, int64_t begin, int64_t end) {
   }
 }
 
-// Sums of the segments, for instances [begin, end).
+// (Eq. 3) Sums of the segments, for instances [begin, end).
 template <class A>
 void merge_sums(const Pass& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
@@ -332,7 +343,7 @@ void merge_sums(const Pass& p, int64_t begin, int64_t end) {
   }
 }
 
-// Law of total variance over the segments: non-negative terms only.
+// (Eq. 1) Law of total variance over the segments: non-negative terms only.
 template <class A>
 void merge_moments(const Pass& p, int64_t begin, int64_t end) {
   const double last = double(p.hw - (p.segments - 1) * p.segment_rows) / p.hw, other = double(p.segment_rows) / p.hw;
@@ -368,6 +379,7 @@ struct Each {
   INLINE_METHOD V at(int64_t i) const { return load<V>(values + i); }
 };
 
+// (Eq. 2) y = act(scale (x - centre) + shift [+ residual])
 template <class T, Act act, bool residual>
 struct Affine {
   template <class V, class K>
@@ -386,7 +398,7 @@ struct Affine {
   };
 };
 
-// dx = scale * g [+ dmean1 [+ dvar2 * (x - mean)]]
+// (Eq. 5) dx = scale * g [+ dmean1 [+ dvar2 * (x - mean)]]
 template <class T, Act act, Through through>
 struct InputGradient {
   template <class V, class K>
@@ -419,6 +431,7 @@ INLINE void sweep(const Span& span, int64_t n) {
   if (i < n) span.at(n - W);
 }
 
+// (Eq. 2, 5) An elementwise pass over the planes [begin, end).
 template <class Pointwise, class A>
 void planes(const Pass& p, int64_t begin, int64_t end) {
   using V = typename Register<A>::type;
@@ -432,6 +445,7 @@ void planes(const Pass& p, int64_t begin, int64_t end) {
   }
 }
 
+// (Eq. 2, 5) An elementwise pass over the rows [begin, end).
 template <class Pointwise, class A>
 void rows(const Pass& p, int64_t begin, int64_t end) {
   using V = typename Register<A>::type;

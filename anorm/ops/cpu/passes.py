@@ -70,21 +70,21 @@ def prefers_torch(x: Tensor) -> bool:
 
 
 def moments(x: Tensor, var: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Mean and biased variance over H x W, (N, C) each; the variance to 1e-6 up to a mean of 1e4 deviations."""
+    """(Eq. 1) Mean and biased variance over H x W, (N, C) each; the variance to 1e-6 up to a mean of 1e4 deviations."""
     return _moments(x) if var else (_mean(x), None)
 
 
 def affine(
     x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str
 ) -> Tensor:
-    """y = act(scale * (x - centre) + shift [+ residual]), in x's dtype and layout; act: none, relu or relu6."""
+    """(Eq. 2) y = act(scale * (x - centre) + shift [+ residual]), in x's dtype and layout; act: none, relu or relu6."""
     return _affine(x, centre, scale, shift, residual, _ACTS[act])
 
 
 def affine_backward(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dscale, dshift, g): sums over H x W of g * (x - centre) and of g = dy * act'.
+    """(Eq. 3, 4) (dscale, dshift, g): sums over H x W of g * (x - centre) and of g = dy * act'.
 
     Without y the mask is recomputed from x and g is None; with y (a residual was added before the activation) the
     mask is read off y, and g, the residual's gradient, is returned.
@@ -105,7 +105,7 @@ def moments_backward(
     dmean1: Tensor | None,
     act: str,
 ) -> Tensor:
-    """dx = scale * g + dvar2 * (x - mean) + dmean1, g = dy * act' with the mask recomputed from x.
+    """(Eq. 5) dx = scale * g + dvar2 * (x - mean) + dmean1, g = dy * act' with the mask recomputed from x.
 
     dvar2 may be None (then mean is not read), or dvar2 and dmean1 both. mean, dvar2, dmean1: (C,) or (N, C).
     """

@@ -26,7 +26,7 @@ struct DistanceTerm {  // (m - mu)^2, m - mu
   }
 };
 
-// Mean and variance over all channels of the instances [begin, end).
+// (Eq. 17) Mean and variance over all channels of the instances [begin, end).
 template <class A>
 void layer_statistics(const SwitchLaw<A>& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
@@ -41,7 +41,7 @@ void layer_statistics(const SwitchLaw<A>& p, int64_t begin, int64_t end) {
   }
 }
 
-// Mean and variance over the batch of the blocks [begin, end) of channels.
+// (Eq. 17) Mean and variance over the batch of the blocks [begin, end) of channels.
 template <class A>
 void batch_statistics(const SwitchLaw<A>& p, int64_t begin, int64_t end) {
   for (int64_t c0 = begin * kBlock; c0 < std::min(end * kBlock, p.c); c0 += kBlock) {
@@ -55,7 +55,7 @@ void batch_statistics(const SwitchLaw<A>& p, int64_t begin, int64_t end) {
   }
 }
 
-// centre = sum_k w_k mu_k,  rstd = (sum_k w'_k var_k + eps)^(-1/2),  scale = weight rstd, of the instances [begin, end).
+// (Eq. 18) centre = sum_k w_k mu_k,  rstd = (sum_k w'_k var_k + eps)^(-1/2),  scale = weight rstd, of the instances [begin, end).
 template <class A>
 void switch_statistics(const SwitchLaw<A>& p, int64_t begin, int64_t end) {
   const A *w = p.of_means, *u = p.of_vars;
@@ -107,7 +107,7 @@ INLINE MixedTerm<A> mixed_at(const SwitchLawBackward<A>& p, int64_t at) {
   return {p.scale + at, p.rstd + at, p.dscale + at, p.dshift + at};
 }
 
-// Sums over channels, of the instances [begin, end).
+// (Eq. 19) Sums over channels, of the instances [begin, end).
 template <class A>
 void layer_sums(const SwitchLawBackward<A>& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
@@ -117,7 +117,7 @@ void layer_sums(const SwitchLawBackward<A>& p, int64_t begin, int64_t end) {
   }
 }
 
-// Sums over the batch, of the blocks [begin, end) of channels.
+// (Eq. 19) Sums over the batch, of the blocks [begin, end) of channels.
 template <class A>
 void batch_sums(const SwitchLawBackward<A>& p, int64_t begin, int64_t end) {
   for (int64_t c0 = begin * kBlock; c0 < std::min(end * kBlock, p.c); c0 += kBlock) {
@@ -163,6 +163,7 @@ struct InstanceBackward {
   }
 };
 
+// (Eq. 20) SN: gradients of the moments of the instances [begin, end).
 template <class A>
 void instance_backward(const SwitchLawBackward<A>& p, int64_t begin, int64_t end) {
   const A *w = p.of_means, *u = p.of_vars, c = A(p.c), batch = A(p.n);

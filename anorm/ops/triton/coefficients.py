@@ -62,6 +62,7 @@ def _store_batch(mu, pooled, c, there, centre, rstd, unbiased, unbias, eps):
 def bn_kernel(
     mean, var, weight, centre, scale, rstd, unbiased, N, C, unbias, eps, BN: tl.constexpr, BC: tl.constexpr
 ):
+    """(Eq. 6) BN's coefficients."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < C
     mu, pooled = _pool_batch(mean, var, c, there, N, C, BN, BC)
@@ -99,7 +100,7 @@ def bn_backward_kernel(
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """dvar = -r^2/2 s sum_n ds, dmu = -s sum_n db, over count = N HW values a channel."""
+    """(Eq. 7) dvar = -r^2/2 s sum_n ds, dmu = -s sum_n db, over count = N HW values a channel."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < C
     ds, db = _sum_batch(dscale, dshift, c, there, N, C, BN, BC)
@@ -113,6 +114,7 @@ def bn_backward_kernel(
 
 @triton.jit
 def sum_batch_kernel(a, b, a_out, b_out, N, C, BN: tl.constexpr, BC: tl.constexpr):
+    """(Eq. 10) Sums over the batch of two (N, C) tensors."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < C
     first, second = _sum_batch(a, b, c, there, N, C, BN, BC)
@@ -133,6 +135,7 @@ def _group_cells(G, D, BG: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def gn_kernel(mean, var, weight, centre, scale, rstd, G, D, eps, BG: tl.constexpr, BD: tl.constexpr):
+    """(Eq. 8) GN's coefficients."""
     c, at, there = _group_cells(G, D, BG, BD)
     m = tl.load(mean + at, mask=there, other=0.0)
     first = tl.sum(tl.where(tl.arange(0, BD)[None, :] == 0, m, 0.0), 1)[:, None]
@@ -152,7 +155,7 @@ def gn_kernel(mean, var, weight, centre, scale, rstd, G, D, eps, BG: tl.constexp
 def gn_backward_kernel(
     dscale, dshift, scale, rstd, dvar2, dmean1, dweight_n, G, D, count, BG: tl.constexpr, BD: tl.constexpr
 ):
-    """As for the batch, over count = HW D values a group; dweight_n is each instance's part of the weight's gradient."""
+    """(Eq. 9, 10) As for the batch, over count = HW D values a group; dweight_n is each instance's part of the weight's gradient."""
     _, at, there = _group_cells(G, D, BG, BD)
     s = tl.load(scale + at, mask=there, other=0.0)
     r = tl.load(rstd + at, mask=there, other=0.0)
@@ -198,7 +201,7 @@ def an_project_kernel(
     mean, var, fc, centre, rstd, unbiased, descriptor_scale, logits, N, C, K, unbias_batch, eps, unbias, descriptor_eps,
     POOLS, BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """The first POOLS programs pool the statistics of BC channels each, the others project BN descriptors each."""
+    """(Eq. 6, 11) The first POOLS programs pool the statistics of BC channels each, the others project BN descriptors each."""
     pid = tl.program_id(0)
     if pid < POOLS:
         _pool_and_store(pid, mean, var, centre, rstd, unbiased, N, C, unbias_batch, eps, BN, BC)
@@ -213,7 +216,7 @@ def an_attention_kernel(
     logits, gain, offset, mean_out, unbiased_out, rstd_out, standardized, attention, N, K, unbias, eps,
     NP: tl.constexpr,
 ):  # fmt: skip
-    """One program a component: standardize its logits over the N instances, hsigmoid."""
+    """(Eq. 12) One program a component: standardize its logits over the N instances, hsigmoid."""
     k = tl.program_id(0)
     n = tl.arange(0, NP)
     there = n < N
@@ -247,6 +250,7 @@ def an_mix_kernel(
     BC: tl.constexpr,
     KP: tl.constexpr,
 ):
+    """(Eq. 13) """
     n0 = tl.program_id(0) * BN
     n = n0 + tl.arange(0, BN)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -328,7 +332,7 @@ def an_mix_backward_kernel(
     dscale, dshift, scale, rstd, attention, mix_weight, mix_bias, dmix_weight, dmix_bias, dvar2, dmean1, dgates,
     N, C, K, count, POOLS, BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """The first POOLS programs take BC channels each, the others BN instances each."""
+    """(Eq. 7, 14, 16) The first POOLS programs take BC channels each, the others BN instances each."""
     pid = tl.program_id(0)
     if pid < POOLS:
         _mixtures_backward(
@@ -345,7 +349,7 @@ def an_mix_backward_kernel(
 def an_attention_backward_kernel(
     dgates, standardized, gain, rstd, dlogits, dgain, doffset, N, K, NP: tl.constexpr
 ):
-    """One program a component: through gain, offset and the standardization over the N instances."""
+    """(Eq. 15) One program a component: through gain, offset and the standardization over the N instances."""
     k = tl.program_id(0)
     n = tl.arange(0, NP)
     there = n < N
@@ -364,7 +368,7 @@ def an_backward_kernel(
     mean, centre, descriptor_scale, batch_dvar2, batch_dmean1, dlogits, fc, dvar2, dmean1, dfc,
     N, C, K, count, unbias, BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """The batch statistics' part and the descriptor's part of dvar2 and dmean1 (N, C), count = HW; dfc (K, C)."""
+    """(Eq. 16) The batch statistics' part and the descriptor's part of dvar2 and dmean1 (N, C), count = HW; dfc (K, C)."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < C
     k = tl.arange(0, KP)

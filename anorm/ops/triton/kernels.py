@@ -73,7 +73,7 @@ def moments_kernel(
     CHANNELS_LAST: tl.constexpr, WHOLE: tl.constexpr, VAR: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """mean, var (SPLITS, N, C): moments of the ROWS positions of each split, ROWS a multiple of BR.
+    """(Eq. 1) mean, var (SPLITS, N, C): moments of the ROWS positions of each split, ROWS a multiple of BR.
 
     One pass. Deviations are taken from the first tile's mean: unlike E[x^2] - E[x]^2 this does not cancel where
     |mean| >> std, and unlike the first element it is no outlier. A shift that is not finite is replaced by 0, so an
@@ -122,7 +122,7 @@ def merge_moments_kernel(
     part_mean, part_offset, part_var, mean, var, NC, HW, SPLITS, ROWS,
     VAR: tl.constexpr, SP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """(SPLITS, NC) moments of splits -> (NC,), relative to split 0 and in two passes: nothing cancels."""
+    """(Eq. 1) (SPLITS, NC) moments of splits -> (NC,), relative to split 0 and in two passes: nothing cancels."""
     cell = tl.program_id(0) * BC + tl.arange(0, BC)
     there = cell < NC
     split = tl.arange(0, SP)
@@ -144,7 +144,7 @@ def merge_moments_kernel(
 
 @triton.jit
 def merge_sums_kernel(part_a, part_b, a, b, NC, SPLITS, SP: tl.constexpr, BC: tl.constexpr):
-    """(SPLITS, NC) partial sums -> (NC,), two at a time."""
+    """(Eq. 3) (SPLITS, NC) partial sums -> (NC,), two at a time."""
     cell = tl.program_id(0) * BC + tl.arange(0, BC)
     there = cell < NC
     split = tl.arange(0, SP)
@@ -160,7 +160,7 @@ def affine_kernel(
     CHANNELS_LAST: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """y = act(scale * (x - centre) + shift [+ residual]); a step of 0 repeats a (C,) coefficient over the batch."""
+    """(Eq. 2) y = act(scale * (x - centre) + shift [+ residual]); a step of 0 repeats a (C,) coefficient over the batch."""
     C, HW = _lengths(C, HW, CHANNELS_LAST, ALIGN)
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     block, n, c, there, origin, columns, step = _place(pid, N, C, HW, BLOCKS, CHANNELS_LAST, BC)
@@ -187,7 +187,7 @@ def affine_backward_kernel(
     CHANNELS_LAST: tl.constexpr, FROM_Y: tl.constexpr, ACT: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """dshift = sum g, dscale = sum g * (x - centre), (SPLITS, N, C), with g = dy * act'.
+    """(Eq. 3, 4) dshift = sum g, dscale = sum g * (x - centre), (SPLITS, N, C), with g = dy * act'.
 
     The mask comes from y (FROM_Y; g is then written to g_out), or else from scale * (x - centre) + shift, rounded to
     x's dtype exactly as the forward rounds it.
@@ -227,7 +227,7 @@ def moments_backward_kernel(
     CHANNELS_LAST: tl.constexpr, MEAN: tl.constexpr, VAR: tl.constexpr, ACT: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale * g [+ dvar2 * (x - mean)] [+ dmean1], with g = dy * act' as in ``affine_backward_kernel``."""
+    """(Eq. 5) dx = scale * g [+ dvar2 * (x - mean)] [+ dmean1], with g = dy * act' as in ``affine_backward_kernel``."""
     C, HW = _lengths(C, HW, CHANNELS_LAST, ALIGN)
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     block, n, c, there, origin, columns, step = _place(pid, N, C, HW, BLOCKS, CHANNELS_LAST, BC)
