@@ -1,8 +1,8 @@
 """The Triton backend on a GPU: correct, and how fast. One command, under ten minutes; needs torch and Triton only.
 
-    python tools/gpu_check.py                                  everything, to gpu_check.json and a table on the terminal
-    python tools/gpu_check.py --only correctness passes        some sections
-    python tools/gpu_check.py --seconds 300                    stop starting sections after five minutes
+    python -m benchmarks.gpu                                  everything, to gpu.json and a table on the terminal
+    python -m benchmarks.gpu --only correctness passes        some sections
+    python -m benchmarks.gpu --seconds 300                    stop starting sections after five minutes
 
 Bandwidths are shares of a device-to-device copy measured in the same run, layers and networks ratios to torch's eager
 BatchNorm2d + ReLU in the same run, interleaved, medians. No speed is reported when the correctness check fails.
@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -22,11 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from anorm import create_model, create_norm, ops
-from anorm.norms.placement import Placement
 from anorm.ops import reference, triton
+from benchmarks.naive import WithAct, eager_bn, naive, networks
 
 # ResNet-50
 MAPS = [
@@ -45,78 +42,6 @@ BATCH = 256
 LAST = torch.channels_last
 COPY_BYTES = 2**30
 RESULTS: dict[str, dict] = {}
-
-
-# ---- the same layers written with torch's modules --------------------------------------------------------------------
-
-
-class Eager(nn.Module):
-    """A torch norm, then the residual, then an in-place ReLU: what people run today."""
-
-    def __init__(self, norm: nn.Module, act: str | None) -> None:
-        super().__init__()
-        self.norm, self.act = norm, act
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self.norm(x)
-        if residual is not None:
-            y += residual
-        return F.relu_(y) if self.act == "relu" else y
-
-
-class NaiveAN(nn.Module):
-    """AN over BN with torch's modules: 37 passes over the map where two are needed forward and two backward."""
-
-    def __init__(self, channels: int, k: int = 10) -> None:
-        super().__init__()
-        self.base = nn.BatchNorm2d(channels, affine=False)
-        self.weight, self.bias = (
-            nn.Parameter(1 + 0.1 * torch.randn(k, channels)),
-            nn.Parameter(torch.zeros(k, channels)),
-        )
-        self.fc, self.norm = nn.Linear(channels, k, bias=False), nn.BatchNorm1d(k)
-
-    def forward(self, x: Tensor) -> Tensor:
-        descriptor = x.mean((2, 3)) * torch.rsqrt(x.var((2, 3)) + 1e-3)
-        gates = F.hardsigmoid(self.norm(self.fc(descriptor)))
-        gamma, beta = gates @ self.weight.to(gates.dtype), gates @ self.bias.to(gates.dtype)
-        return gamma[..., None, None].to(x.dtype) * self.base(x) + beta[..., None, None].to(x.dtype)
-
-
-class SE(nn.Module):
-    """BN, then squeeze and excitation on its output."""
-
-    def __init__(self, channels: int, reduction: int = 16) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
-        self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return x * torch.sigmoid(self.fc2(F.relu_(self.fc1(x.mean((2, 3), keepdim=True)))))
-
-
-def eager_bn(site) -> Eager:
-    return Eager(nn.BatchNorm2d(site.channels), site.act)
-
-
-def networks() -> dict[str, object]:
-    """Label -> what makes each norm of a ResNet-50. "focus": AN at its 16 places, eager BN at the other 37."""
-    focus = Placement("an")
-    return {
-        "eager BN": eager_bn,
-        "AN, eager BN elsewhere": lambda site: focus(site) if site.focus else eager_bn(site),
-        "naive AN, eager BN elsewhere": lambda site: (
-            Eager(NaiveAN(site.channels), site.act) if site.focus else eager_bn(site)
-        ),
-        "AN, all fused": "an",
-        "BN, all fused": "bn",
-        "GN": "gn",
-        "eager GN": lambda site: Eager(nn.GroupNorm(32, site.channels), site.act),
-        "SE": "se",
-        "eager SE": lambda site: Eager(SE(site.channels), site.act) if site.last else eager_bn(site),
-    }
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -283,11 +208,9 @@ def layers() -> None:
         for channels, size in AN_MAPS:
             x = randn(BATCH, channels, size, size, dtype=dtype).requires_grad_()
             dy = randn(BATCH, channels, size, size, dtype=dtype)
-            modules = {"eager": Eager(nn.BatchNorm2d(channels), "relu"), "naive AN": Eager(NaiveAN(channels), "relu"),
-                       "eager GN": Eager(nn.GroupNorm(32, channels), "relu"), "eager SE": Eager(SE(channels), "relu")}  # fmt: skip
-            modules |= {
-                name: create_norm(name, channels, act="relu") for name in ("bn", "an", "gn", "se", "sn")
-            }
+            ours = {name: create_norm(name, channels, act="relu") for name in ("bn", "an", "gn", "se", "sn")}
+            twins = {"eager": "bn", "naive AN": "an", "eager GN": "gn", "eager SE": "se", "naive SN": "sn"}
+            modules = {name: naive(ours[law]) for name, law in twins.items()} | ours
 
             def job(module: nn.Module, x=x, dy=dy, dtype=dtype):
                 module.cuda()
@@ -343,8 +266,8 @@ def trainer(make, dtype: torch.dtype, compiled: bool = False):
 
 TRAINING_GOALS = {
     "AN, eager BN elsewhere": 1.0,
-    "AN, all fused": 1.08,
-    "BN, all fused": 1.08,
+    "AN, everything fused": 1.08,
+    "BN, everything fused": 1.08,
     "GN": 0.95,
     "SE": 0.95,
 }
@@ -361,15 +284,15 @@ def training() -> None:
 def compiled_training() -> None:
     """The same against BN under torch.compile, which fuses what we fuse."""
     steps = {"eager BN": trainer(eager_bn, torch.float16), "compiled BN": trainer(eager_bn, torch.float16, True),
-             "AN, all fused": trainer("an", torch.float16)}  # fmt: skip
+             "AN, everything fused": trainer("an", torch.float16)}  # fmt: skip
     times = milliseconds(steps, 5, 4)
     note(
         "compiled_training",
         "compiled BN / eager BN, images a second, float16",
         times["eager BN"] / times["compiled BN"],
     )
-    ratio = times["compiled BN"] / times["AN, all fused"]
-    note("compiled_training", "AN, all fused / compiled BN, images a second, float16", ratio, 0.97)
+    ratio = times["compiled BN"] / times["AN, everything fused"]
+    note("compiled_training", "AN, everything fused / compiled BN, images a second, float16", ratio, 0.97)
 
 
 def report_training(times: dict[str, float], dtype: str) -> None:
@@ -391,7 +314,7 @@ def folded(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for conv, norm in pairs:
             if isinstance(getattr(module, conv, None), nn.Conv2d) and isinstance(
-                getattr(module, norm, None), Eager
+                getattr(module, norm, None), WithAct
             ):
                 after = getattr(module, norm)
                 fused = torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(module, conv), after.norm)
@@ -438,7 +361,7 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
     parser.add_argument("--seconds", type=float, default=480, help="start no section after this many seconds")
-    parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     arguments = parser.parse_args()
     if (reason := triton.available()) is not None or not torch.cuda.is_available():
         parser.error(f"this check needs a GPU and Triton: {reason or 'torch sees no GPU'}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-__all__ = ["Goal", "goals", "markdown"]
+__all__ = ["Goal", "goals", "gpu_table", "markdown"]
 
 UNIT = "BN + ReLU"
 GPU_GOALS = (
@@ -140,7 +140,7 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [
         f"# {facts['hardware']}, {facts['threads']} threads",
         (
-            f"Written by `python tools/benchmark.py{quick}` in {report['seconds']} s. Figures are medians of calls "
+            f"Written by `python -m benchmarks.layers{quick}` in {report['seconds']} s. Figures are medians of calls "
             f"that take turns (clock: {facts['clock']}), [quartiles] of their ratios; layers at batch 16."
         ),
         (
@@ -159,8 +159,8 @@ def markdown(report: dict[str, Any]) -> str:
     parts += [
         "## Goals",
         _goal_table(goals(report)),
-        "On a GPU (`tools/gpu_check.py`):",
-        _gpu_table(report.get("gpu")),
+        "On a GPU (`benchmarks/gpu.py`):",
+        gpu_table(report.get("gpu")),
     ]
     for title, part in (
         ("Layers, forward and backward, ratio to BN + ReLU", "layers"),
@@ -188,7 +188,7 @@ def _goal_table(table: list[Goal]) -> str:
     return "\n".join(rows)
 
 
-def _gpu_table(gpu: dict[str, Any] | None) -> str:
+def gpu_table(gpu: dict[str, Any] | None) -> str:
     if gpu is None:
         rows = ["| goal | limit | measured |", "| --- | ---: | --- |"]
         return (

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anorm.norms.attentive import AttentiveNorm
-from anorm.norms.base import Norm
+from anorm.norms.base import Norm, Site
 from anorm.norms.batch import BatchNorm
 from anorm.norms.group import GroupNorm
+from anorm.norms.placement import Placement
 from anorm.norms.squeeze_excite import SqueezeExcite
 from anorm.norms.switchable import SwitchableNorm
 
-__all__ = ["NaiveAN", "NaiveSE", "NaiveSN", "WithAct", "naive"]
+__all__ = ["NaiveAN", "NaiveSE", "NaiveSN", "WithAct", "eager_bn", "naive", "networks"]
 
 
 def _copy(own: nn.Parameter | Tensor, value: Tensor) -> None:
@@ -129,5 +130,25 @@ def naive(layer: Norm) -> WithAct:
         twin = nn.GroupNorm(layer.groups, layer.channels)
     else:
         name = type(layer).__name__
-        raise ValueError(f"no naive form of {name}: add one to tools/naive_norms.py")
+        raise ValueError(f"no naive form of {name}: add one to benchmarks/naive.py")
     return WithAct(twin, layer.act)
+
+
+def eager_bn(site: Site) -> WithAct:
+    return WithAct(nn.BatchNorm2d(site.channels), site.act)
+
+
+def networks() -> dict[str, object]:
+    """Label -> what makes each norm of a ResNet-50; AN at its 16 places, SE at its 16."""
+    an, se = Placement("an"), Placement("se")
+    return {
+        "eager BN": eager_bn,
+        "AN, eager BN elsewhere": lambda site: an(site) if site.focus else eager_bn(site),
+        "naive AN, eager BN elsewhere": lambda site: naive(an(site)) if site.focus else eager_bn(site),
+        "AN, everything fused": "an",
+        "BN, everything fused": "bn",
+        "GN": "gn",
+        "eager GN": lambda site: WithAct(nn.GroupNorm(32, site.channels), site.act),
+        "SE": "se",
+        "eager SE": lambda site: naive(se(site)) if site.last else eager_bn(site),
+    }

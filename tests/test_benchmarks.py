@@ -1,36 +1,25 @@
-"""tools/benchmark.py: equal twins, contenders that take turns, no figures where results are wrong."""
+"""benchmarks/: equal twins, contenders that take turns, no figures where results are wrong."""
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from commands import script
 from torch import nn
 
 import anorm
 from anorm import ops
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def tools():
-    """The modules of tools/ that measure."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        from tools import benchmark, benchmark_report, naive_norms, timing
-
-        yield {"run": benchmark, "report": benchmark_report, "naive": naive_norms, "timing": timing}
+from benchmarks import layers as run
+from benchmarks import loop, naive, timing
+from benchmarks.report import goals, gpu_table, markdown
 
 
 @pytest.mark.parametrize("law", ["bn", "an", "gn", "sn", "se"])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_naive_twin_computes_the_same(tools, law, training):
+def test_a_naive_twin_computes_the_same(law, training):
     torch.manual_seed(0)
     ours = anorm.create_norm(law, 16, act="relu").double()
-    twin = tools["naive"].naive(ours).double()
+    twin = naive.naive(ours).double()
     x, r, dy = (torch.randn(5, 16, 6, 4, dtype=torch.double) for _ in range(3))
     for layer in (ours, twin):  # the same running statistics
         layer(x + 1)
@@ -45,24 +34,24 @@ def test_a_naive_twin_computes_the_same(tools, law, training):
         torch.testing.assert_close(a.grad.flatten(), b.grad.flatten())
 
 
-def test_a_law_without_a_twin_is_refused_in_words(tools):
-    with pytest.raises(ValueError, match="naive_norms"):
-        tools["naive"].naive(anorm.create_norm("bin", 8))
+def test_a_law_without_a_twin_is_refused_in_words():
+    with pytest.raises(ValueError, match="benchmarks/naive.py"):
+        naive.naive(anorm.create_norm("bin", 8))
 
 
-def test_contenders_take_turns_and_the_first_is_the_unit(tools):
+def test_contenders_take_turns_and_the_first_is_the_unit():
     order = []
 
     def job(name, seconds):
         def run():  # works, so that either clock sees it
             order.append(name)
-            begin = tools["timing"].clock()()
-            while tools["timing"].clock()() - begin < seconds:
+            begin = timing.clock()()
+            while timing.clock()() - begin < seconds:
                 pass
 
-        return tools["timing"].Contender(run)
+        return timing.Contender(run)
 
-    found = tools["timing"].interleaved(
+    found = timing.interleaved(
         {"unit": job("unit", 0.002), "slow": job("slow", 0.01)}, rounds=5, least_ms=0
     )
     assert order == ["unit", "slow"] * 7
@@ -71,36 +60,35 @@ def test_contenders_take_turns_and_the_first_is_the_unit(tools):
     assert low <= found["slow"].ratio <= high
 
 
-def test_the_backend_is_chosen_for_each_contender(tools):
+def test_the_backend_is_chosen_for_each_contender():
     seen = []
-    contender = tools["timing"].Contender(lambda: seen.append(ops.resolve("cpu").__name__), "reference")
-    tools["timing"].interleaved({"one": contender}, rounds=2, least_ms=0)
+    contender = timing.Contender(lambda: seen.append(ops.resolve("cpu").__name__), "reference")
+    timing.interleaved({"one": contender}, rounds=2, least_ms=0)
     assert set(seen) == {"anorm.ops.reference"}
 
 
-def test_bytes_kept_for_backward(tools):
+def test_bytes_kept_for_backward():
     """BN + in-place ReLU keeps its output, a fused law only small tensors beside its input."""
     x = torch.randn(4, 8, 32, 32, requires_grad=True)
     unit = x.numel() * 4
-    eager = tools["naive"].WithAct(nn.BatchNorm2d(8), "relu")
+    eager = naive.WithAct(nn.BatchNorm2d(8), "relu")
     ours = anorm.create_norm("an", 8, act="relu")
     kept = [
-        tools["timing"].kept_bytes(lambda m=m: m(x), (x, *m.parameters(), *m.buffers())) / unit
+        timing.kept_bytes(lambda m=m: m(x), (x, *m.parameters(), *m.buffers())) / unit
         for m in (eager, ours)
     ]
     assert 1.0 <= kept[0] < 1.05 and kept[1] < 0.05
 
 
-def test_the_rise_of_memory_is_seen(tools):
-    rise = tools["timing"].peak_bytes(lambda: torch.ones(2**24).sum())
+def test_the_rise_of_memory_is_seen():
+    rise = timing.peak_bytes(lambda: torch.ones(2**24).sum())
     if rise is None:
         pytest.skip("no /proc or no glibc")
     assert 60e6 < rise < 100e6  # 67 MB
 
 
 @pytest.mark.parametrize("law", ["an", "gn"])
-def test_right_results_pass_and_wrong_ones_do_not(tools, law, monkeypatch):
-    run = tools["run"]
+def test_right_results_pass_and_wrong_ones_do_not(law, monkeypatch):
     assert run.wrong(law, "reference", "NHWC", torch.float32) is None
     right = run.layer
 
@@ -117,11 +105,11 @@ def test_right_results_pass_and_wrong_ones_do_not(tools, law, monkeypatch):
 
 
 @pytest.mark.slow
-def test_as_a_user_runs_it(tools, tmp_path, capsys, monkeypatch):
+def test_as_a_user_runs_it(tmp_path, capsys, monkeypatch):
     """One small map stands for ResNet-50's; a law that is wrong has no figure and fails the command."""
-    monkeypatch.setattr(tools["run"], "MAPS", [(16, 7, 4)])
+    monkeypatch.setattr(run, "MAPS", [(16, 7, 4)])
     monkeypatch.setattr(
-        tools["run"], "wrong", lambda law, *rest: "by order of this test" if law == "sn" else None
+        run, "wrong", lambda law, *rest: "by order of this test" if law == "sn" else None
     )
     arguments = [
         "--quick",
@@ -134,7 +122,7 @@ def test_as_a_user_runs_it(tools, tmp_path, capsys, monkeypatch):
         "--out",
         str(tmp_path),
     ]
-    assert tools["run"].main(arguments) == 1
+    assert run.main(arguments) == 1
     (file,) = tmp_path.glob("*.json")
     report = json.loads(file.read_text())
     assert {"hardware", "threads", "torch", "allocator", "cpu_backend"} <= report["machine"].keys()
@@ -153,7 +141,7 @@ def test_as_a_user_runs_it(tools, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
 
 
-def test_every_goal_is_in_the_table_with_what_decides_it(tools):
+def test_every_goal_is_in_the_table_with_what_decides_it():
     layer = {"ms": 1.0, "ms_quartiles": [1, 1], "ratio_quartiles": [1, 1]}
     names = {
         "BN + ReLU": 1,
@@ -206,7 +194,7 @@ def test_every_goal_is_in_the_table_with_what_decides_it(tools):
             },
         },
     }
-    by_name = {goal.what: goal for goal in tools["report"].goals(report)}
+    by_name = {goal.what: goal for goal in goals(report)}
     missed = by_name["AN + ReLU, cpu, maps of 14x14 and larger"]
     assert (missed.value, missed.where, missed.met) == (0.97, "256x14x14 NCHW fp32", False)
     assert by_name["AN, cpu: times faster than naive AN"].value == pytest.approx(8 / 0.97)
@@ -216,23 +204,22 @@ def test_every_goal_is_in_the_table_with_what_decides_it(tools):
     assert by_name["ResNet-50 step, AN, everything fused, bf16 or NCHW"].value == 0.9
     assert by_name["maps kept for backward, more than BN + ReLU keeps (small tensors count)"].met
     assert by_name["AN-ResNet-50 in onnxruntime, batch 1 / BN folded"].value is None
-    text = tools["report"].markdown(report)
+    text = markdown(report)
     assert all(f"| {name} |" in text for name in by_name) and "No GPU was at hand." in text
 
 
-def test_a_gpus_figures_stand_beside_them(tools):
+def test_a_gpus_figures_stand_beside_them():
     entry = {"value": 0.9, "goal": 0.85, "missed": False}
     gpu = {
         "machine": {"device": "a GPU"},
         "seconds": 3,
         "passes": {"moments": entry, "copy, GB/s": {**entry, "goal": None}},
     }
-    text = tools["report"]._gpu_table(gpu)
+    text = gpu_table(gpu)
     assert "| passes: moments | 0.85 | 0.900 | yes |" in text and "copy" not in text
 
 
 def test_the_loop_is_measured_beside_a_bare_one(monkeypatch, capsys):
-    loop = script("tools/benchmark_loop.py")
     monkeypatch.setattr(loop, "ROUNDS", 2)
     small = [
         "arch=convnet",

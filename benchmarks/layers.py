@@ -1,9 +1,9 @@
-"""How fast the layers are on this CPU, beside torch's own and the naive forms. (On a GPU: gpu_check.py.)
+"""How fast the layers are on this CPU, beside torch's own and the naive forms. (On a GPU: gpu.py.)
 
-    python tools/benchmark.py                     everything, to benchmarks/HARDWARE.json and .md
-    python tools/benchmark.py --quick             fewer shapes and rounds, no torch.compile: a few minutes
-    python tools/benchmark.py --only layers networks
-    python tools/benchmark.py --gpu gpu_check.json    with a GPU's figures beside them in the table
+    python -m benchmarks.layers                     everything, to benchmarks/HARDWARE.json and .md
+    python -m benchmarks.layers --quick             fewer shapes and rounds, no torch.compile: a few minutes
+    python -m benchmarks.layers --only layers networks
+    python -m benchmarks.layers --gpu gpu.json    with a GPU's figures beside them in the table
 
 The unit is nn.BatchNorm2d + in-place ReLU in the same run. Contenders take turns; a figure is a median, with
 quartiles. A layer whose results are wrong gets no figure and the command fails. By default malloc is told to
@@ -30,14 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from anorm import create_model, create_norm, ops
-from anorm.norms.base import Norm, Site
-from anorm.norms.placement import Placement
-from tools.benchmark_report import markdown
-from tools.naive_norms import NaiveAN, WithAct, naive
-from tools.timing import MALLOC, Contender, Timing, interleaved, kept_bytes, machine, peak_bytes
+from anorm.norms.base import Norm
+from benchmarks.naive import naive, networks
+from benchmarks.report import markdown
+from benchmarks.timing import MALLOC, Contender, Timing, interleaved, kept_bytes, machine, peak_bytes
 
 BATCH = 16
 # channels, side and K of ResNet-50's AN layers
@@ -51,6 +48,9 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAWS = ("bn", "an", "gn", "sn", "se")
 UNIT = "BN + ReLU"
+NETWORKS = (
+    "eager BN", "AN, eager BN elsewhere", "naive AN, eager BN elsewhere", "AN, everything fused", "BN, everything fused",
+)  # fmt: skip
 NAIVE = {"bn": UNIT, "an": "naive AN", "gn": "nn.GroupNorm", "sn": "naive SN", "se": "naive SE"}
 BUFFER = str(2**30)  # malloc: map nothing below this anew, keep that much at the top
 
@@ -255,24 +255,6 @@ def memory(report: dict, quick: bool) -> None:
 # ---- networks ----------------------------------------------------------------------------------------------
 
 
-def eager_bn(site: Site) -> nn.Module:
-    return WithAct(nn.BatchNorm2d(site.channels), site.act)
-
-
-def networks() -> dict[str, object]:
-    """Label -> what makes each norm of a ResNet-50; AN at its 16 places."""
-    focus = Placement("an")
-    return {
-        "eager BN": eager_bn,
-        "AN, eager BN elsewhere": lambda site: focus(site) if site.focus else eager_bn(site),
-        "naive AN, eager BN elsewhere": lambda site: (
-            WithAct(NaiveAN(focus(site)), site.act) if site.focus else eager_bn(site)
-        ),
-        "AN, everything fused": "an",
-        "BN, everything fused": "bn",
-    }
-
-
 def training_steps(report: dict, quick: bool) -> None:
     """A step of ResNet-50 (4 images of 224 x 224) as ratios to eager BN, and its peak of memory."""
     for layout in LAYOUTS:
@@ -280,7 +262,7 @@ def training_steps(report: dict, quick: bool) -> None:
             key = f"{layout} {kind}{' autocast' if kind == 'bf16' else ''}"
             if any(f"{law} cpu {layout} {kind}" in report["wrong"] for law in ("an", "bn")):
                 continue
-            steps = {name: step(make, layout, kind) for name, make in networks().items()}
+            steps = {name: step(make, layout, kind) for name, make in networks().items() if name in NETWORKS}
             report["training"][key] = record(
                 interleaved({n: Contender(s) for n, s in steps.items()}, 5 if quick else 11)
             )
@@ -368,12 +350,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--malloc", choices=("keep", "system"), default="keep")
-    parser.add_argument("--gpu", type=Path, help="the JSON of tools/gpu_check.py")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder")
+    parser.add_argument("--gpu", type=Path, help="the JSON of benchmarks/gpu.py")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder")
     asked = parser.parse_args(argv)
     if asked.malloc == "keep" and any(os.environ.get(name) != BUFFER for name in MALLOC):
         os.environ.update(dict.fromkeys(MALLOC, BUFFER))
-        os.execv(sys.executable, [sys.executable, __file__, *argv])  # malloc reads them when a process starts
+        # malloc reads them when a process starts
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.layers", *argv])
     if asked.threads:
         torch.set_num_threads(asked.threads)
     report: dict = {"machine": machine(), "quick": asked.quick, **{name: {} for name in PARTS}}

@@ -1,6 +1,6 @@
 """How fast images are read: this project's loaders beside torchvision's usual one and DALI's own pipeline.
 
-    python tools/benchmark_loader.py FOLDER [--shards SHARDS] [--workers 1]
+    python -m benchmarks.loader FOLDER [--shards SHARDS] [--workers 1]
 
 FOLDER holds CLASS/IMAGE files (full-size photographs make it meaningful), SHARDS what tools/prepare_imagenet.py wrote.
 Every row reads the same images with as many worker processes (or threads, for DALI), in turns, several times; the best
@@ -18,10 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
 
 from anorm.data.feeds import open_feed
 from anorm.data.feeds.base import Request

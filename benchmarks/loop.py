@@ -1,6 +1,6 @@
 """What the training loop costs beside a bare PyTorch loop of the same network: data, rates, mixing, records, agreement.
 
-    python tools/benchmark_loop.py [key=value ...]        more arguments of train.py, such as arch=resnet50 hardware=gpu
+    python -m benchmarks.loop [key=value ...]        more arguments of train.py, such as arch=resnet50 hardware=gpu
 
 Both train the same network on synthetic images; the bare loop has one normalised batch that never changes.
 They take turns, an epoch of ours and as many bare steps, and the median of the ratios of their images/s is given.
@@ -19,8 +19,6 @@ import torch
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from anorm.build import build
 from anorm.config.complete import accepted, complete, resolve
 from anorm.config.compose import compose
