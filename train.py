@@ -18,13 +18,20 @@ The same command continues a run that was cut, and says so when the run is finis
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anorm.config.commandline import Arguments, help_text, parse
-from anorm.config.compose import Composed, compose, sweep
+from anorm.config.compose import sweep
 from anorm.processes.errors import user_errors
+
+if TYPE_CHECKING:
+    from anorm.config.frozen import Config
+    from anorm.engine.runfolder import Job
+    from anorm.processes.world import World
 
 SCRIPT = Path(__file__).resolve()
 CONFIGS = SCRIPT.parent / "configs"
@@ -39,117 +46,97 @@ def main(argv: list[str]) -> int:
         elif arguments.submit:
             from anorm.processes.slurm import submit_all, wishes_from
 
-            runs = sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]
+            runs = sweep(CONFIGS, arguments.overrides) if arguments.multirun else [arguments.overrides]
             jobs = [Arguments(overrides, frozen=arguments.frozen) for overrides in runs]
-            return submit_all(jobs, SCRIPT, frozen, Path("runs"), wishes_from(arguments.slurm))
+            wishes = wishes_from(arguments.slurm)
+            return submit_all(jobs, SCRIPT, lambda job: composed(job).meant_for(wishes.machine), Path("runs"), wishes)
         elif arguments.multirun:
             from anorm.processes.sweep import run_sweep
 
-            return run_sweep(sweep(arguments.overrides), SCRIPT, freeze_job)
+            return run_sweep(sweep(CONFIGS, arguments.overrides), SCRIPT, lambda job: composed(Arguments(job)))
         elif arguments.print_config:
-            import yaml
-
-            print(yaml.safe_dump(composed(arguments).config, sort_keys=False), end="")
+            print(composed(arguments).text(), end="")
         else:
             return run(arguments)
     return outcome.status
 
 
-def composed(arguments: Arguments) -> Composed:
-    """The complete configuration of the command line, or the frozen one that it names."""
-    from anorm.config.complete import accepted, complete
-    from anorm.engine.runfolder import thaw
+def composed(arguments: Arguments) -> Config:
+    """Return the configuration of the command line, or the frozen one that it names."""
+    from anorm.config.frozen import Config
+    from anorm.engine.runfolder import configuration_in
 
     if arguments.frozen:
-        config, choices = thaw(arguments.frozen)
-        return Composed(complete(config), choices, [])
-    found = compose(CONFIGS, arguments.overrides, accepted)
-    return Composed(complete(found.config), found.choices, found.recipe)
-
-
-def freeze_job(overrides: list[str], path: Path) -> None:
-    """Compose a job of a sweep into a file."""
-    path.write_text(frozen(Arguments(overrides)))
-
-
-def frozen(arguments: Arguments, machine=None) -> str:
-    """The complete configuration as text for --config, checked for the machine that it is meant for."""
-    import yaml
-
-    from anorm.config.complete import resolve_for
-    from anorm.engine.runfolder import with_absolute_root
-
-    found = composed(arguments)
-    config = with_absolute_root(resolve_for(found.config, machine) if machine else found.config)
-    return yaml.safe_dump({"choices": found.choices} | config, sort_keys=False)
+        return configuration_in(arguments.frozen)
+    return Config.compose(CONFIGS, arguments.overrides)
 
 
 def run(arguments: Arguments) -> int:
-    """One run: planned here, trained by one process a device or by those that torchrun or srun started."""
+    """Plan one run here, and train it by one process a device or by those that torchrun or srun started."""
     from anorm.processes.launch import joined_by_others, launch
-    from anorm.processes.world import or_leave
+    from anorm.processes.world import exit_on_failure
 
     with joined_by_others() as world:
         if world is None:
             job = plan(composed(arguments))
-            return launch(train, job["config"]["hardware"]["processes"], job) if job else 0
-        job = world.from_rank_0(lambda: plan(composed(arguments), world))
-        return or_leave(lambda: train(job, world)) if job else 0
+            return launch(train, job.config.settings.hardware.processes, job) if job else 0
+        job = world.from_rank_0(lambda: plan(composed(arguments), world.size))
+        return exit_on_failure(lambda: train(job, world)) if job else 0
 
 
-def plan(found: Composed, world=None) -> dict | None:
-    """All that is decided before training: devices, batches, signature, folder. None: it is finished."""
+def plan(config: Config, started: int | None = None) -> Job | None:
+    """Decide all that is decided before training: devices, batches, signature, folder. None: it is finished.
+
+    started: the number of processes that another launcher started.
+    """
     from anorm.build import create_source, outline
-    from anorm.config.complete import resolve
-    from anorm.config.signature import signature
-    from anorm.engine.runfolder import folder_for, standing
+    from anorm.engine.runfolder import Job, folder_for, standing, with_weights
 
-    config = resolve(found.config, world and world.size)
+    config = with_weights(config.on(started=started))
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-        config["resume"] = "auto"  # resume=never was for the job's first start
-    processes = config["hardware"]["processes"]
+        config = config.having(resume="auto")  # resume=never was for the job's first start
     source = create_source(config)
     len(source.train)  # raises here, once, where there are no training images
-    signed = signature(config, source.identity, processes)
-    folder = folder_for(config, found.choices, signed)
-    for deviation in found.recipe:
+    signature = config.signed(source.identity)
+    folder = folder_for(config, signature)
+    for deviation in config.recipe:
         print(f"recipe of {deviation}")
-    finished = None if config["dry"] else standing(folder, signed, config)
-    if finished and config["resume"] == "auto":
+    settings = config.settings
+    finished = None if settings.dry else standing(folder, signature, config)
+    if finished and settings.resume == "auto":
         print(f"{folder} is finished: {outcome_of(finished, config)} (resume=never trains it again)")
         return None
     if finished:
         print(f"resume=never: what is finished in {folder}, {outcome_of(finished, config)}, is deleted")
-    if config["dry"]:
+    if settings.dry:
         print(outline(config, source))
     print(f"run folder: {folder}", flush=True)
-    return {"config": config, "choices": found.choices, "signature": signed, "folder": str(folder)}
+    return Job(dataclasses.replace(config, recipe=()), signature, folder)
 
 
-def outcome_of(finished: dict, config: dict) -> str:
+def outcome_of(finished: dict, config: Config) -> str:
     """Return the metrics of a final event in words."""
     from anorm import tasks
 
-    task = tasks.find(config["task"]["name"])
+    task = tasks.find(config.task.name)
     best = task.metrics[task.best].text(finished[f"best_{task.best}"])
     return f"{task.words(finished)}, best {best}"
 
 
-def train(job: dict, world=None, words: Path | None = None) -> int:
-    """The work of one process: take the folder, build, continue from its checkpoint, fit."""
+def train(job: Job, world: World | None = None, words: Path | None = None) -> int:
+    """Do the work of one process: take the folder, build, continue from its checkpoint, fit."""
     from anorm.build import build
     from anorm.engine.fit import fit
     from anorm.engine.rehearse import rehearse
     from anorm.engine.runfolder import occupied, rehearsal
     from anorm.processes.world import enter
 
-    config = job["config"]
-    with user_errors(words) as outcome, enter(world, config["hardware"]["device"]) as world:
-        folder = Path(job["folder"])
-        with (rehearsal if config["dry"] else occupied)(folder, world, job) as (place, checkpoint):
-            run = build(config, place, job["signature"], world, checkpoint)
+    settings = job.config.settings
+    with user_errors(words) as outcome, enter(world, settings.hardware.device) as world:
+        with (rehearsal if settings.dry else occupied)(job, world) as (place, checkpoint):
+            run = build(job.config, place, job.signature, world, checkpoint)
             try:
-                rehearse(run, folder) if config["dry"] else fit(run)
+                rehearse(run, job.folder) if settings.dry else fit(run)
             finally:
                 run.close()
     return outcome.status

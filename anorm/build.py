@@ -1,8 +1,8 @@
-"""Complete configuration -> objects: data, network, a run, what evaluates it. With ``config`` the only file of the
-package that knows the configuration's tree."""
+"""Configuration -> objects: data, task, network, a run, what evaluates it."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from functools import reduce
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from anorm import tasks
-from anorm.config.settings import Settings, settings_from
+from anorm.config.frozen import Config
+from anorm.config.settings import Settings
 from anorm.data import sources
 from anorm.data.decode import decode
 from anorm.data.loaders import EvalLoader, TrainLoader
@@ -46,31 +47,27 @@ from anorm.tasks import Task
 from anorm.weights import load_weights
 
 
-def create_source(config: dict) -> Source:
+def create_source(config: Config) -> Source:
     """Return the data set. Raises ValueError, in words, when its files are missing or wrong."""
-    options = dict(config["data"])
-    name = options.pop("name")
     # how images are read may depend on the task (the geometry's resize): its keys are a source's where both have them
-    task = {key: value for key, value in (config.get("task") or {}).items() if key != "name"}
-    accepted = sources.signature_of(name).parameters if name in sources.list_sources() else {}
-    options |= {key: value for key, value in task.items() if key in accepted and options.get(key) is None}
-    return sources.create(name, **options)
+    data = config.data
+    accepted = inspect.signature(sources.find(data.name)).parameters
+    shared = {k: v for k, v in config.task.options.items() if k in accepted and data.options.get(k) is None}
+    return sources.create(data.name, **data.options | shared)
 
 
-def create_task(config: dict, classes: list[str], channels: int = 3) -> Task:
+def create_task(config: Config, classes: list[str], channels: int = 3) -> Task:
     """Return what is learned on images of these classes. Raises ValueError for an unknown task or key."""
-    options = dict(config.get("task") or {"name": "classification"})
-    return tasks.find(options.pop("name"))(classes, channels, settings_from(config).mix, **options)
+    return tasks.find(config.task.name)(classes, channels, config.settings.mix, **config.task.options)
 
 
-def create_network(config: dict, task: Task) -> nn.Module:
+def create_network(config: Config, task: Task) -> nn.Module:
     """Return the network, initialised from the seed: equal across norms but for the norms' own parameters."""
-    arch = {key: value for key, value in config["arch"].items() if key != "name"}
-    name, norm, seed = config["arch"]["name"], config["norm"], config["seed"]
+    arch, seed = config.arch, config.settings.seed
     torch.manual_seed(seed_of(seed, "init of norms"))
-    model = task.create(name, norm, **arch)
+    model = task.create(arch.name, config.norm.tree(), **arch.options)
     torch.manual_seed(seed_of(seed, "init"))
-    plain = task.create(name, "bn", **arch)
+    plain = task.create(arch.name, "bn", **arch.options)
     of_norms = {id(p) for module in plain.modules() if isinstance(module, Norm) for p in module.parameters()}
     with torch.no_grad():
         for key, parameter in plain.named_parameters():
@@ -79,7 +76,7 @@ def create_network(config: dict, task: Task) -> nn.Module:
     return model
 
 
-def outline(config: dict, source: Source) -> str:
+def outline(config: Config, source: Source) -> str:
     """Return in words the parameters and multiply-adds of the network on the meta device: no memory is taken."""
     from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
 
@@ -96,11 +93,11 @@ def outline(config: dict, source: Source) -> str:
     return f"parameters {parameters:,}; multiply-adds of an image {counter.get_total_flops() / 2e9:.3f} G"
 
 
-def build(config: dict, folder: Path, signature: str, world: World, resume: dict | None) -> Run:
-    """Return all parts of a run for one process. ``config``: complete and resolved; ``resume``: a checkpoint's state, or
+def build(config: Config, folder: Path, signature: str, world: World, resume: dict | None) -> Run:
+    """Return all parts of a run for one process. ``config``: decided for this machine; ``resume``: a checkpoint's state, or
     None.
     """
-    settings = settings_from(config)
+    settings = config.settings
     hardware, device = settings.hardware, world.device
     set_backends(hardware, resume)
     source = create_source(config)
@@ -111,7 +108,7 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
     model = create_network(config, task)
     notes = [f"norms: {model.norm_summary}"] if getattr(model, "norm_summary", None) else []
     if settings.weights and not resume:
-        notes.append(f"weights: {load_weights(model, settings.weights, head='replace')}")
+        notes.append(f"weights: {load_weights(model, config.starting_weights, head='replace')}")
     notes += optim.freeze(model, settings.freeze)
     place(model, hardware, device)
     groups = optim.parameter_groups(
@@ -124,7 +121,7 @@ def build(config: dict, folder: Path, signature: str, world: World, resume: dict
         settings=settings,
         folder=folder,
         signature=signature,
-        arch=config["arch"]["name"],
+        arch=config.arch.name,
         world=world,
         task=task,
         model=model,
@@ -221,8 +218,8 @@ def _open_record(run: Run, source: Source, notes: list[str], resume: dict | None
     run.record.say(_describe(run, source))
 
 
-def evaluator(config: dict, weights: Path | None = None, join: str | None = None) -> Evaluator:
-    """Return what evaluates the network of a complete and resolved configuration, in this process, on every evaluation
+def evaluator(config: Config, weights: Path | None = None, join: str | None = None) -> Evaluator:
+    """Return what evaluates the network of a configuration decided for this machine, in this process, on every evaluation
     set of its data; its weights are in ``weights``.
 
     join: "mean" or "rank0", for a checkpoint of a run of several processes: join their statistics in that way again.
@@ -232,7 +229,7 @@ def evaluator(config: dict, weights: Path | None = None, join: str | None = None
 
 
 def evaluator_for(
-    config: dict,
+    config: Config,
     classes: list[str],
     weights: Path | None = None,
     source: Source | None = None,
@@ -242,7 +239,7 @@ def evaluator_for(
 
     source: the configuration's own data; looked for only where statistics are recalibrated on its training images.
     """
-    settings = settings_from(config)
+    settings = config.settings
     if "recalibrated" in settings.eval.all_stats and source is None:
         source = create_source(config)
     world = World().on(settings.hardware.device)
@@ -262,7 +259,7 @@ def evaluator_for(
     return lambda sets: _evaluator(settings, task, model, train, sets, world)
 
 
-def predictor(folder: Path, config: dict) -> tuple[nn.Module, Callable[[Path], Tensor], list[str]]:
+def predictor(folder: Path, config: Config) -> tuple[nn.Module, Callable[[Path], Tensor], list[str]]:
     """Return the network in evaluation mode with the run's last weights, a function from an image file to a normalised
     (1, 3, S, S), and the class names.
     """

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 from anorm.build import build
-from anorm.config.complete import accepted, complete, resolve
-from anorm.config.compose import compose
+from anorm.config.frozen import Config
 from anorm.engine.fit import garbage_collected_at_reports, train_epoch
 from anorm.engine.meter import Clock, SaveTimer
 from anorm.engine.run import Run
@@ -49,8 +48,8 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     with user_errors() as outcome:
-        config = resolve(complete(compose(ROOT / "configs", [*DEFAULTS, *argv], accepted).config))
-        with enter(None, config["hardware"]["device"]) as world, tempfile.TemporaryDirectory() as folder:
+        config = Config.compose(ROOT / "configs", [*DEFAULTS, *argv]).on()
+        with enter(None, config.settings.hardware.device) as world, tempfile.TemporaryDirectory() as folder:
             run = build(config, Path(folder), "benchmark", world, None)
             bare = bare_loop(run)
             with garbage_collected_at_reports():

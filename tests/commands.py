@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from anorm.build import create_network, create_task
+from anorm.config.frozen import Config
 from anorm.engine.record import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,6 @@ def weights(folder, name="last.ckpt"):
     return torch.load(folder / name, weights_only=True)
 
 
-def network_of(config: dict, classes: int) -> torch.nn.Module:
+def network_of(config: Config, classes: int) -> torch.nn.Module:
     """The network that a run of ``config`` trains, on a data set of so many classes."""
     return create_network(config, create_task(config, [f"class {k}" for k in range(classes)]))

@@ -7,8 +7,8 @@ import torch
 import yaml
 from commands import ROOT, network_of
 
-from anorm.config.complete import accepted, complete
-from anorm.config.compose import GROUPS, choices, compose
+from anorm.config.compose import BUILT, GROUPS, choices
+from anorm.config.frozen import Config
 from anorm.config.settings import Settings, sections
 from anorm.registry import create_model
 
@@ -17,35 +17,34 @@ PAIRS = [(group, choice) for group in GROUPS for choice in choices(CONFIGS, grou
 
 
 def composed(*arguments):
-    found = compose(CONFIGS, list(arguments), accepted)
-    return complete(found.config), found
+    return Config.compose(CONFIGS, list(arguments))
 
 
 @pytest.mark.parametrize(("group", "choice"), PAIRS, ids=lambda value: value)
 def test_every_choice_composes(group, choice):
     extra = ["norm.target=torch.nn.BatchNorm2d"] if (group, choice) == ("norm", "module") else []
-    config, found = composed(f"{group}={choice}", *extra)
-    assert found.choices[group] == choice
-    assert set(config) == {field.name for field in dataclasses.fields(Settings)} | {"task", "arch", "norm", "data"}
+    config = composed(f"{group}={choice}", *extra)
+    assert config.choices[group] == choice
+    assert set(config.tree()) == {field.name for field in dataclasses.fields(Settings)} | set(BUILT)
     if group in ("arch", "norm"):
-        assert config[group]["name"] == choice
+        assert getattr(config, group).name == choice
 
 
 @pytest.mark.parametrize("arch", choices(CONFIGS, "arch"))
 def test_every_architecture_builds_under_every_setup(arch):
     configs = [
-        composed(f"arch={arch}", "norm=an", setup)[0]
+        composed(f"arch={arch}", "norm=an", setup)
         for setup in ("setup=vanilla", "setup=sota", "faithful=code")
     ]
     for i, config in enumerate(configs):
-        if config["arch"] not in [earlier["arch"] for earlier in configs[:i]]:
+        if config.arch not in [earlier.arch for earlier in configs[:i]]:
             with torch.device("meta"):
                 network_of(config, 10)
 
 
 @pytest.mark.parametrize("norm", [name for name in choices(CONFIGS, "norm") if name != "module"])
 def test_every_norm_builds(norm):
-    config, _ = composed(f"norm={norm}", "arch=resnet18")
+    config = composed(f"norm={norm}", "arch=resnet18")
     network_of(config, 10)
 
 
@@ -55,7 +54,7 @@ def test_the_network_that_is_trained_is_the_librarys(norm, arch):
     """A complete configuration must not spell out a layer's default where the site decides: AN's published K
     is 10, 10, 20, 20 for four stages."""
     with torch.device("meta"):
-        trained = network_of(composed(f"arch={arch}", f"norm={norm}")[0], 1000).state_dict()
+        trained = network_of(composed(f"arch={arch}", f"norm={norm}"), 1000).state_dict()
         wanted = create_model(arch, norm, 1000).state_dict()
     assert {n: v.shape for n, v in trained.items()} == {n: v.shape for n, v in wanted.items()}
 
@@ -63,7 +62,7 @@ def test_the_network_that_is_trained_is_the_librarys(norm, arch):
 def test_trained_networks_have_their_papers_size():
     def size(*arguments):
         with torch.device("meta"):
-            return sum(p.numel() for p in network_of(composed(*arguments)[0], 1000).parameters())
+            return sum(p.numel() for p in network_of(composed(*arguments), 1000).parameters())
 
     assert size("arch=resnet50", "norm=an") == 25_755_420  # K 10, 10, 20, 20; 10 everywhere has 92,340 fewer
     assert size("arch=resnet50", "norm=an", "norm.k=10") == 25_663_080
@@ -73,14 +72,14 @@ def test_trained_networks_have_their_papers_size():
 
 
 def test_a_plain_module_is_a_norm():
-    config, _ = composed(
+    config = composed(
         "norm=module", "norm.target=torch.nn.GroupNorm", "norm.num_groups=8", "arch=resnet18"
     )
-    assert (network_of(config, 10).bn1.module.num_groups, config["norm"]["num_groups"]) == (8, 8)
-    config, _ = composed("norm=module", "norm.target=torch.nn.GroupNorm", "norm.groups=8", "arch=resnet18")
+    assert (network_of(config, 10).bn1.module.num_groups, config.norm.options["num_groups"]) == (8, 8)
+    config = composed("norm=module", "norm.target=torch.nn.GroupNorm", "norm.groups=8", "arch=resnet18")
     with pytest.raises(ValueError, match="norm.target.*groups"):
         network_of(config, 10)
-    config, _ = composed(
+    config = composed(
         "norm=module", "norm.target=torch.nn.InstanceNorm2d", "norm.affine=true", "arch=resnet18"
     )
     model = network_of(config, 10)
@@ -90,10 +89,7 @@ def test_a_plain_module_is_a_norm():
 
 
 def test_yaml_and_dataclass_defaults_are_equal():
-    config, _ = composed("arch=resnet50", "norm=bn")
-    assert {key: config[key] for key in config if key not in ("task", "arch", "norm", "data")} == dataclasses.asdict(
-        Settings()
-    )
+    assert composed("arch=resnet50", "norm=bn").settings == Settings()
 
 
 def test_sota_is_written_as_a_diff_of_vanilla():
@@ -112,25 +108,25 @@ def test_every_section_of_the_settings_is_spelled_out():
 
 
 def test_a_recipe_under_a_condition_replaces_the_general_one_and_is_said_once():
-    _, found = composed("data=digits", "arch=resnet50")
-    assert found.config["epochs"] == 7
+    found = composed("data=digits", "arch=resnet50")
+    assert found.settings.epochs == 7
     assert [line for line in found.recipe if line.partition(": ")[2].startswith("epochs=")] == [
         "data=digits with arch=resnet50: epochs=7"
     ]
-    assert composed("data=digits", "arch=resnet20")[1].config["epochs"] == 15
+    assert composed("data=digits", "arch=resnet20").settings.epochs == 15
 
 
 def test_what_a_recipe_changes_is_said_and_the_command_line_wins():
-    _, found = composed("arch=resnet50", "setup=sota", "arch.stem=7x7")
+    found = composed("arch=resnet50", "setup=sota", "arch.stem=7x7")
     assert "arch=resnet50 with setup=sota: arch.zero_init=true" in found.recipe
     assert not [line for line in found.recipe if "stem" in line]
-    assert found.config["arch"]["stem"] == "7x7"
+    assert found.arch.options["stem"] == "7x7"
 
 
 def test_networks_are_equal_across_norms_but_for_their_norms():
     """The same seed gives the same convolutions and classifier, whatever stands between them."""
     models = {
-        norm: dict(network_of(composed("arch=resnet18", f"norm={norm}")[0], 10).named_parameters())
+        norm: dict(network_of(composed("arch=resnet18", f"norm={norm}"), 10).named_parameters())
         for norm in ("bn", "an", "gn")
     }
     for name, parameter in models["bn"].items():
@@ -138,6 +134,6 @@ def test_networks_are_equal_across_norms_but_for_their_norms():
             assert torch.equal(parameter, models["an"][name]) and torch.equal(
                 parameter, models["gn"][name]
             ), name
-    other = dict(network_of(composed("arch=resnet18", "norm=an", "seed=1")[0], 10).named_parameters())
+    other = dict(network_of(composed("arch=resnet18", "norm=an", "seed=1"), 10).named_parameters())
     assert not torch.equal(other["conv1.weight"], models["an"]["conv1.weight"])
     assert not torch.equal(other["layer1.0.bn2.weight"], models["an"]["layer1.0.bn2.weight"])

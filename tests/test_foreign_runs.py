@@ -27,7 +27,7 @@ def test_another_librarys_network_trains_and_validates(tmp_path, capsys, arch, n
 
     composed = script("train.py").composed
     arguments = script("train.py").Arguments([f"arch={arch}", *norm, *SIZES])
-    network = network_of(composed(arguments).config, 4).network
+    network = network_of(composed(arguments), 4).network
     assert type(network.get_submodule(layer)).__name__.startswith(kind)
 
 
@@ -36,14 +36,14 @@ def test_a_recipe_of_another_network_does_not_leak_in(capsys):
     found = script("train.py").composed(
         script("train.py").Arguments(["arch=timm:resnet18", "setup=sota", "arch.drop_path_rate=0.1"])
     )
-    assert found.config["arch"] == {"name": "timm:resnet18", "drop_path_rate": 0.1} and found.recipe == []
+    assert found.arch.tree() == {"name": "timm:resnet18", "drop_path_rate": 0.1} and found.recipe == ()
 
 
 def test_norms_share_the_initial_weights():
     def network(*norm):
         composed = script("train.py").composed
         arguments = script("train.py").Arguments(["arch=timm:resnet18", *norm, *SIZES])
-        return network_of(composed(arguments).config, 4)
+        return network_of(composed(arguments), 4)
 
     bn, frn = network("norm=bn"), network("norm=timm:frn")
     assert torch.equal(bn.network.layer4[1].conv2.weight, frn.network.layer4[1].conv2.weight)

@@ -33,10 +33,9 @@ def network(what: str, norm: str, weights: str | None, classes: int) -> tuple[nn
     folder = Path(what)
     if folder.is_dir():
         from anorm.build import predictor
-        from anorm.config.complete import complete
-        from anorm.engine.runfolder import CARD, thaw
+        from anorm.engine.runfolder import CARD, configuration_in
 
-        model, _, _ = predictor(folder, complete(thaw(folder)[0]))
+        model, _, _ = predictor(folder, configuration_in(folder))
         return model, json.loads((folder / CARD).read_text())["image_size"], folder / "export"
     model = create_model(what, norm, classes)
     if weights:

@@ -41,8 +41,7 @@ def main(argv: list[str]) -> int:
 def convert(source: Path, target: Path | None, overrides: list[str], entry: str | None) -> None:
     from safetensors.torch import save
 
-    from anorm.config.complete import accepted
-    from anorm.config.compose import compose
+    from anorm.config.frozen import Config
     from anorm.files import write_atomic
     from anorm.registry import create_model
     from anorm.weights import load_weights, read_state
@@ -54,15 +53,14 @@ def convert(source: Path, target: Path | None, overrides: list[str], entry: str 
             else "is to be written as safetensors: its name ends in .safetensors"
         )
         raise ValueError(f"{target} {reason}")
-    config = compose(ROOT / "configs", overrides, accepted).config
-    arch = {key: value for key, value in config["arch"].items() if key != "name"}
+    config = Config.compose(ROOT / "configs", overrides)
     state = read_state(source, entry)
     classes = next((state[name].shape[0] for name in HEADS if name in state), 1000)
-    model = create_model(config["arch"]["name"], config["norm"], classes, **arch)
-    print(f"{config['arch']['name']}: {load_weights(model, source, entry=entry)}")
+    model = create_model(config.arch.name, config.norm.tree(), classes, **config.arch.options)
+    print(f"{config.arch.name}: {load_weights(model, source, entry=entry)}")
     if target:
         tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-        write_atomic(target, save(tensors, {"arch": config["arch"]["name"], "format": "pt"}))
+        write_atomic(target, save(tensors, {"arch": config.arch.name, "format": "pt"}))
         print(f"{target}: {model.norm_summary}, {classes} classes")
 
 

@@ -20,11 +20,10 @@ def main(argv: list[str]) -> int:
         import torch
 
         from anorm.build import predictor
-        from anorm.config.complete import complete
-        from anorm.engine.runfolder import thaw
+        from anorm.engine.runfolder import configuration_in
 
         folder = Path(argv[0])
-        model, read, classes = predictor(folder, complete(thaw(folder)[0]))
+        model, read, classes = predictor(folder, configuration_in(folder))
         for path in argv[1:]:
             with torch.no_grad():
                 probabilities = model(read(Path(path)))[0].softmax(0)

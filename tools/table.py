@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
             machine = wishes.machine if asked.submit else None
 
             def queue(cell: Cell) -> str:
-                return submit(ROOT / "train.py", cell.frozen(machine), asked.runs, wishes)
+                return submit(ROOT / "train.py", cell.config(machine), asked.runs, wishes)
 
             cells = cells_of(grid, seeds, asked.runs, machine)
             done = run_cells(cells, asked.runs, asked.retry, queue if asked.submit else None)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 from anorm.processes.errors import user_errors
 
 if TYPE_CHECKING:
+    from anorm.config.frozen import Config
     from anorm.engine.evaluate import Result
     from anorm.tasks import Task
 
@@ -58,15 +59,13 @@ def main(argv: list[str]) -> int:
     with user_errors() as outcome:
         asked = parser().parse_intermixed_args(argv)
         from anorm.build import evaluator
-        from anorm.config.complete import resolve
         from anorm.engine.evaluate import DEPENDS, dependence_warning
         from anorm.engine.record import final_metrics
 
         if not asked.target.exists():
             raise ValueError(f"there is no {asked.target}: give a run folder, or a file of weights")
         weights, config = what(asked.target, asked.arguments)
-        config = resolve(config)
-        join = config["dist"]["stats"] if any(w.startswith("dist.stats=") for w in asked.arguments) else None
+        join = config.settings.dist.stats if any(w.startswith("dist.stats=") for w in asked.arguments) else None
         if asked.shift:
             under_shift(asked.target, weights, config, asked.shift, join)
             return 0
@@ -99,7 +98,7 @@ def main(argv: list[str]) -> int:
     return outcome.status
 
 
-def sensitivity(weights: Path, config: dict, sizes: str | None, orders: str, join: str | None) -> None:
+def sensitivity(weights: Path, config: Config, sizes: str | None, orders: str, join: str | None) -> None:
     """Print the task's best metric on the first set under batch statistics, for each size and order of batches."""
     from anorm.build import evaluator
     from anorm.config.settings import Eval
@@ -108,7 +107,7 @@ def sensitivity(weights: Path, config: dict, sizes: str | None, orders: str, joi
     wanted = [word for word in orders.split(",") if word]
     for order in wanted:
         Eval(order=order)  # raises for an unknown one
-    config = config | {"eval": config["eval"] | {"stats": "batch"}}
+    config = config.having(eval={"stats": "batch"})
     evaluate = evaluator(config, weights, join)
     numbers = sizes.split(",") if sizes else [str(evaluate.batches.size)]
     if not all(number.isdigit() and int(number) > 0 for number in numbers):
@@ -122,7 +121,7 @@ def sensitivity(weights: Path, config: dict, sizes: str | None, orders: str, joi
     )
     for number in numbers:
         for order in wanted:
-            batches = Batches(int(number), order, config["eval"]["seed"])
+            batches = Batches(int(number), order, config.settings.eval.seed)
             (found,) = evaluate(first_alone=True, batches=batches).values()
             print(f"batch statistics ({batches}): {metric.text(found[evaluate.task.best])}", flush=True)
 
@@ -137,7 +136,7 @@ def precisely(task: Task, found: Result, names: list[str]) -> str:
     return " ".join(words)
 
 
-def under_shift(target: Path, weights: Path, config: dict, words: list[str], join: str | None) -> None:
+def under_shift(target: Path, weights: Path, config: Config, words: list[str], join: str | None) -> None:
     """Print a report for each shift that is asked for."""
     from anorm.build import evaluator_for
     from anorm.engine.runfolder import CARD
@@ -153,22 +152,19 @@ def under_shift(target: Path, weights: Path, config: dict, words: list[str], joi
         print(shift.report(name, place, config, on), flush=True)
 
 
-def what(target: Path, overrides: list[str]) -> tuple[Path, dict]:
-    """(file of weights, complete configuration) for a run folder, a file in one, or any file with train.py's
-    arguments.
+def what(target: Path, overrides: list[str]) -> tuple[Path, Config]:
+    """Return (file of weights, configuration decided for one process here) for a run folder, a file in one, or any file
+    with train.py's arguments.
     """
-    from anorm.config.complete import accepted, complete
-    from anorm.config.compose import change, compose
-    from anorm.engine.runfolder import CONFIG, last_weights, thaw
+    from anorm.config.frozen import Config
+    from anorm.engine.runfolder import CONFIG, configuration_in, last_weights
 
     folder = target if target.is_dir() else target.parent
     if target.is_dir() or (folder / CONFIG).is_file():
-        config, _ = thaw(folder)
-        config["hardware"]["processes"] = 1
-        return last_weights(folder) if target.is_dir() else target, complete(
-            change(config, overrides, accepted)
-        )
-    return target, complete(compose(ROOT / "configs", overrides, accepted).config)
+        config = configuration_in(folder).having(hardware={"processes": 1}).change(overrides)
+        return last_weights(folder) if target.is_dir() else target, config.on()
+    return target, Config.compose(ROOT / "configs", overrides).on()
+
 
 
 if __name__ == "__main__":

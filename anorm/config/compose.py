@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anorm.config.values import Option, as_word
 from anorm.words import nearest
 
 GROUPS = ("task", "arch", "norm", "setup", "data", "hardware")
@@ -22,16 +22,10 @@ RECIPE = "recipe"
 """Entry in the yaml of an architecture or a data set: "key: value", or "group=choice ...: {key: value}"."""
 LIBRARIES = {"arch": ("timm:", "torchvision:"), "norm": ("timm:",)}
 """Groups that also take LIBRARY:NAME, what another library calls it, without a yaml."""
-Accepted = Callable[[str, dict], "set[str] | None"]
-
-
-@dataclass(frozen=True)
-class Composed:
-    """config: plain nested dict; choices: group -> chosen yaml; recipe: the deviations applied, in words."""
-
-    config: dict
-    choices: dict[str, str]
-    recipe: list[str]
+OWN = {"run.dir": "run_dir=FOLDER", "sweep.dir": "run_dir=FOLDER", "job.chdir": "cd FOLDER first", "launcher": "--submit slurm"}
+"""What stands here for some of Hydra's own settings."""
+Options = Callable[[str, Any], "dict[str, Option] | None"]
+"""(section, its content) -> the keys that it takes, None for any; ("", None) -> those of the top level."""
 
 
 def choices(folder: Path, group: str) -> list[str]:
@@ -39,11 +33,12 @@ def choices(folder: Path, group: str) -> list[str]:
     return sorted(path.stem for path in (folder / group).glob("*.yaml"))
 
 
-def compose(folder: Path, overrides: list[str], accepted: Accepted) -> Composed:
-    """Compose the configuration in ``folder`` under command-line ``overrides``.
+def compose(folder: Path, overrides: list[str], options: Options) -> tuple[dict, dict[str, str], list[str]]:
+    """Compose the yamls in ``folder`` under command-line ``overrides``.
 
-    ``accepted(section, config)`` gives the keys that a section takes beyond those its yaml holds, or None
-    where it takes any. Raises ValueError, in words, for an unknown group choice, key or form of override.
+    Returns the configuration as a nested dict, group -> chosen yaml, and the deviations that a recipe made, in words.
+    A key is accepted where its yaml holds it or ``options`` knows it. Raises ValueError, in words, for an unknown group
+    choice, key or form of override.
     """
     picked, values = _split(folder, overrides)
     groups = [word for group, choice in picked.items() for word in _choice(group, choice)]
@@ -55,10 +50,11 @@ def compose(folder: Path, overrides: list[str], accepted: Accepted) -> Composed:
     for group in GROUPS:
         if isinstance(config.get(group), dict):
             config[group].pop(RECIPE, None)
-    _check_keys(base, config, accepted)
+    _check_keys(base, config, options)
+    _as_typed(config, values, options)
     given = {key for key, _ in values}
     said = [f"{why}: {key}={_literal(value)}" for key, (why, value) in recipe.items() if key not in given]
-    return Composed(config, chosen, said)
+    return config, chosen, said
 
 
 def _choice(group: str, choice: str) -> list[str]:
@@ -66,34 +62,84 @@ def _choice(group: str, choice: str) -> list[str]:
     return [f"~{group}", f"+{group}.name='{choice}'"] if ":" in choice else [f"{group}={choice}"]
 
 
-def change(config: dict, overrides: list[str], accepted: Accepted) -> dict:
-    """A composed configuration with some keys (not groups) set anew; errors as those of ``compose``."""
+def change(config: dict, overrides: list[str], options: Options) -> dict:
+    """Return a composed configuration with some keys (not groups) set anew; errors as those of ``compose``."""
     from omegaconf import OmegaConf
 
-    changed = OmegaConf.create(config)
+    changed, values = OmegaConf.create(config), []
     for override in overrides:
-        parsed = _parse(override)
+        parsed, text = _read(override)
         if parsed.key_or_group in GROUPS:
             raise ValueError(
-                f"{override}: a run keeps its {parsed.key_or_group}; change single keys, such as "
-                f"eval.stats=batch"
+                f"{override}: a run keeps its {parsed.key_or_group}; change single keys, such as eval.stats=batch"
             )
+        if parsed.is_sweep_override():
+            raise ValueError(f"{override} gives several values and one is changed at a time: a list is [a,b]")
         OmegaConf.update(changed, parsed.key_or_group, parsed.value(), force_add=True)
+        values.append((parsed.key_or_group, text))
     changed = OmegaConf.to_container(changed, resolve=True)
-    _check_keys(config, changed, accepted)
+    _check_keys(config, changed, options)
+    _as_typed(changed, values, options)
     return changed
 
 
-def sweep(overrides: list[str]) -> list[list[str]]:
-    """Every job of a sweep: the cartesian product of overrides such as norm=bn,an or seed=range(0,3)."""
+def sweep(folder: Path, overrides: list[str]) -> list[list[str]]:
+    """Return every job of a sweep: the cartesian product of overrides such as norm=bn,an, seed=range(0,3) or norm=glob(a*).
+
+    Raises ValueError for a form that names no values (interval), and where there is no job.
+    """
+    from hydra.core.override_parser.types import Glob, IntervalSweep
+
     axes = []
     for override in overrides:
-        parsed = _parse(override)
-        if parsed.is_sweep_override():
-            axes.append([f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()])
+        parsed, _ = _read(override)
+        key, value = parsed.get_key_element(), parsed.value()
+        if isinstance(value, IntervalSweep):
+            raise ValueError(f"{override}: an interval has no end of values; name them, or take {key}=range(0,3)")
+        if isinstance(value, Glob):
+            if parsed.key_or_group not in GROUPS:
+                raise ValueError(f"{override}: glob() is for the choices of {', '.join(GROUPS)}")
+            found = value.filter(choices(folder, parsed.key_or_group))
+            axes.append([f"{key}={choice}" for choice in found])
+        elif parsed.is_sweep_override():
+            axes.append([f"{key}={text}" for text in parsed.sweep_string_iterator()])
         else:
             axes.append([override])
+        if not axes[-1]:
+            raise ValueError(f"{override} names nothing to run")
     return [list(job) for job in itertools.product(*axes)]
+
+
+def _read(override: str) -> tuple[Any, str]:
+    """(Hydra's reading of an override, its value as text that Hydra reads), of the forms that have an effect here.
+
+    Raises ValueError in words for the others.
+    """
+    key, equals, text = override.partition("=")
+    bare = key.lstrip("+~").partition("@")[0]
+    if bare == "hydra" or bare.startswith(("hydra.", "hydra/")):
+        instead = OWN.get(bare.removeprefix("hydra").lstrip("./"))
+        raise ValueError(
+            f"{override}: Hydra composes the configuration here and runs nothing, so its own settings have no effect"
+            + (f"; use {instead}" if instead else "")
+        )
+    if key.startswith("~"):
+        raise ValueError(f"{override}: nothing can be deleted; set {bare}=null instead")
+    if "@" in key or "/" in key:
+        raise ValueError(f"{override}: a group is chosen as it is called: {bare.partition('/')[0]}=CHOICE")
+    if equals and not text:
+        raise ValueError(f"{override} has no value (an empty variable of the shell?): for none give {key}=null")
+    section, _, inner = bare.partition(".")
+    if section in BUILT and inner == "name":
+        raise ValueError(f"{override}: the name of what is built is chosen by {section}={text}")
+    try:
+        return _parse(override), text
+    except ValueError:
+        # a path may hold blanks, = or other signs of the grammar; lists, mappings and quotes are left to it
+        if not equals or not text or text[0] in "[{(\"'":
+            raise
+        quoted = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return _parse(f"{key}={quoted}"), quoted
 
 
 def _parse(override: str) -> Any:
@@ -118,14 +164,12 @@ def _split(folder: Path, overrides: list[str]) -> tuple[dict[str, str], list[tup
     """Overrides -> ({group: choice}, [(key, value as text)])."""
     picked, values = {}, []
     for override in overrides:
-        parsed = _parse(override)
+        parsed, text = _read(override)
         key = parsed.key_or_group
         if parsed.is_sweep_override():
             raise ValueError(f"{override} asks for several runs: add -m to run each of them")
-        if parsed.is_delete():
-            raise ValueError(f"{override}: nothing can be deleted; set {key}=null instead")
         if key not in GROUPS:
-            values.append((key, override.split("=", 1)[1]))
+            values.append((key, text))
             continue
         value, known, foreign = str(parsed.value()), choices(folder, key), LIBRARIES.get(key, ())
         if value not in known and not value.startswith(foreign):
@@ -133,6 +177,16 @@ def _split(folder: Path, overrides: list[str]) -> tuple[dict[str, str], list[tup
             raise ValueError(f"unknown {key} {value!r}{nearest(value, known, 'choices')}{other}")
         picked[key] = value
     return picked, values
+
+
+def _as_typed(config: dict, values: list[tuple[str, str]], options: Options) -> None:
+    """Put back what was typed where Hydra read a number or a truth value and a name is wanted: data.train=2012."""
+    for key, text in values:
+        section, _, inner = key.rpartition(".")
+        node = config if not section else config.get(section)
+        known = (options(section, node) or {}) if isinstance(node, dict) else {}
+        if inner in known and inner in node:
+            node[inner] = as_word(known[inner].hint, node[inner], text)
 
 
 def _hydra(folder: Path, overrides: list[str]) -> tuple[dict, dict[str, str]]:
@@ -193,7 +247,7 @@ def _literal(value: Any) -> str:
     return str(value)
 
 
-def _check_keys(base: dict, config: dict, accepted: Accepted) -> None:
+def _check_keys(base: dict, config: dict, options: Options) -> None:
     for section, value in config.items():
         if section not in base:
             known = [
@@ -209,15 +263,15 @@ def _check_keys(base: dict, config: dict, accepted: Accepted) -> None:
         if not isinstance(base[section], dict):
             continue
         if not isinstance(value, dict):
-            keys = sorted(set(base[section]) | (accepted(section, config) or set()))
+            keys = sorted(set(base[section]) | set(options(section, base[section]) or ()))
             raise ValueError(
                 f"{section}={value} cannot be: {section} is a section, set {section}.KEY=... "
                 f"({', '.join(keys)})"
             )
-        allowed = accepted(section, config)
-        if allowed is None:
+        known = options(section, value)
+        if known is None:
             continue
-        allowed |= set(base[section]) - {RECIPE} if section not in BUILT else set()
+        allowed = set(known) | (set(base[section]) - {RECIPE} if section not in BUILT else set())
         for key in value:
             if key not in allowed:
                 raise ValueError(f"unknown key {section}.{key}{nearest(key, allowed)}")

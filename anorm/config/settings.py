@@ -8,12 +8,13 @@ holds them equal.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from anorm.config.compose import BUILT
+from anorm.config.values import alternatives, checked
 from anorm.words import nearest
 
 
@@ -118,7 +119,7 @@ class Eval:
     first pair after every epoch that is evaluated, or after the last alone.
     """
 
-    stats: str | list = "running"
+    stats: str | list[str] = "running"
     every: int = 1  # epochs; the last epoch is always evaluated
     batch_size: int | None = None  # None: batch_size
     recalibrate_batches: int = 200
@@ -232,12 +233,12 @@ class Settings:
     seed: int = 0
     epochs: int = 120
     batch_size: int = 128
-    run_dir: str | None = None
+    run_dir: str | Path | None = None
     resume: str = "auto"
     dry: bool = False
     faithful: str = "paper"
-    weights: str | None = None
-    freeze: list = field(default_factory=list)
+    weights: str | Path | None = None
+    freeze: list[str] = field(default_factory=list)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     mix: Mix = field(default_factory=Mix)
@@ -289,43 +290,17 @@ def _checked(cls: type, values: Any, where: str) -> Any:
         path = f"{where}.{name}" if where else name
         if name not in hints:
             raise ValueError(f"unknown key {path}{nearest(name, hints)}")
-        arguments[name] = (
-            _checked(hints[name], value, path)
-            if dataclasses.is_dataclass(hints[name])
-            else _typed(hints[name], value, path)
-        )
+        if dataclasses.is_dataclass(hints[name]):
+            arguments[name] = _checked(hints[name], value, path)
+        else:
+            value = checked(hints[name], value, path)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            arguments[name] = float(value) if whole and _wants_float(hints[name]) else value
     return cls(**arguments)
 
 
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a word",
-    list: "a list such as [a,b]",
-    dict: "a mapping such as {a:1}",
-    type(None): "null",
-}
-
-
-def _typed(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as one of the types in ``hint``; an int is accepted (and converted) where a float is asked for."""
-    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if (
-        isinstance(value, (str, int))
-        and not isinstance(value, bool)
-        and list in accepted
-        and str not in accepted
-    ):
-        return [value]
-    for kind in accepted:
-        if kind in (int, float) and isinstance(value, bool):
-            continue
-        if isinstance(value, kind):
-            return value
-        if kind is float and isinstance(value, int):
-            return float(value)
-    raise ValueError(f"{path}={value!r} must be {' or '.join(_WORDS[kind] for kind in accepted)}")
+def _wants_float(hint: Any) -> bool:
+    return float in alternatives(hint) and int not in alternatives(hint)
 
 
 def positive(where: str, owner: Any, *names: str) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-
-from anorm.files import file_digest
 
 EXCLUDED = (
     "run_dir",
@@ -42,32 +39,44 @@ ADDED = {
     "schedule.warmup_steps": None,
     "schedule.warmup_from": 0.0,
 }
-"""Keys that came later, with the values by which runs that are older than them keep their signature."""
+"""Keys that are younger than some runs -> the value that stands for what those runs did; it is left out of signatures.
+Whoever adds an argument to a task, an architecture, a norm, a data set or a section adds its default here.
+"""
 
 
-def signature(config: dict, data_identity: str, processes: int) -> str:
-    """Ten hexadecimal digits. ``config``: complete and resolved, so that a default counts like the same value typed.
+def signature(config: dict, data_identity: str, weights: str | None = None) -> str:
+    """Return ten hexadecimal digits. ``config``: the tree of a complete configuration decided for its machine, so that a
+    default counts like the same value typed; ``weights``: the digest of the file that a run starts from.
 
     The number of processes counts only where statistics are pooled over them (norm.sync); the size, order and seed of
     evaluation's batches only where their statistics are used (eval.stats=batch).
     """
+    flat = flatten(config)
     counted = {
-        key: value
-        for key, value in flatten(config).items()
-        if not _excluded(key) and not (key in ADDED and value == ADDED[key])
+        key: value for key, value in flat.items() if not _excluded(key) and (key, value) not in ADDED.items()
     }
     counted["data.identity"] = data_identity
-    if config.get("weights"):
-        if not Path(config["weights"]).is_file():
-            raise ValueError(f"weights={config['weights']} is not a file")
-        counted["weights"] = file_digest(Path(config["weights"]))
+    if weights:
+        counted["weights"] = weights
+    here = counting_here(config)
     for name in ("batch_size", "order", "seed"):
-        if f"eval.{name}" in counting_here(config):
-            counted[f"eval.{name}"] = config["eval"][name]
-    if "hardware.processes" in counting_here(config):
-        counted["processes"] = processes
+        if f"eval.{name}" in here:
+            counted[f"eval.{name}"] = flat[f"eval.{name}"]
+    if "hardware.processes" in here:
+        counted["processes"] = flat["hardware.processes"]
     text = json.dumps(counted, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+def difference(old: dict, new: dict) -> str:
+    """Return in words which keys that count for a signature differ between two trees; empty where none does."""
+    old, new, here = flatten(old), flatten(new), counting_here(new)
+    changed = [
+        f"{key}: {old.get(key)} there, {new.get(key)} now"
+        for key in {**old, **new}
+        if old.get(key, ADDED.get(key)) != new.get(key) and (key in here or not _excluded(key))
+    ]
+    return "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
 def counting_here(config: dict) -> set[str]:

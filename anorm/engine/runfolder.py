@@ -7,12 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from anorm.config.signature import EXCLUDED, counting_here, flatten
+from anorm.config.frozen import Config
 from anorm.engine import checkpoint
 from anorm.engine.record import METRICS, final_metrics
 from anorm.files import write_atomic
@@ -21,20 +22,32 @@ from anorm.processes.world import World
 CONFIG, CARD = "config.yaml", "data.json"
 
 
-def folder_for(config: dict, choices: dict[str, str], signature: str) -> Path:
-    """run_dir, or runs/ARCH-NORM-DATA-SETUP-sSEED-SIGNATURE under the present folder, with the
-    task before them where that is not classification.
-    """
-    if config["run_dir"]:
-        return Path(config["run_dir"]).expanduser().resolve()
-    task = choices.get("task", "classification")
-    words = [choices[group].replace(":", "_") for group in ("arch", "norm", "data", "setup")]
+@dataclass(frozen=True)
+class Job:
+    """What is decided before training. config: decided for this machine."""
+
+    config: Config
+    signature: str
+    folder: Path
+
+
+def prefix(config: Config) -> str:
+    """Return ARCH-NORM-DATA-SETUP-sSEED, with the task before them where that is not classification."""
+    words = [config.choices[group].replace(":", "_") for group in ("arch", "norm", "data", "setup")]
+    task = config.choices["task"]
     words = words if task == "classification" else [task, *words]
-    return Path("runs", "-".join([*words, f"s{config['seed']}", signature])).resolve()
+    return "-".join([*words, f"s{config.settings.seed}"])
 
 
-def standing(folder: Path, signature: str, config: dict) -> dict[str, Any] | None:
-    """The final event when this run is finished in ``folder``, None when it is new or cut.
+def folder_for(config: Config, signature: str) -> Path:
+    """Return run_dir, or runs/PREFIX-SIGNATURE under the present folder."""
+    if config.settings.run_dir:
+        return Path(config.settings.run_dir).resolve()
+    return Path("runs", f"{prefix(config)}-{signature}").resolve()
+
+
+def standing(folder: Path, signature: str, config: Config) -> dict[str, Any] | None:
+    """Return the final event when this run is finished in ``folder``, None when it is new or cut.
 
     Raises ValueError when the folder holds a run of another configuration.
     """
@@ -45,49 +58,57 @@ def standing(folder: Path, signature: str, config: dict) -> dict[str, Any] | Non
         raise ValueError(
             f"{folder} holds a run without its {CONFIG}: set another run_dir, or move that folder away"
         )
-    held = yaml.safe_load(path.read_text())
-    if held.get("signature") != signature:
+    if signature_in(path) != signature:
         state = "a finished run" if finished else "a run"
+        unlike = configuration_in(path).difference(config) or "other data or weights"
         raise ValueError(
-            f"{folder} already holds {state} of another configuration ({_difference(held, config)}): set "
-            "another run_dir, leave run_dir out, or move that folder away"
+            f"{folder} already holds {state} of another configuration ({unlike}): set another run_dir, leave run_dir "
+            "out, or move that folder away"
         )
     return finished
 
 
-def freeze(folder: Path, config: dict, choices: dict[str, str], signature: str) -> None:
-    """Write config.yaml: the resolved configuration, its signature, the choices it was composed from. Running it again
-    continues, whatever the first start was told.
+def keep(job: Job) -> None:
+    """Write config.yaml: the configuration, its signature, the choices it was composed from. Running it again continues,
+    whatever the first start was told.
     """
-    held = {"signature": signature, "choices": choices} | with_absolute_root(config) | {"resume": "auto"}
-    text = yaml.safe_dump(held, sort_keys=False)
-    write_atomic(folder / CONFIG, text.encode())
+    text = job.config.having(resume="auto").text(signature=job.signature)
+    write_atomic(job.folder / CONFIG, text.encode())
 
 
-def with_absolute_root(config: dict) -> dict:
-    """``config`` with data.root as it is called from any folder."""
-    root = config["data"].get("root")
-    return (
-        config | {"data": config["data"] | {"root": str(Path(root).expanduser().absolute())}}
-        if root
-        else config
-    )
-
-
-def thaw(path: Path) -> tuple[dict, dict[str, str]]:
-    """(configuration, choices) that ``freeze`` wrote, given the file or its folder, wherever that lies now. Raises
-    ValueError in words.
-    """
+def configuration_in(path: Path) -> Config:
+    """Return the frozen configuration in a file, or in a run folder, wherever that lies now. Raises ValueError in words."""
     path = path / CONFIG if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no {path}: give a run folder, or the config.yaml of one")
-    held = yaml.safe_load(path.read_text())
-    if not isinstance(held, dict) or "choices" not in held:
-        raise ValueError(f"{path} is no frozen configuration: it has no choices")
-    choices = held.pop("choices")
-    if held.pop("signature", None) and (path.parent / METRICS).exists():
-        held["run_dir"] = str(path.parent.resolve())
-    return held, choices
+    of_a_run = signature_in(path) and (path.parent / METRICS).exists()
+    here = {"run_dir": str(path.parent.resolve())} if of_a_run else {}
+    return Config.from_text(path.read_text(), str(path), **here)
+
+
+def signature_in(path: Path) -> str:
+    """Return the signature that a file or a run folder holds, empty where it holds none."""
+    held = yaml.safe_load((path / CONFIG if path.is_dir() else path).read_text())
+    return held.get("signature", "") if isinstance(held, dict) else ""
+
+
+def with_weights(config: Config) -> Config:
+    """Return ``config`` with the digest of the weights that it starts from. A run with a checkpoint needs them no longer:
+    where they are gone the run's own folder tells the digest.
+
+    Raises ValueError where no run is there that started from them.
+    """
+    weights = config.settings.weights
+    if weights is None or Path(weights).is_file():
+        return config.with_weights()
+    run_dir = config.settings.run_dir
+    folders = [Path(run_dir)] if run_dir else sorted(Path("runs").glob(f"{prefix(config)}-*"))
+    for folder in folders:
+        if (folder / CONFIG).is_file() and ((folder / "last.ckpt").exists() or final_metrics(folder)):
+            held = configuration_in(folder)
+            if held.weights_digest and held.settings.weights == weights and not held.difference(config):
+                return config.with_weights(held.weights_digest)
+    return config.with_weights()
 
 
 def write_data_card(folder: Path, card: dict) -> None:
@@ -106,23 +127,23 @@ def last_weights(folder: Path) -> Path:
 
 
 @contextmanager
-def occupied(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+def occupied(job: Job, world: World) -> Iterator[tuple[Path, dict[str, Any] | None]]:
     """Hold the folder for this run; gives it and the checkpoint to continue from, or None. Called by every process.
 
     Raises ValueError when other processes hold it (also such as outlived a killed launcher), or its
     checkpoint is damaged.
     """
-    lock, config = checkpoint.FolderLock(folder), job["config"]
+    folder, lock = job.folder, checkpoint.FolderLock(job.folder)
     last = folder / "last.ckpt"
     try:
         if world.main:
             lock.take_all()
-            standing(folder, job["signature"], config)
-            if config["resume"] == "never":
+            standing(folder, job.signature, job.config)
+            if job.config.settings.resume == "never":
                 clear(folder)
             elif last.exists():
                 checkpoint.load(last)  # nothing is written beside a damaged one
-            freeze(folder, config, job["choices"], job["signature"])
+            keep(job)
             lock.keep(0)
         resumes = world.broadcast(last.exists())  # one answer, also where a network disk's caches differ
         if not world.main:
@@ -133,7 +154,7 @@ def occupied(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple[
 
 
 @contextmanager
-def rehearsal(folder: Path, world: World, job: dict[str, Any]) -> Iterator[tuple[Path, None]]:
+def rehearsal(job: Job, world: World) -> Iterator[tuple[Path, None]]:
     """A folder for a dry run, gone afterwards; the run's own is not touched."""
     with tempfile.TemporaryDirectory(prefix="anorm-dry-") as place:
         yield Path(place), None
@@ -145,17 +166,3 @@ def clear(folder: Path) -> None:
         for path in folder.glob(pattern):
             path.unlink()
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-
-
-def _difference(held: dict, config: dict) -> str:
-    old, new = flatten({k: v for k, v in held.items() if k not in ("signature", "choices")}), flatten(config)
-    changed = [
-        f"{key}: {old.get(key)} there, {new.get(key)} now"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
-        and (key in counting_here(config) or (key.split(".")[0] not in EXCLUDED and key not in EXCLUDED))
-    ]
-    return (
-        "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        or "other data or weights"
-    )

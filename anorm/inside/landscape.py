@@ -120,7 +120,7 @@ def at_checkpoints(subject: Subject, lengths: Sequence[float] = LENGTHS) -> list
     """At every kept checkpoint, all with one batch: the first of an epoch that training did not use."""
     own, found = subject.evaluator, []
     batch = next(iter(own.train.epoch(own.unused_epoch)))[0]
-    smoothing = subject.config["mix"]["label_smoothing"]
+    smoothing = subject.config.settings.mix.label_smoothing
     before = {name: value.clone() for name, value in own.model.state_dict().items()}
     try:
         for step, path in checkpoints(subject.folder).items():
@@ -137,17 +137,17 @@ def afresh(
     """The run's first ``steps`` steps once more, in a folder that goes away; measured before about ``points``
     of them, each with the batch that is trained on next, before it is mixed.
     """
-    config = subject.config | {"resume": "never", "log": subject.config["log"] | {"tensorboard": False}}
+    config = subject.config.having(resume="never", log={"tensorboard": False})
     every, step = max(1, -(-steps // points)), 0
     with tempfile.TemporaryDirectory(prefix="anorm-look-") as place:
         with redirect_stdout(io.StringIO()):  # what a run says at its start
-            run = build(config, Path(place), "", World().on(config["hardware"]["device"]), None)
+            run = build(config, Path(place), "", World().on(config.settings.hardware.device), None)
         try:
             total = min(steps, run.total_steps)
             while step < total:
                 for batches in run.train.epoch(step // run.train.steps_per_epoch):
                     if step % every == 0 or step == total - 1:
-                        yield _measure(run.model, batches[0], config["mix"]["label_smoothing"], lengths, step)
+                        yield _measure(run.model, batches[0], config.settings.mix.label_smoothing, lengths, step)
                     run.network.train()
                     train_step(run, step, batches)
                     after_step(run.model, (step + 1) / run.total_steps)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from anorm.build import create_source, evaluator
-from anorm.config.complete import accepted, complete, resolve
-from anorm.config.compose import change
+from anorm.config.frozen import Config
 from anorm.data.loaders import EvalLoader
 from anorm.data.sources.base import FetchedImages, LabelledImages, Source
 from anorm.engine.evaluate import Evaluator, Result, evaluate
-from anorm.engine.runfolder import last_weights, thaw
+from anorm.engine.runfolder import configuration_in, last_weights
 from anorm.engine.statistics import statistics_from
 from anorm.words import nearest
 
@@ -27,12 +26,12 @@ __all__ = ["Part", "Subject", "chosen_classes", "of_classes", "open_subject", "s
 class Subject:
     """A run's network in evaluation mode, with its last weights, on this machine's device.
 
-    norm: as it was chosen; config: complete and resolved for one process here.
+    norm: as it was chosen; config: decided for one process here.
     """
 
     norm: str
     folder: Path
-    config: dict
+    config: Config
     source: Source
     evaluator: Evaluator
 
@@ -46,13 +45,9 @@ class Subject:
 
     def batches(self, dataset: LabelledImages, indices: Sequence[int]) -> EvalLoader:
         """These images of one of ``source``'s data sets, cropped as in evaluation."""
-        hardware, size = (
-            self.config["hardware"],
-            self.config["eval"]["batch_size"] or self.config["batch_size"],
-        )
-        return EvalLoader(
-            Part(dataset, indices), size, device=self.device, channels_last=hardware["channels_last"]
-        )
+        settings = self.config.settings
+        size, layout = settings.eval.batch_size or settings.batch_size, settings.hardware.channels_last
+        return EvalLoader(Part(dataset, indices), size, device=self.device, channels_last=layout)
 
     def evaluate(self, batches: EvalLoader) -> Result:
         own = self.evaluator
@@ -74,12 +69,10 @@ class Subject:
 
 def open_subject(folder: Path, overrides: Sequence[str] = (), weights: Path | None = None) -> Subject:
     """The run in a folder; ``overrides`` are train.py's arguments. Raises ValueError where there is none."""
-    config, choices = thaw(folder)
-    config["hardware"]["processes"] = 1
-    config = resolve(complete(change(config, list(overrides), accepted)))
+    config = configuration_in(folder).having(hardware={"processes": 1}).change(list(overrides)).on()
     source, found = create_source(config), evaluator(config, weights or last_weights(folder))
     found.model.eval().requires_grad_(True)
-    return Subject(choices["norm"], folder.resolve(), config, source, found)
+    return Subject(config.choices["norm"], folder.resolve(), config, source, found)
 
 
 class Part(LabelledImages):

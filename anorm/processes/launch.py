@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anorm.processes.interrupt import interruptible
-from anorm.processes.world import LAUNCHED, World, or_leave, process_group
+from anorm.processes.world import LAUNCHED, World, exit_on_failure, process_group
 
 Rank = Callable[..., int]
 
@@ -100,8 +100,8 @@ def launch(rank: Rank, processes: int, *arguments: Any) -> int:
         except ChildFailedError as error:
             return _report(error, processes, Path(words))
         except Exception as error:
-            # torch raises it wherever the signal finds this process, also where a `finally` of its own then fails
-            # (which stops the ranks with SIGTERM, whatever it was; under torchrun that failure is what one sees)
+            # The signal may hit one of torch's own finally blocks: SignalException then sits in __context__. Such a
+            # block stops the ranks with SIGTERM, whatever the signal was.
             while error is not None and not isinstance(error, SignalException):
                 error = error.__context__
             if error is None:
@@ -123,7 +123,7 @@ def _local_address() -> str:
 
 def _in_rank(rank: Rank, words: str, *arguments: Any) -> int:
     """In a new process: a status other than 0 must end it, for the launcher to notice."""
-    return or_leave(lambda: rank(*arguments, words=Path(words) / f"{int(os.environ['RANK']):05d}"))
+    return exit_on_failure(lambda: rank(*arguments, words=Path(words) / f"{int(os.environ['RANK']):05d}"))
 
 
 def _report(error: Any, processes: int, words: Path) -> int:

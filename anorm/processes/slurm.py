@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from anorm.config.frozen import Config
 from anorm.config.machine import Machine
 from anorm.processes.errors import user_errors
 from anorm.processes.launch import slurm_environment
@@ -148,22 +147,22 @@ class Training:
 
 
 def submit_all(
-    jobs: list[Any], script: Path, freeze: Callable[[Any, Machine], str], runs: Path, wishes: Wishes
+    jobs: list[Any], script: Path, compose: Callable[[Any], Config], runs: Path, wishes: Wishes
 ) -> int:
-    """Submit each of ``jobs``, frozen to text by ``freeze(job, machine)``. One that cannot be stops no other;
-    0, or 2 when there was such a one.
+    """Submit each of ``jobs`` with the configuration that ``compose`` gives for it. One that cannot be submitted stops no
+    other; returns 0, or 2 when there was such a one.
     """
     statuses = []
     for job in jobs:
         with user_errors() as outcome:
-            number = submit(script, freeze(job, wishes.machine), runs, wishes)
+            number = submit(script, compose(job), runs, wishes)
             print(f"job {number}: {log_of(runs, number)}", flush=True)
         statuses.append(outcome.status)
     return max(statuses)
 
 
-def submit(script: Path, frozen: str, runs: Path, wishes: Wishes) -> str:
-    """Queue ``script --config FILE`` with this frozen configuration in the file; the job's number.
+def submit(script: Path, config: Config, runs: Path, wishes: Wishes) -> str:
+    """Queue ``script --config FILE`` with this configuration in the file; returns the job's number.
 
     Raises ValueError where there is no Slurm, or it refuses.
     """
@@ -173,8 +172,7 @@ def submit(script: Path, frozen: str, runs: Path, wishes: Wishes) -> str:
     for command in ("sbatch", "srun"):
         if shutil.which(command) is None:
             raise ValueError(f"there is no {command} here: submit from a machine of a Slurm cluster")
-    config = yaml.safe_load(frozen)
-    processes = config["hardware"]["processes"]
+    processes, frozen = config.settings.hardware.processes, config.text()
     if processes != "auto" and processes % wishes.nodes:
         raise ValueError(
             f"hardware.processes={processes} on slurm.nodes={wishes.nodes}: as many on each node"
@@ -186,7 +184,7 @@ def submit(script: Path, frozen: str, runs: Path, wishes: Wishes) -> str:
     executor = submitit.SlurmExecutor(folder, max_num_timeout=1000)
     # srun_args: since Slurm 22.05 srun does not take sbatch's number of processors
     executor.update_parameters(
-        job_name="-".join([*(config["choices"][group] for group in ("arch", "norm")), f"s{config['seed']}"]),
+        job_name=f"{config.choices['arch']}-{config.choices['norm']}-s{config.settings.seed}",
         time=wishes.time,
         nodes=wishes.nodes,
         ntasks_per_node=1,

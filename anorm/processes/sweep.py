@@ -9,24 +9,25 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from anorm.config.frozen import Config
 from anorm.processes.errors import user_errors
 from anorm.processes.interrupt import end_with_parent
 
 NOT_RUN = -1
 
 
-def run_sweep(jobs: list[list[str]], script: Path, freeze: Callable[[list[str], Path], None]) -> int:
+def run_sweep(jobs: list[list[str]], script: Path, compose: Callable[[list[str]], Config]) -> int:
     """Run ``script --config FILE`` for each job, one after the other; 0 when all succeed, else 1.
 
-    ``freeze(overrides, file)`` composes a job into a file. A job that cannot be composed, or fails, stops no
-    other; a signal stops the one that runs, and those after it.
+    ``compose(overrides)`` gives a job's configuration. A job that cannot be composed, or fails, stops no other; a signal
+    stops the one that runs, and those after it.
     """
     with tempfile.TemporaryDirectory(prefix="anorm-sweep-") as folder:
         files = []
         for number, overrides in enumerate(jobs):
             path = Path(folder) / f"{number}.yaml"
             with user_errors() as outcome:
-                freeze(overrides, path)
+                path.write_text(compose(overrides).text())
             if outcome.status:
                 print(
                     f"  (job {number + 1} of {len(jobs)}: {' '.join(overrides)})", file=sys.stderr, flush=True
@@ -49,7 +50,7 @@ def run_sweep(jobs: list[list[str]], script: Path, freeze: Callable[[list[str], 
 
 def _run(command: list[str], stopped: list[int]) -> int:
     """The command's status; signals to this process go to it, and are noted in ``stopped``."""
-    # SIGTERM, which saves, when the sweep is killed: a repeated one would meet this job at work
+    # When the sweep is killed its job gets SIGTERM and saves; otherwise the repeated sweep finds the run folder locked.
     process = subprocess.Popen(command, preexec_fn=lambda: end_with_parent(signal.SIGTERM))
 
     def forward(number: int, frame: object) -> None:

@@ -144,9 +144,11 @@ def _leave_together() -> None:
     dist.destroy_process_group()
 
 
-def or_leave(work: Callable[[], int]) -> int:
-    """``work()``, if that is 0. After a failure this process of several ends at once, as the interpreter's own end would
-    take the group down; its launcher, or the connections that break, tell the others.
+def exit_on_failure(work: Callable[[], int]) -> int:
+    """Return ``work()``'s status if 0; else end this process at once, without taking the group down.
+
+    The interpreter's own end would wait for the others to leave the group. The launcher, or the connections that break,
+    tell them.
     """
     try:
         status = work()

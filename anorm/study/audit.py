@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 
-from anorm.config.complete import accepted, complete
-from anorm.config.compose import compose
+from anorm.config.frozen import Config
 from anorm.study.printed import CONFIGS, FAITHFUL, Counted, Row, Table
 from anorm.study.sizes import Size, size_of
 
@@ -86,7 +85,7 @@ def audit(table: Table, faithful: str = "paper") -> list[Audited]:
     return found
 
 
-def networks(table: Table) -> list[dict]:
+def networks(table: Table) -> list[Config]:
     """Return the configurations of all networks that an audit of the table counts."""
     found = []
     for faithful in FAITHFUL:
@@ -104,8 +103,8 @@ def _explained(row: Row, said: Counted | None, faithful: str) -> tuple[Counted, 
 
 
 @cache
-def _config(arguments: tuple[str, ...]) -> dict:
-    return complete(compose(CONFIGS, list(arguments), accepted).config)
+def _config(arguments: tuple[str, ...]) -> Config:
+    return Config.compose(CONFIGS, list(arguments))
 
 
 COLUMNS: dict[str, Callable[[Audited], str]] = {

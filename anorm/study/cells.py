@@ -19,15 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import yaml
-
 from anorm.build import create_source
-from anorm.config.complete import resolve, resolve_for
+from anorm.config.frozen import Config
 from anorm.config.machine import Machine
-from anorm.config.signature import signature
 from anorm.processes import slurm
 from anorm.study.grid import Grid, Line
 from anorm.study.printed import ROOT
@@ -44,11 +40,10 @@ class Cell:
     folder: Path
     labels: tuple[str, ...]
 
-    def frozen(self, machine: Machine | None = None) -> str:
-        """The configuration as text for train.py --config, on a machine elsewhere or on this one."""
-        config = self.line.config | {"seed": self.seed, "run_dir": str(self.folder)}
-        config = resolve_for(config, machine) if machine else config
-        return yaml.safe_dump({"choices": self.line.composed[1]} | config, sort_keys=False)
+    def config(self, machine: Machine | None = None) -> Config:
+        """Return the configuration for train.py --config, on a machine elsewhere or on this one."""
+        config = self.line.config.having(seed=self.seed, run_dir=str(self.folder))
+        return config.meant_for(machine) if machine else config
 
 
 def cells_of(grid: Grid, seeds: int, runs_dir: Path, machine: Machine | None = None) -> list[Cell]:
@@ -58,20 +53,17 @@ def cells_of(grid: Grid, seeds: int, runs_dir: Path, machine: Machine | None = N
     Raises ValueError where the data are not at hand.
     """
     found: dict[str, Cell] = {}
+    identities: dict[str, str] = {}
     for seed in range(seeds):
         for line in grid.lines:
-            config = resolve(line.config | {"seed": seed}, machine=machine)
-            signed = signature(config, _identity(json.dumps(config["data"])), config["hardware"]["processes"])
+            config = line.config.having(seed=seed).on(machine)
+            data = json.dumps(config.data.tree())
+            identities[data] = identities.get(data) or create_source(config).identity
+            signed = config.signed(identities[data])
             labels = (*(found[signed].labels if signed in found else ()), line.label)
             folder = runs_dir.resolve() / line.folder(seed, signed).name
             found[signed] = Cell(signed, line, seed, folder, labels)
     return list(found.values())
-
-
-@cache
-def _identity(data: str) -> str:
-    options = json.loads(data)
-    return create_source({"data": options}).identity
 
 
 class Book:
@@ -209,7 +201,7 @@ def run_cells(
 
 def _run(cell: Cell, book: Book, lock: int, outcome: Outcome) -> None:
     file = book.folder / f"{cell.signature}.yaml"
-    file.write_text(cell.frozen())  # files of configs/ may have been edited since the table was opened
+    file.write_text(cell.config().text())  # files of configs/ may have been edited since the table was opened
     command, started = [sys.executable, str(ROOT / "train.py"), "--config", str(file)], time.monotonic()
     with open(book.log(cell.signature), "w") as log:
         process = subprocess.Popen(

@@ -26,8 +26,7 @@ from typing import Any
 
 import yaml
 
-from anorm.config.complete import accepted, complete
-from anorm.config.compose import compose
+from anorm.config.frozen import Config
 from anorm.config.signature import EXCLUDED
 from anorm.engine.runfolder import folder_for
 from anorm.study.printed import CONFIGS, Row, Table, load, names
@@ -54,14 +53,9 @@ class Line:
     tuned_versus: str | None = None
 
     @cached_property
-    def composed(self) -> tuple[dict, dict[str, str]]:
-        """(complete configuration, choices), seed 0."""
-        found = compose(CONFIGS, list(self.overrides), accepted)
-        return complete(found.config), found.choices
-
-    @property
-    def config(self) -> dict:
-        return self.composed[0]
+    def config(self) -> Config:
+        """The configuration, seed 0."""
+        return Config.compose(CONFIGS, list(self.overrides))
 
     @cached_property
     def likeness(self) -> str:
@@ -76,7 +70,7 @@ class Line:
 
     def folder(self, seed: int, signature: str) -> Path:
         """Where train.py puts this run."""
-        return folder_for(self.config | {"seed": seed}, self.composed[1], signature)
+        return folder_for(self.config.having(seed=seed), signature)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from anorm.build import create_source, create_task, evaluator_for
-from anorm.config.complete import resolve
 from anorm.engine.state import PREDICTIONS
 from anorm.files import file_digest, write_atomic
 from anorm.registry import create_model
@@ -90,7 +89,7 @@ def match(grid: Grid, folder: Path) -> list[Match]:
         raise ValueError(f"--weights {folder} holds no weights: files that end in {', '.join(SUFFIXES)}")
     lines = list({line.likeness: line for line in reversed(grid.lines)}.values())[::-1]
     networks = {
-        line.likeness: _names_and_shapes(json.dumps(line.config["arch"]), json.dumps(line.config["norm"]))
+        line.likeness: _names_and_shapes(json.dumps(line.config.arch.tree()), json.dumps(line.config.norm.tree()))
         for line in lines
     }
     found: list[Match] = []
@@ -120,7 +119,7 @@ def _of_its_setup(file: Path, folder: Path, fitting: list[Line]) -> Line | None:
     """Of the rows that a file fits the one whose setup its path names; there may be but one, or none."""
     if len(fitting) < 2:
         return fitting[0] if fitting else None
-    setups = {line.composed[1]["setup"]: line for line in fitting}
+    setups = {line.config.choices["setup"]: line for line in fitting}
     words = re.findall("[a-z0-9]+", str(file.relative_to(folder)).lower())
     named = [setup for setup in setups if setup in words]
     if len(named) == 1 and len(setups) == len(fitting):
@@ -139,8 +138,7 @@ def evaluate(matches: list[Match], runs_dir: Path) -> list[Published]:
 
 
 def _evaluate(file: Path, line: Line, runs_dir: Path, which: str) -> Published:
-    config = resolve(line.config)
-    config["hardware"] = config["hardware"] | {"processes": 1}
+    config = line.config.having(hardware={"processes": 1}).on()
     source = create_source(config)
     task = create_task(config, source.classes, len(source.mean))
     stamp = stamp_of(config, task.card(source), len(source.val), "published", PUBLISHED)

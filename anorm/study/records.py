@@ -10,12 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from anorm.config.complete import complete
-from anorm.config.signature import EXCLUDED, flatten
+from anorm.config.frozen import Config
+from anorm.config.signature import ADDED, EXCLUDED, flatten
 from anorm.engine.record import read_metrics
-from anorm.engine.runfolder import CARD, CONFIG, thaw
+from anorm.engine.runfolder import CARD, CONFIG, configuration_in, signature_in
 from anorm.engine.state import PREDICTIONS
 
 EPOCHS = ("last", "best")
@@ -45,32 +44,32 @@ class Stamp:
         )
 
 
-def stamp_of(config: dict, card: dict, images: int, epoch: str, weights: str, processes: int = 1) -> Stamp:
-    """The protocol of an evaluation of ``images`` images under a complete and resolved configuration.
+def stamp_of(config: Config, card: dict, images: int, epoch: str, weights: str, processes: int = 1) -> Stamp:
+    """The protocol of an evaluation of ``images`` images under a configuration decided for its machine.
 
     card: what ``runfolder.data_card`` says of the data.
     """
-    asked = config["eval"]
-    statistics = f"{asked['stats']} statistics"
-    if asked["stats"] == "batch":
-        statistics += f" (batches of {asked['batch_size'] or config['batch_size']})"
-    if asked["stats"] == "recalibrated":
-        statistics += f" ({asked['recalibrate_batches']} batches of {config['batch_size']})"
+    settings, asked = config.settings, config.settings.eval
+    statistics = f"{asked.all_stats[0]} statistics"
+    if asked.all_stats[0] == "batch":
+        statistics += f" (batches of {asked.batch_size or settings.batch_size})"
+    if asked.all_stats[0] == "recalibrated":
+        statistics += f" ({asked.recalibrate_batches} batches of {settings.batch_size})"
     if processes > 1:
-        statistics += f" ({config['dist']['stats']} over processes)"
+        statistics += f" ({settings.dist.stats} over processes)"
     identity = hashlib.blake2b(str(card.get("images")).encode(), digest_size=3).hexdigest()
     return Stamp(
-        data=f"{config['data']['name']}-{identity}",
+        data=f"{config.data.name}-{identity}",
         classes=len(card["classes"]),
         images=images,
         image_size=card["image_size"],
         resize=card["eval_resize"],
         interpolation=card["interpolation"],
-        decoder=config["data"].get("loader") or "torch",
+        decoder=config.data.options.get("loader") or "torch",
         weights=weights,
         epoch=epoch,
         statistics=statistics,
-        dtype=config["hardware"]["dtype"],
+        dtype=settings.hardware.dtype,
     )
 
 
@@ -132,12 +131,16 @@ def open_images(folder: Path) -> Images:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. config: complete and resolved."""
+    """A run folder."""
 
     folder: Path
-    config: dict
-    choices: dict[str, str]
+    config: Config
     signature: str
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Group -> what was chosen."""
+        return self.config.choices
 
     @cached_property
     def events(self) -> list[dict]:
@@ -154,7 +157,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        return self.config["seed"]
+        return self.config.settings.seed
 
     def evaluations(self) -> list[dict]:
         return [e for e in self.events if e["event"] == "eval"]
@@ -162,30 +165,30 @@ class Run:
     @property
     def averages(self) -> bool:
         """Whether the run also evaluated an average of its weights (EMA)."""
-        return self.config["ema"]["decay"] > 0
+        return self.config.settings.ema.decay > 0
 
     def result(self, epoch: str = "last", average: bool = False) -> dict:
         """The eval event of the last or the best epoch (of the plain weights): top1, top5 in percent, of the
         plain weights or of their average. Only of a finished run."""
         assert self.final is not None
-        wanted = self.final["best_epoch"] if epoch == "best" else self.config["epochs"]
+        wanted = self.final["best_epoch"] if epoch == "best" else self.config.settings.epochs
         found = next(e for e in reversed(self.evaluations()) if e["epoch"] == wanted)
         return found | {key: found[f"ema_{key}"] for key in ("top1", "top5")} if average else found
 
     def stamp(self, epoch: str = "last", average: bool = False) -> Stamp:
         """The protocol of ``result``."""
         card = json.loads((self.folder / CARD).read_text())
-        decay = self.config["ema"]["decay"]
+        decay = self.config.settings.ema.decay
         weights = f"average of weights (decay {decay:g})" if average else PLAIN
         return stamp_of(self.config, card, self.result(epoch)["images"], epoch, weights, self.processes)
 
     @property
     def processes(self) -> int:
-        return self.config["hardware"]["processes"]
+        return self.config.settings.hardware.processes
 
     @property
     def on_gpu(self) -> bool:
-        return self.config["hardware"]["device"] == "gpu"
+        return self.config.settings.hardware.device == "gpu"
 
     @property
     def images_per_second(self) -> float:
@@ -204,9 +207,7 @@ class Run:
 
 def open_run(folder: Path) -> Run:
     """The run in a folder. Raises ValueError where there is none."""
-    config, choices = thaw(folder)
-    signature = yaml.safe_load((folder / CONFIG).read_text()).get("signature", "")
-    return Run(folder, complete(config), choices, signature)
+    return Run(folder, configuration_in(folder), signature_in(folder))
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -220,17 +221,18 @@ def find_runs(folder: Path) -> list[Run]:
     return found
 
 
-def likeness(config: dict) -> str:
-    """A digest of what a complete configuration asks for, whatever the seed and the machine.
+def likeness(config: Config) -> str:
+    """A digest of what a configuration asks for, whatever the seed and the machine.
 
     It differs from a run's signature in what a machine without the data cannot know (the data's identity) and in what
     belongs to the stamp (seed aside, hardware.dtype).
     """
-    flat = flatten(config)
+    flat = flatten(config.tree())
     kept = {
         key: value
         for key, value in flat.items()
         if key != "seed"
+        and (key, value) not in ADDED.items()
         and not key.startswith("hardware.")
         and not any(key == word or key.startswith(word + ".") for word in EXCLUDED if word != "weights")
     }

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from anorm.build import create_source
+from anorm.config.frozen import Config
 from anorm.data.index import index_folder
 from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, Dataset, EncodedImages
 from anorm.data.sources.folder import FolderStore
@@ -91,7 +92,7 @@ def check_classes(classes: list[str]) -> None:
         )
 
 
-def report(name: str, place: Path | None, config: dict, on: On) -> str:
+def report(name: str, place: Path | None, config: Config, on: On) -> str:
     """The lines that validate.py prints for a shift. ``on``: what evaluates the network on a data set."""
     if name == "real":
         return real(place, config, on).words(config)
@@ -109,7 +110,7 @@ class Shifted:
     classes: int
     found: Result
 
-    def words(self, config: dict) -> str:
+    def words(self, config: Config) -> str:
         left_out = len(synsets()) - self.classes
         subset = f", the logits of the other {left_out} left out" if left_out else ""
         return (
@@ -119,7 +120,7 @@ class Shifted:
         )
 
 
-def shifted(name: str, folder: Path, config: dict, on: On) -> Shifted:
+def shifted(name: str, folder: Path, config: Config, on: On) -> Shifted:
     """Evaluate on a folder of class folders. Raises ValueError where they are not the shift's classes."""
     classes = synsets(name)
     kept = torch.tensor([place for place, synset in enumerate(synsets()) if synset in set(classes)])
@@ -127,14 +128,14 @@ def shifted(name: str, folder: Path, config: dict, on: On) -> Shifted:
     return Shifted(name, folder, len(classes), _evaluate(on({name: images_of(name, folder, config)}), restrict))
 
 
-def images_of(name: str, folder: Path, config: dict, resize: int | None = None) -> EncodedImages:
+def images_of(name: str, folder: Path, config: Config, resize: int | None = None) -> EncodedImages:
     """The images of a folder of class folders, labelled as ImageNet's 1,000 classes are, read as configured.
 
     resize: short side before the crop, in place of the configuration's.
     """
     if not folder.is_dir():
         raise ValueError(f"--shift {name}: {folder} is not a folder")
-    data = config["data"]
+    data = config.data.options
     # the archives hold a README beside the class folders
     index = index_folder(folder, "skip", data.get("cache", True))
     store = FolderStore(index)
@@ -212,7 +213,7 @@ class Corrupted:
             return None
         return 100 * fmean((100 - fmean(self.top1[name])) / ALEXNET_ERRORS[name] for name in self.counted)
 
-    def words(self, config: dict) -> str:
+    def words(self, config: Config) -> str:
         top1, top5 = (
             fmean(v for name in self.counted for v in values[name]) for values in (self.top1, self.top5)
         )
@@ -239,10 +240,10 @@ class Corrupted:
         )
 
 
-def corrupted(folder: Path, config: dict, on: On) -> Corrupted:
+def corrupted(folder: Path, config: Config, on: On) -> Corrupted:
     """Evaluate on every corruption and severity of ImageNet-C that ``folder`` holds."""
     top1, top5, images = {}, {}, 0
-    size = config["data"].get("image_size", 224)
+    size = config.data.options.get("image_size", 224)
     for name, place in _corruptions(folder).items():
         found = [
             _evaluate(on({f"{name} {s}": images_of("imagenet_c", place / str(s), config, resize=size)}))
@@ -284,7 +285,7 @@ class Real:
     images: int
     original: Result
 
-    def words(self, config: dict) -> str:
+    def words(self, config: Config) -> str:
         return (
             f"real: top-1 {self.top1:.4f} % top-5 {self.top5:.4f} % of the {self.images} images with ReaL "
             f"labels; original labels: top-1 {self.original['top1']:.4f} % top-5 {self.original['top5']:.4f} % of "
@@ -292,7 +293,7 @@ class Real:
         )
 
 
-def real(labels: Path | None, config: dict, on: On) -> Real:
+def real(labels: Path | None, config: Config, on: On) -> Real:
     """Evaluate on the own validation images under ReaL labels: a JSON file with a list of classes for each
     image in the order of the official numbers, or, for None, the one that timm ships.
     """
@@ -353,11 +354,11 @@ class Listening(nn.Module):
         return logits
 
 
-def protocol(config: dict, resized: bool = True) -> str:
+def protocol(config: Config, resized: bool = True) -> str:
     """Under which the numbers are, for the end of their line."""
-    data = config["data"]
+    data = config.data.options
     crop = Crop(data.get("image_size", 224), data.get("eval_resize"), data.get("interpolation", "bilinear"))
     size = f"{crop.image_size} px" + (f" of {crop.short_side}" if resized else ", not resized further")
     return (
-        f"{size}, {crop.interpolation}, {config['eval']['stats']} statistics, {config['hardware']['dtype']}"
+        f"{size}, {crop.interpolation}, {config.settings.eval.all_stats[0]} statistics, {config.settings.hardware.dtype}"
     )

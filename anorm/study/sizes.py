@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from anorm.algebra import Moments
+from anorm.config.frozen import Config
 from anorm.norms.base import Norm, Site
 from anorm.norms.placement import Placement
 from anorm.registry import create_model
@@ -40,20 +41,20 @@ class Size:
     thop: int
 
 
-def size_of(config: dict, classes: int = 1000, pixels: int = 224) -> Size:
-    """Return the size of the network that ``config["arch"]`` and ``config["norm"]`` describe, on images of
+def size_of(config: Config, classes: int = 1000, pixels: int = 224) -> Size:
+    """Return the size of the network of ``config``'s architecture and norm, on images of
     pixels x pixels: as kept, or counted.
     """
     signed = signature(config, classes, pixels)
     held = kept()["sizes"].get(signed)
     if held and all(_digest(path) == kept()["code"][path] for path in held["code"]):
         return Size(*held["size"])
-    return _counted(json.dumps([config["arch"], config["norm"]], sort_keys=True), classes, pixels)[0]
+    return _counted(_network(config), classes, pixels)[0]
 
 
-def signature(config: dict, classes: int = 1000, pixels: int = 224) -> str:
+def signature(config: Config, classes: int = 1000, pixels: int = 224) -> str:
     """Return a digest of all that a size depends on besides the code."""
-    asked = json.dumps([config["arch"], config["norm"], classes, pixels], sort_keys=True)
+    asked = json.dumps([config.arch.tree(), config.norm.tree(), classes, pixels], sort_keys=True)
     return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
 
 
@@ -63,14 +64,18 @@ def kept() -> dict:
     return json.loads(KEPT.read_text()) if KEPT.is_file() else {"code": {}, "sizes": {}}
 
 
-def to_keep(configs: list[dict]) -> dict:
+def to_keep(configs: list[Config]) -> dict:
     """Return the content of ``sizes.json`` for the networks of ``configs``, all counted now."""
     sizes = {}
     for config in configs:
-        size, code = _counted(json.dumps([config["arch"], config["norm"]], sort_keys=True), 1000, 224)
+        size, code = _counted(_network(config), 1000, 224)
         sizes[signature(config)] = {"size": astuple(size), "code": code}
     files = sorted({path for entry in sizes.values() for path in entry["code"]})
     return {"code": {path: _digest(path) for path in files}, "sizes": dict(sorted(sizes.items()))}
+
+
+def _network(config: Config) -> str:
+    return json.dumps([config.arch.tree(), config.norm.tree()], sort_keys=True)
 
 
 @cache

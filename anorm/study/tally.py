@@ -286,14 +286,14 @@ def hours(entry: Entry, known: list[Entry]) -> tuple[float | None, str]:
     config = entry.line.config
     for other in known:
         theirs = other.line.config
-        if other.trained and theirs["data"] == config["data"]:
-            scale = entry.size.macs / other.size.macs * config["epochs"] / theirs["epochs"]
+        if other.trained and theirs.data == config.data:
+            scale = entry.size.macs / other.size.macs * config.settings.epochs / theirs.settings.epochs
             theirs = float(np.mean([run.device_hours for run in other.trained]))
             return scale * theirs, f"from {other.line.label}"
-    if not config["data"]["name"].startswith("imagenet"):
+    if not config.data.name.startswith("imagenet"):
         return None, "unknown"
-    macs = size_of(config, pixels=config["data"].get("image_size", 224)).macs
-    return 1_281_167 * config["epochs"] * macs / V100_MACS / 3600, "rough, V100 with FP16"
+    macs = size_of(config, pixels=config.data.options.get("image_size", 224)).macs
+    return 1_281_167 * config.settings.epochs * macs / V100_MACS / 3600, "rough, V100 with FP16"
 
 
 def total_hours(tally: Tally) -> tuple[float, int, str]:

@@ -7,8 +7,7 @@ import torch
 import yaml
 
 import anorm
-from anorm.config.complete import accepted, complete
-from anorm.config.compose import compose
+from anorm.config.frozen import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARCHS = sorted(path.stem for path in (CONFIGS / "arch").glob("*.yaml"))
@@ -28,13 +27,12 @@ def conditions(arch):
 
 @pytest.mark.parametrize(("arch", "extra"), [(arch, extra) for arch in ARCHS for extra in conditions(arch)])
 def test_yaml_builds(arch, extra):
-    config = complete(compose(CONFIGS, [f"arch={arch}", *extra], accepted).config)
-    options = {key: value for key, value in config["arch"].items() if key != "name"}
+    config = Config.compose(CONFIGS, [f"arch={arch}", *extra])
     with torch.device("meta"):
-        anorm.create_model(config["arch"]["name"], config["norm"], 10, **options)
+        anorm.create_model(config.arch.name, config.norm.tree(), 10, **config.arch.options)
 
 
 def test_recipe_of_mobilenetv2():
-    config = complete(compose(CONFIGS, ["arch=mobilenetv2"], accepted).config)
-    assert (config["epochs"], config["optim"]["lr"], config["optim"]["weight_decay"]) == (150, 0.05, 4e-5)
-    assert config["arch"]["dropout"] == 0.2
+    config = Config.compose(CONFIGS, ["arch=mobilenetv2"])
+    assert (config.settings.epochs, config.settings.optim.lr, config.settings.optim.weight_decay) == (150, 0.05, 4e-5)
+    assert config.arch.options["dropout"] == 0.2

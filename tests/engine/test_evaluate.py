@@ -9,8 +9,7 @@ from torch import nn
 
 from anorm import create_model, create_norm
 from anorm.build import evaluator
-from anorm.config.complete import accepted, complete, resolve
-from anorm.config.compose import compose
+from anorm.config.frozen import Config
 from anorm.data.sources.base import Batch
 from anorm.engine.evaluate import Pair, evaluate
 from anorm.engine.statistics import check_statistics, statistics_from
@@ -126,7 +125,7 @@ def test_recalibration_takes_so_many_plain_training_batches_and_no_dropout(norm)
         "eval.stats=recalibrated",
         "eval.recalibrate_batches=5",
     ]
-    found = evaluator(resolve(complete(compose(ROOT / "configs", asked, accepted).config)))
+    found = evaluator(Config.compose(ROOT / "configs", asked).on())
     inputs, counts = [], []
     first = next(m for m in found.model.modules() if hasattr(m, "running_mean"))
     found.model.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
@@ -191,7 +190,7 @@ def test_recalibrated_statistics_are_those_of_the_batches_and_are_put_back():
 
 def test_every_set_is_evaluated_under_every_statistics():
     asked = [*SMALL, "norm=bn", "eval.stats=[batch,running,recalibrated]", "eval.recalibrate_batches=2"]
-    found = evaluator(resolve(complete(compose(ROOT / "configs", asked, accepted).config)))
+    found = evaluator(Config.compose(ROOT / "configs", asked).on())
     found.sets["again"] = found.val
     results = found()
     sources = ("batch", "running", "recalibrated")
@@ -201,6 +200,6 @@ def test_every_set_is_evaluated_under_every_statistics():
     assert len({results[Pair("val", source)].values["loss"] for source in sources}) == 3
     for source in sources:  # as each by itself
         alone = evaluator(
-            resolve(complete(compose(ROOT / "configs", [*asked, f"eval.stats={source}"], accepted).config))
+            Config.compose(ROOT / "configs", [*asked, f"eval.stats={source}"]).on()
         )
         assert alone()[Pair("val", source)].values == results[Pair("val", source)].values

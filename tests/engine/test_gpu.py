@@ -11,8 +11,7 @@ from commands import ROOT, SMALL, events, run_train, start_torchrun, start_train
 from photographs import write_folder
 
 from anorm.build import build
-from anorm.config.complete import accepted, complete, resolve
-from anorm.config.compose import compose
+from anorm.config.frozen import Config
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.sources import create
 from anorm.engine.fit import train_step
@@ -93,7 +92,7 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, dtype, impl):
         "mix.mixup=0.2",
         "ema.decay=0.9",
     ]
-    config = resolve(complete(compose(ROOT / "configs", asked, accepted).config))
+    config = Config.compose(ROOT / "configs", asked).on()
     run = build(config, tmp_path, "signature", World().on(HERE), None)
     meter, steps = Meter(run, Clock(run.progress)), list(run.train.epoch(0))
     run.network.train()
@@ -141,7 +140,7 @@ def test_a_step_that_overflows_on_the_device_changes_nothing(tmp_path):
     )
     assert status == 0
     assert events(tmp_path / "run", "train")[-1]["skipped_steps"] == 8
-    config = resolve(complete(compose(ROOT / "configs", [*GPU, "norm=bn"], accepted).config))
+    config = Config.compose(ROOT / "configs", [*GPU, "norm=bn"]).on()
     start = build(config, tmp_path, "signature", World().on(HERE), None)
     start.close()
     ended = weights(tmp_path / "run")["model"]

@@ -7,8 +7,7 @@ from commands import ROOT
 from photographs import write_folder
 
 from anorm.build import build
-from anorm.config.complete import accepted, complete, resolve
-from anorm.config.compose import compose
+from anorm.config.frozen import Config
 from anorm.engine.fit import fit
 from anorm.norms.base import Norm
 from anorm.processes.world import World
@@ -46,7 +45,7 @@ def seen(data, folder, norm, seed):
         "hardware.threads=1",
         "log.tensorboard=false",
     ]
-    config = resolve(complete(compose(ROOT / "configs", asked, accepted).config))
+    config = Config.compose(ROOT / "configs", asked).on()
     folder.mkdir()
     run = build(config, folder, "signature", World().on("cpu"), None)
     of_norms = {

@@ -18,9 +18,8 @@ def two_sets(monkeypatch):
     from anorm import build
 
     def create_source(config):
-        options = {key: value for key, value in config["data"].items() if key != "name"}
-        found = sources.create("synthetic", **options)
-        other = sources.create("synthetic", **options | {"val_images": 30}).val
+        found = sources.create("synthetic", **config.data.options)
+        other = sources.create("synthetic", **config.data.options | {"val_images": 30}).val
         return dataclasses.replace(found, evals={"val": found.val, "other": other})
 
     monkeypatch.setattr(build, "create_source", create_source)

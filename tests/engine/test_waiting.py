@@ -5,8 +5,7 @@ import torch
 from commands import ROOT, SMALL
 
 from anorm.build import build
-from anorm.config.complete import accepted, complete, resolve
-from anorm.config.compose import compose
+from anorm.config.frozen import Config
 from anorm.engine.fit import train_epoch
 from anorm.engine.meter import Clock, Meter, SaveTimer
 from anorm.processes.world import Agreement, World
@@ -24,7 +23,7 @@ def test_an_epoch_waits_for_the_device_at_its_reports_alone(tmp_path, monkeypatc
         "ema.decay=0.9",
         "log.every=2",
     ]
-    config = resolve(complete(compose(ROOT / "configs", asked, accepted).config))
+    config = Config.compose(ROOT / "configs", asked).on()
     world = World(device=torch.device("meta"))
     run = build(config, tmp_path, "signature", world, None)
     reported = []

@@ -13,8 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import anorm
-from anorm.config.complete import accepted, complete
-from anorm.config.compose import compose
+from anorm.config.frozen import Config
 from anorm.ops import use_backend
 from anorm.study import audit, printed, sizes
 
@@ -27,7 +26,7 @@ def audited():
 
 
 def counted(arguments):
-    return sizes.size_of(complete(compose(printed.CONFIGS, arguments, accepted).config))
+    return sizes.size_of(Config.compose(printed.CONFIGS, arguments))
 
 
 def row(audited, table, label, group=""):
@@ -269,14 +268,14 @@ def test_the_kept_sizes_are_those_of_this_code():
 
 
 def test_a_kept_size_counts_while_its_code_is_unchanged(monkeypatch):
-    config = complete(compose(printed.CONFIGS, ["arch=resnet20", "norm=an"], accepted).config)
+    config = Config.compose(printed.CONFIGS, ["arch=resnet20", "norm=an"])
     true = sizes.size_of(config, 10, 32)
     code = {"algebra.py": sizes._digest("algebra.py"), "norms/gone.py": sizes._digest("norms/gone.py")}
     entry = {"size": [1, 2, 3, 4], "code": ["algebra.py"]}
     kept = {"code": code, "sizes": {sizes.signature(config, 10, 32): entry}}
     monkeypatch.setattr(sizes, "kept", lambda: kept)
     assert sizes.size_of(config, 10, 32) == sizes.Size(1, 2, 3, 4) != true
-    assert sizes.size_of(config | {"norm": config["norm"] | {"k": 3}}, 10, 32) != sizes.Size(1, 2, 3, 4)
+    assert sizes.size_of(config.having(norm={"k": 3}), 10, 32) != sizes.Size(1, 2, 3, 4)
     kept["code"] = {"algebra.py": code["norms/gone.py"]}
     assert sizes.size_of(config, 10, 32) == true
 

@@ -7,10 +7,11 @@ from contextlib import nullcontext
 import numpy
 import pytest
 import torch
-from commands import script
+from commands import ROOT, script
 from PIL import Image
 from small_imagenet import SIDE, SYNSETS, Rule, indices, picture, right_among_five, right_first, write_classes
 
+from anorm.config.frozen import Config
 from anorm.config.settings import Eval
 from anorm.data.loaders import EvalLoader
 from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD
@@ -20,11 +21,17 @@ from anorm.registry import create_model
 from anorm.study import shift
 from anorm.tasks.classification import Classification
 
-CONFIG = {
-    "data": {"image_size": SIDE, "eval_resize": SIDE, "cache": False},
-    "eval": {"stats": "running"},
-    "hardware": {"dtype": "fp32"},
-}
+CONFIG = Config.compose(
+    ROOT / "configs",
+    [
+        "data=imagefolder",
+        f"data.image_size={SIDE}",
+        f"data.eval_resize={SIDE}",
+        "data.cache=false",
+        "hardware=cpu",
+        "hardware.dtype=fp32",
+    ],
+)
 
 
 def on(images):
@@ -122,10 +129,10 @@ def test_images_of_imagenet_c_are_not_enlarged(tmp_path):
     seen = []
 
     def listen(images):
-        seen.append(images.sample(0, None)[0])
+        seen.append(next(iter(images.values())).sample(0, None)[0])
         return on(images)
 
-    shift.corrupted(tmp_path, CONFIG | {"data": CONFIG["data"] | {"eval_resize": 2 * SIDE}}, listen)
+    shift.corrupted(tmp_path, CONFIG.having(data={"eval_resize": 2 * SIDE}), listen)
     assert len(seen) == 5
     for image in seen:
         assert numpy.array_equal(image.permute(1, 2, 0).numpy(), pixels)
@@ -168,8 +175,7 @@ def validation(tmp_path_factory):
 
 
 def real_config(root):
-    data = CONFIG["data"] | {"name": "imagefolder", "root": str(root), "train": "val", "val": "val"}
-    return CONFIG | {"data": data}
+    return CONFIG.having(data={"root": str(root), "train": "val", "val": "val"})
 
 
 def test_real_labels(validation, tmp_path):
@@ -201,8 +207,7 @@ def test_wrong_real_labels_are_refused(validation, every, tmp_path):
         with pytest.raises(ValueError, match=said):
             shift.real(file, config, on)
     file.write_text(json.dumps([[0]] * 1000))
-    plain = real_config(every.parent)
-    plain["data"] |= {"train": every.name, "val": every.name}
+    plain = real_config(every.parent).having(data={"train": every.name, "val": every.name})
     with pytest.raises(ValueError, match="official names of the validation images, and .*0.png has none"):
         shift.real(file, plain, on)
 

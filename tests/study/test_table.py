@@ -20,6 +20,7 @@ import torch
 import yaml
 from commands import ROOT, SMALL, children_of, environment, script
 
+from anorm.config.frozen import Config
 from anorm.config.machine import Machine
 from anorm.study import cells, formats, grid, records, tally
 from anorm.study.printed import load, names
@@ -189,7 +190,7 @@ def test_every_grid_composes(name):
     opened = grid.open_grid(name)
     assert opened.comparable == (name in names())
     for line in opened.lines:
-        assert line.config["seed"] == 0 and len(line.likeness) == 10
+        assert line.config.settings.seed == 0 and len(line.likeness) == 10
     if name == "table2":
         versus = {line.label: line.versus for line in opened.lines if line.group == "The Vanilla Setup"}
         assert (
@@ -236,7 +237,7 @@ def test_gap_to_the_paper(trained):
 def test_proxy_and_other_changes_are_not_the_papers_protocol():
     proxy = grid.select(grid.open_grid("table3", scale="proxy"), "(w/BN2)")
     assert not proxy.comparable and "proxy protocol" in proxy.notes[0]
-    assert proxy.lines[0].config["epochs"] == 16 and proxy.lines[0].config["data"]["image_size"] == 128
+    assert proxy.lines[0].config.settings.epochs == 16 and proxy.lines[0].config.data.options["image_size"] == 128
     full = grid.select(grid.open_grid("table3"), "(w/BN2)")
     assert full.lines[0].likeness != proxy.lines[0].likeness
     assert not grid.open_grid("table3", extra=("epochs=3",)).comparable
@@ -285,7 +286,7 @@ def test_labels_and_baselines_of_own_grids(tmp_path):
         ("an, norm.k=[5,5,10,10], optim.lr=0.1", "bn, optim.lr=0.1"),
         ("an, norm.k=[5,5,10,10], optim.lr=0.2", "bn, optim.lr=0.2"),
     ]
-    assert lines[2].config["norm"]["k"] == [5, 5, 10, 10] and "'norm.k=[5,5,10,10]'" in lines[2].command(0)
+    assert lines[2].config.norm.options["k"] == [5, 5, 10, 10] and "'norm.k=[5,5,10,10]'" in lines[2].command(0)
     path.write_text("title: x\naxis: {}\n")
     with pytest.raises(ValueError, match="a grid has axes"):
         grid.open_grid(str(path))
@@ -417,16 +418,19 @@ def test_averages_of_weights_have_their_own_protocol(tmp_path, trained):
 
 def test_likeness_is_stable_over_order_and_machine(two_norms):
     config = two_norms.lines[0].config
-    shuffled = {
-        key: dict(reversed(value.items())) if isinstance(value, dict) else value
-        for key, value in reversed(config.items())
-    }
-    other_machine = config | {
-        "hardware": config["hardware"] | {"device": "gpu", "dtype": "fp16", "processes": 8},
-        "run_dir": "/y",
-        "seed": 5,
-        "data": config["data"] | {"root": "/other/place"},
-    }
+    held = yaml.safe_load(config.text())
+    shuffled = Config.from_text(
+        yaml.safe_dump(
+            {
+                key: dict(reversed(value.items())) if isinstance(value, dict) else value
+                for key, value in reversed(held.items())
+            },
+            sort_keys=False,
+        )
+    )
+    other_machine = config.having(
+        hardware={"device": "gpu", "dtype": "fp16", "processes": 8}, run_dir="/y", seed=5
+    )
     assert records.likeness(config) == records.likeness(shuffled) == records.likeness(other_machine)
     for section, key, value in (
         ("optim", "lr", 0.3),
@@ -434,9 +438,7 @@ def test_likeness_is_stable_over_order_and_machine(two_norms):
         ("data", "image_size", 33),
         ("eval", "stats", "batch"),
     ):
-        assert records.likeness(config) != records.likeness(
-            config | {section: config[section] | {key: value}}
-        ), key
+        assert records.likeness(config) != records.likeness(config.having(**{section: {key: value}})), key
     assert two_norms.lines[0].likeness != two_norms.lines[1].likeness
 
 
@@ -605,7 +607,7 @@ def test_cells_for_machines_with_gpus_have_their_signature(two_norms, tmp_path):
     there = Machine(8, 1)
     asked = dataclasses.replace(two_norms, lines=(line,))
     cell, here = (cells.cells_of(asked, 1, tmp_path, machine)[0] for machine in (there, None))
-    hardware = yaml.safe_load(cell.frozen(there))["hardware"]
+    hardware = yaml.safe_load(cell.config(there).text())["hardware"]
     assert (hardware["device"], hardware["dtype"], hardware["processes"]) == ("gpu", "fp16", "auto")
     explicit = dataclasses.replace(
         asked, lines=(dataclasses.replace(line, overrides=(*line.overrides, "hardware.dtype=fp16")),)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 
 from anorm.data.sources.base import Batch, Dataset, Fetched, FetchedImages, LabelledImages, Source
 
@@ -32,15 +33,12 @@ def list_sources() -> list[str]:
     return sorted(_sources())
 
 
-def create(name: str, root: str | None = None, **options) -> Source:
+def create(name: str, root: str | Path | None = None, **options) -> Source:
     """Build the source `name` from the folder `root` (None for those that need none) and its own options.
 
     Raises ValueError for an unknown name or option, and for anything wrong with the data, saying what to do.
     """
-    sources = _sources()
-    if name not in sources:
-        raise ValueError(f"data source {name!r} is unknown: choose one of {', '.join(sorted(sources))}")
-    build = sources[name]
+    build = find(name)
     accepted = inspect.signature(build).parameters
     if root is not None and "root" not in accepted:
         raise ValueError(f"data={name} reads no folder: leave out data.root={root}")
@@ -50,6 +48,9 @@ def create(name: str, root: str | None = None, **options) -> Source:
     return build(**({"root": root} if "root" in accepted else {}), **options)
 
 
-def signature_of(name: str) -> inspect.Signature:
-    """The options of a source with their defaults."""
-    return inspect.signature(_sources()[name])
+def find(name: str) -> Callable[..., Source]:
+    """Return the function that builds a source; its arguments are the source's options. Raises ValueError."""
+    sources = _sources()
+    if name not in sources:
+        raise ValueError(f"data source {name!r} is unknown: choose one of {', '.join(sorted(sources))}")
+    return sources[name]

@@ -28,7 +28,7 @@ STDS = {10: (0.2470, 0.2435, 0.2616), 100: (0.2673, 0.2564, 0.2762)}
 
 
 def cifar10(
-    root: str | None = None,
+    root: str | Path | None = None,
     held_out: int = 0,
     pad: int = 4,
     flip: bool = True,
@@ -58,7 +58,7 @@ def cifar10(
 
 
 def cifar100(
-    root: str | None = None,
+    root: str | Path | None = None,
     held_out: int = 0,
     pad: int = 4,
     flip: bool = True,
@@ -79,7 +79,7 @@ def cifar100(
 
 def _cifar(
     count: int,
-    root: str | None,
+    root: str | Path | None,
     held_out: int,
     pad: int,
     flip: bool,

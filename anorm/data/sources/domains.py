@@ -40,7 +40,7 @@ ON_TEST = "selected_on_test"
 
 
 def domains(
-    root: str | None = None,
+    root: str | Path | None = None,
     train: Sequence[str] | None = None,
     test: Sequence[str] | None = None,
     held_out: float = 0.1,

@@ -38,7 +38,7 @@ class FolderStore:
 
 
 def imagefolder(
-    root: str | None = None,
+    root: str | Path | None = None,
     train: str = "train",
     val: str = "val",
     image_size: int = 224,

@@ -14,7 +14,7 @@ from anorm.words import printable
 
 
 def imagenet_shards(
-    root: str | None = None,
+    root: str | Path | None = None,
     train: str = "train",
     val: str = "val",
     image_size: int = 224,

@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy
 import torch
@@ -73,7 +74,7 @@ def _labels(reader) -> Sequence[int]:
 
 def timm(
     reader: str | None = None,
-    root: str | None = None,
+    root: str | Path | None = None,
     train: str = "train",
     val: str = "validation",
     image_size: int = 224,
