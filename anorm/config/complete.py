@@ -42,7 +42,7 @@ def complete(section: str, node: dict[str, Any]) -> dict[str, Any]:
     defaults = {key: option.default for key, option in known.items()}
     if section == "norm" and node["name"] == "module":
         known = options_of(Placement) | _of_target(node.get("target"))
-    return {"name": node["name"]} | defaults | _checked(section, node, known)
+    return {"name": node["name"]} | _checked(section, defaults | node, known)
 
 
 def check_pair(arch: dict[str, Any], norm: dict[str, Any]) -> None:
@@ -63,6 +63,8 @@ def _checked(path: str, node: dict[str, Any], known: dict[str, Option]) -> dict[
     found = {}
     for key, value in node.items():
         option = known.get(key, Option())
+        if option.required and value is None:
+            raise ValueError(f"{path}.{key} is not set: give {path}.{key}=...")
         value = checked(str if key == "name" else option.hint, value, f"{path}.{key}")
         if isinstance(value, dict) and path.split(".")[0] == "norm" and value.get("name") in norm_classes():
             value = _checked(f"{path}.{key}", value, options_of(norm_classes()[value["name"]]))

@@ -30,10 +30,11 @@ MANY = {int: "whole numbers", float: "numbers", bool: "truth values", str: "word
 
 @dataclass(frozen=True)
 class Option:
-    """An argument of what is built: its annotation, ``Any`` where it has none, and its default."""
+    """An argument of what is built: its annotation, ``Any`` where it has none, and its default. required: it has none."""
 
     hint: Any = Any
     default: Any = None
+    required: bool = False
 
 
 def options_of(called: Callable, hidden: Collection[str] = ()) -> dict[str, Option]:
@@ -50,6 +51,7 @@ def options_of(called: Callable, hidden: Collection[str] = ()) -> dict[str, Opti
             found[name] = Option(
                 Any if hint is parameter.empty or isinstance(hint, str) else hint,
                 list(default) if isinstance(default, tuple) else default,
+                parameter.default is parameter.empty,
             )
     return found
 
@@ -72,7 +74,8 @@ def checked(hint: Any, value: Any, path: str) -> Any:
         for kind in accepted:
             if kind is list or typing.get_origin(kind) is list:
                 return _inside(kind, [value], path)
-    raise ValueError(f"{path}={value!r} must be {' or '.join(dict.fromkeys(map(_words, accepted)))}")
+    shown = "null" if value is None else repr(value)
+    raise ValueError(f"{path}={shown} must be {' or '.join(dict.fromkeys(map(_words, accepted)))}")
 
 
 def as_word(hint: Any, value: Any, text: str) -> Any:

@@ -295,7 +295,7 @@ def _splits(root: Path, train: str, val: str) -> Iterator[tuple[str, Path, Path]
 
 
 def coco(
-    root: str,
+    root: str | Path,
     train: str = "train2017",
     val: str = "val2017",
     short_side: int = 800,
