@@ -11,6 +11,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def load_weights(
     # a detector knows other programs' names for its parts
     report, fits, names = compare(target, state, path, getattr(model, "translate_names", translate))
     if head == "replace":
-        _forgive_head(model, report, fits)
+        getattr(model, "forgive_head", partial(_forgive_head, model))(report, fits)
     if strict and not report.complete:
         raise ValueError(_misfit(report, state, target, names))
     if not fits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,8 +17,10 @@ from anorm.detection.fpn_rpn import FPN, RPN, Proposals
 from anorm.detection.geometry import Geometry, geometry
 from anorm.detection.htc import SemanticHead
 from anorm.detection.roi import CASCADE, SINGLE, BoxHead, MaskHead, Original, RoIHeads
+from anorm.norms.base import Norm, RunningNorm
 from anorm.norms.placement import Placement
 from anorm.registry import create_model
+from anorm.weights import LoadReport
 from anorm.words import nearest
 
 __all__ = ["DETECTORS", "Backbone", "Detector", "create_detector"]
@@ -51,13 +54,38 @@ class Backbone(nn.Module):
         self.strides = tuple(strides)
         self.stages = tuple(deepest[stride][0] for stride in strides)
         self.channels = tuple(deepest[stride][1] for stride in strides)
-        _prune(network, self.stages)
+        self.pruned, self._first = _prune(network, self.stages)
         self.network = network
         self.norm_summary = getattr(network, "norm_summary", "")
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.network.forward_stages(images)
         return [maps[stage] for stage in self.stages]
+
+    def freeze(self, policy: str) -> str:
+        """Stop learning what a published way of fine-tuning holds; return it in words.
+
+        Both hold the first stage and what stands before it, and all running statistics, those within AN's attention
+        too. "code": as the authors' code did, every other parameter learns. "paper": the affines and mixtures of norms
+        are held as well, so that of the norms only attention learns (ECCV paper, section 4.3).
+        """
+        assert policy in ("paper", "code"), policy
+        parameters, held = dict(self.network.named_parameters()), set(self._first)
+        statistics, outer = 0, None
+        for name, module in self.network.named_modules():
+            if not isinstance(module, Norm):
+                continue
+            module.frozen = True
+            statistics += isinstance(module, RunningNorm)
+            # what a norm within another one is (the BN of AN's attention), the outer one says
+            if policy == "paper" and (outer is None or not name.startswith(f"{outer}.")):
+                outer = name
+                roles = module.param_needs().items()
+                held |= {f"{name}.{own}" for own, need in roles if need.role in ("norm", "mixture")}
+        for name in held:
+            parameters[name].requires_grad_(False)
+        count = sum(parameters[name].numel() for name in held)
+        return f"frozen as in the {policy}: {count:,} parameters of the backbone, the statistics of {statistics} norms"
 
 
 class Detector(nn.Module):
@@ -161,6 +189,35 @@ class Detector(nn.Module):
                 semantic = F.pad(semantic, edges)
             found["semantic"] = semantic
         return found
+
+    @property
+    def freeze_policies(self) -> dict[str, Callable[[], str]]:
+        """Words that ``freeze`` of the configuration takes besides its own."""
+        return {
+            "paper": lambda: self.backbone.freeze("paper"),
+            "code": lambda: self.backbone.freeze("code"),
+            "none": lambda: "frozen: nothing",
+        }
+
+    def forgive_head(self, report: LoadReport, fits: dict[str, Tensor]) -> None:
+        """Called by ``anorm.load_weights`` with head="replace": a classifier's file fills the backbone alone, a detector's
+        of another number of classes leaves the layers that depend on it as they are.
+        """
+        if report.style.startswith("a backbone"):
+            new = {name for name in self.state_dict() if not name.startswith("backbone.")}
+            gone = self.backbone.pruned
+            report.unexpected = [
+                name for name in report.unexpected if not any(f"{name}.".startswith(f"{p}.") for p in gone)
+            ]
+        else:
+            last = r"roi\.(box_heads\.\d\.(cls|reg)|mask_heads\.\d\.logits|semantic\.logits)\."
+            named = {name for name in self.state_dict() if re.match(last, name)}
+            new = named if not named.isdisjoint(report.missing + report.mismatched) else set()
+        report.new_head = bool(new)
+        report.missing = [name for name in report.missing if name not in new]
+        report.mismatched = [name for name in report.mismatched if name not in new]
+        for name in new & fits.keys():
+            del fits[name]
 
     def translate_names(self, shapes: dict[str, tuple[int, ...]], target: Sequence[str]):
         """Called by ``anorm.load_weights``: see ``anorm.detection.names``."""
@@ -328,24 +385,34 @@ def _make_norm(norm) -> Callable | None:
     return Placement(**({"name": norm} if isinstance(norm, str) else norm))
 
 
-def _prune(network: nn.Module, stages: Sequence[str]) -> None:
-    """Replace every module whose parameters none of the stages depends on by the identity."""
+def _prune(network: nn.Module, stages: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Replace every module whose parameters none of the stages depends on by the identity.
+
+    Returns the names of these modules, and of the parameters that the first stage depends on.
+    """
     training = network.training
     device = next(network.parameters()).device
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+    def reached(total: Tensor) -> set[str]:
+        found = torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True)
+        return {name for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+
     with torch.enable_grad():
         maps = network.eval().forward_stages(torch.zeros(1, 3, 64, 64, device=device))
-        total = sum(maps[stage].sum() for stage in stages)
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        needed = reached(sum(maps[stage].sum() for stage in stages))
+        first = reached(maps[stages[0]].sum())
     network.train(training)
-    needed = {id(p) for p, g in zip(parameters, gradients, strict=True) if g is not None}
+    gone = []
 
-    def prune(module: nn.Module) -> None:
+    def prune(module: nn.Module, prefix: str) -> None:
         for name, child in list(module.named_children()):
-            own = [id(p) for p in child.parameters()]
+            own = {f"{prefix}{name}.{inner}" for inner, _ in child.named_parameters()}
             if own and needed.isdisjoint(own):
                 setattr(module, name, nn.Identity())
+                gone.append(prefix + name)
             else:
-                prune(child)
+                prune(child, f"{prefix}{name}.")
 
-    prune(network)
+    prune(network, "")
+    return tuple(gone), tuple(sorted(first))

@@ -226,11 +226,16 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
     other libraries' norms, which go on tracking theirs: the line says so.
 
     ``stats`` holds the running statistics of every norm, torch's too, while their affines learn (norm_eval in detection
-    codes); ``stats:layer1`` those at and below the modules of that name or pattern.
+    codes); ``stats:layer1`` those at and below the modules of that name or pattern. A network may know more words
+    (a detector: paper, code, none).
     """
     said, needs = [], declared_needs(model)
     roles = {need.role for need, _ in needs.values()}
+    policies = getattr(model, "freeze_policies", {})
     for word in words:
+        if word in policies:
+            said.append(policies[word]())
+            continue
         if word == STATISTICS or word.startswith(f"{STATISTICS}:"):
             said.append(_freeze_statistics(model, word))
             continue

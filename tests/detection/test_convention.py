@@ -280,3 +280,36 @@ def test_heads_with_the_background_last_are_not_taken_for_ours(tmp_path):
     torch.save(state, tmp_path / "other.pth")
     report = anorm.load_weights(detector, tmp_path / "other.pth", strict=False)
     assert report.loaded == 2 and report.unexpected == ["roi_heads.box_predictor.cls_score.weight"]
+
+
+def test_training_starts_from_a_classifiers_file(tmp_path):
+    """weights=FILE of the configuration: every tensor of the backbone finds its place, heads stay as they are."""
+    classifier = anorm.create_model("mobilenetv2", norm="an", num_classes=7)
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in classifier.state_dict().items()}}, tmp_path / "c.pth"
+    )
+    detector = anorm.create_detector("mask_rcnn", "mobilenetv2", norm="an", num_classes=3, width=16, hidden=8)
+    head = detector.roi.box_heads[0].cls.weight.clone()
+    report = anorm.load_weights(detector, tmp_path / "c.pth", head="replace")
+    assert report.new_head and report.complete
+    ours = detector.backbone.network.state_dict()
+    assert report.loaded == len(ours) and torch.equal(
+        ours["features.3.conv.1.0.weight"], classifier.features[3].conv[1][0].weight
+    )
+    assert torch.equal(detector.roi.box_heads[0].cls.weight, head)
+    # another network's file is refused
+    torch.save(
+        anorm.create_model("mobilenetv2", norm="bn", num_classes=7, width_mult=0.5).state_dict(),
+        tmp_path / "c.pth",
+    )
+    with pytest.raises(ValueError, match="does not fit"):
+        anorm.load_weights(detector, tmp_path / "c.pth", head="replace")
+
+
+def test_another_number_of_classes_leaves_the_last_layers_new(tmp_path):
+    torch.save(small("htc", num_classes=5).state_dict(), tmp_path / "five.pth")
+    detector = small("htc")
+    report = anorm.load_weights(detector, tmp_path / "five.pth", head="replace")
+    assert report.new_head and report.complete and report.loaded < len(detector.state_dict())
+    with pytest.raises(ValueError, match="other shapes"):
+        anorm.load_weights(detector, tmp_path / "five.pth")

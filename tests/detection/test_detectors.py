@@ -209,3 +209,50 @@ def test_sizes_to_the_digit(count, name, arch, norm, head_norm):
 
 def test_htc_without_its_semantic_branch():
     assert sizes("htc", "resnet101", norm="bn", semantic_classes=0) == 96_514_881
+
+
+@pytest.mark.parametrize(
+    ("arch", "norm", "count"),
+    [
+        ("resnet50", "bn", 23_282_688),
+        ("resnet50", "an", 23_475_640),
+        ("resnet101", "an", 42_720_864),
+        pytest.param("aognet12m", "an", 11_419_739, marks=pytest.mark.slow),
+    ],
+)
+def test_what_the_authors_code_trains_of_a_backbone(arch, norm, count):
+    with torch.device("meta"):
+        backbone = anorm.create_detector("mask_rcnn", arch, norm=norm).backbone
+    backbone.freeze("code")
+    assert sum(p.numel() for p in backbone.parameters() if p.requires_grad) == count
+    for module in backbone.train().modules():
+        assert not isinstance(module, Norm) or not module.learning
+
+
+@pytest.mark.parametrize(("arch", "mixtures"), [("resnet50", 133_120), ("resnet101", 307_200)])
+def test_the_paper_holds_mixtures_and_affines_too(arch, mixtures):
+    learning = {}
+    for policy in ("code", "paper"):
+        with torch.device("meta"):
+            backbone = anorm.create_detector("mask_rcnn", arch, norm="an").backbone
+        backbone.freeze(policy)
+        learning[policy] = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    held = learning["code"] - learning["paper"]
+    sizes = {name: p.numel() for name, p in backbone.named_parameters()}
+    mixed = {name for name in held if re.search(r"bn2\.(weight|bias)$", name)}
+    assert sum(sizes[name] for name in mixed) == mixtures
+    assert all(re.search(r"(bn[13]|downsample\.1)\.(weight|bias)$", name) for name in held - mixed)
+    attention = {name for name in learning["paper"] if ".attention." in name}
+    assert attention and all(not name.startswith("network.layer1") for name in attention)
+
+
+def test_the_configuration_freezes_by_policy():
+    from anorm.engine.optim import freeze
+
+    with torch.device("meta"):
+        detector = anorm.create_detector("mask_rcnn", "resnet18", norm="an", head_norm="an_gn")
+    [said] = freeze(detector, ["paper"])
+    assert "frozen as in the paper" in said
+    assert all(p.requires_grad for name, p in detector.named_parameters() if not name.startswith("backbone"))
+    with pytest.raises(ValueError, match="matches nothing"):
+        freeze(detector, ["papers"])
