@@ -63,9 +63,8 @@ def _checked(path: str, node: dict[str, Any], known: dict[str, Option]) -> dict[
     found = {}
     for key, value in node.items():
         option = known.get(key, Option())
-        if option.required and value is None:
-            raise ValueError(f"{path}.{key} is not set: give {path}.{key}=...")
-        value = checked(str if key == "name" else option.hint, value, f"{path}.{key}")
+        if not (option.required and value is None):  # what builds it says that it is missing
+            value = checked(str if key == "name" else option.hint, value, f"{path}.{key}")
         if isinstance(value, dict) and path.split(".")[0] == "norm" and value.get("name") in norm_classes():
             value = _checked(f"{path}.{key}", value, options_of(norm_classes()[value["name"]]))
         found[key] = value

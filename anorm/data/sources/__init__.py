@@ -42,6 +42,8 @@ def create(name: str, root: str | Path | None = None, **options) -> Source:
     accepted = inspect.signature(build).parameters
     if root is not None and "root" not in accepted:
         raise ValueError(f"data={name} reads no folder: leave out data.root={root}")
+    if "root" in accepted and root is None and accepted["root"].default is inspect.Parameter.empty:
+        raise ValueError(f"data.root is not set: give data.root=FOLDER, where data={name} lies")
     unknown = sorted(set(options) - set(accepted))
     if unknown:
         raise ValueError(f"data={name} has no option {', '.join(unknown)}; it takes {', '.join(accepted)}")
