@@ -8,31 +8,52 @@ import pkgutil
 from collections.abc import Callable
 from functools import cache
 
+import torch
 from torch import nn
 
+from anorm.archs import foreign
 from anorm.archs.base import MakeNorm
+from anorm.archs.trace import find_sites
 from anorm.convert import create
 from anorm.norms.build import build, norm_classes
 from anorm.norms.placement import Placement
 from anorm.words import nearest
 
-__all__ = ["arch_builders", "create_model", "create_norm", "list_archs", "list_norms"]
+__all__ = ["arch_builders", "create_model", "create_norm", "has_basic_blocks", "list_archs", "list_norms"]
 
 
 @cache
 def arch_builders() -> dict[str, Callable[..., nn.Module]]:
     """Name -> builder(norm, num_classes, in_channels, **options), from the ARCHS table of every file in archs/."""
-    found: dict[str, Callable[..., nn.Module]] = {}
+    return _tables("ARCHS", {})
+
+
+def _tables(name: str, found: dict | set) -> dict | set:
+    """``found``, with the table of that name of every file in archs/ that has one."""
     for info in sorted(
         pkgutil.iter_modules(importlib.import_module("anorm.archs").__path__), key=lambda i: i.name
     ):
-        found.update(getattr(importlib.import_module(f"anorm.archs.{info.name}"), "ARCHS", {}))
+        found.update(getattr(importlib.import_module(f"anorm.archs.{info.name}"), name, ()))
     return found
 
 
 def list_archs() -> list[str]:
     """Names that ``create_model`` knows."""
     return list(arch_builders())
+
+
+@cache
+def has_basic_blocks(arch: str) -> bool:
+    """Whether the network has blocks where AN's published place and that of the paper's text differ (``Site.text``).
+
+    Architectures here say so in the ``BASIC`` of their files; other libraries' networks are built and read.
+    """
+    if ":" not in arch:
+        return arch in _tables("BASIC", set())
+    with torch.device("meta"):
+        network = foreign.load(arch, 1).network
+        names = [name for name, layer in network.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+        return bool(names) and any(site.text is not None for site in find_sites(network, names).values())
 
 
 def list_norms() -> list[str]:

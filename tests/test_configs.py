@@ -136,4 +136,4 @@ def test_networks_are_equal_across_norms_but_for_their_norms():
             ), name
     other = dict(network_of(composed("arch=resnet18", "norm=an", "seed=1"), 10).named_parameters())
     assert not torch.equal(other["conv1.weight"], models["an"]["conv1.weight"])
-    assert not torch.equal(other["layer1.0.bn2.weight"], models["an"]["layer1.0.bn2.weight"])
+    assert not torch.equal(other["layer1.0.bn1.weight"], models["an"]["layer1.0.bn1.weight"])

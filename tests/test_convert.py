@@ -111,6 +111,7 @@ def test_the_published_place_is_found_in_foreign_networks(theirs, ours):
     found = find_sites(model, batchnorms(model))
     assert found.keys() == declared.keys()
     assert {n for n, s in found.items() if s.focus} == {n for n, s in declared.items() if s.focus}
+    assert {n: s.text for n, s in found.items()} == {n: s.text for n, s in declared.items()}
     assert {n for n, s in found.items() if s.last} == {n for n, s in declared.items() if s.last}
     for role in ("stem", "shortcut", "transition", "final"):
         assert {n for n, s in found.items() if s.role == role} == {
@@ -385,7 +386,7 @@ def test_k_for_each_stage():
         convert(Small(), "an", k=[1, 2, 3])
     model = torchvision.models.resnet18()
     convert(model)
-    assert [model.get_submodule(f"layer{s}.0.bn2").k for s in (1, 2, 3, 4)] == [10, 10, 20, 20]
+    assert [model.get_submodule(f"layer{s}.0.bn1").k for s in (1, 2, 3, 4)] == [10, 10, 20, 20]
 
 
 def test_norm_as_a_dict_and_as_a_callable():

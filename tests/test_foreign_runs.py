@@ -12,7 +12,7 @@ SIZES = [word for word in SMALL if not word.startswith(("arch=", "norm="))]
 @pytest.mark.parametrize(
     ("arch", "norm", "layer", "kind"),
     [
-        ("timm:resnet18", ["norm=an", "norm.k=5"], "layer1.0.bn2", "AttentiveNorm"),
+        ("timm:resnet18", ["norm=an", "norm.k=5"], "layer1.0.bn1", "AttentiveNorm"),
         ("timm:resnet18", ["norm=timm:frn"], "layer1.0.bn2", "FilterResponseNorm"),
         ("torchvision:mobilenet_v2", ["norm=gn"], "features.1.conv.0.1", "GroupNorm"),
     ],

@@ -513,6 +513,6 @@ def test_weights_of_another_head_start_a_run_and_are_said(finished, tmp_path, ca
     out = capsys.readouterr().out
     assert "the classifier is new" in out and "frozen by mixtures" in out
     old, new = weights(finished)["model"], weights(tmp_path / "run")["model"]
-    assert torch.equal(old["layer1.0.bn2.weight"], new["layer1.0.bn2.weight"])
-    assert not torch.equal(old["layer1.0.bn2.attention.fc.weight"], new["layer1.0.bn2.attention.fc.weight"])
+    assert torch.equal(old["layer1.0.bn1.weight"], new["layer1.0.bn1.weight"])
+    assert not torch.equal(old["layer1.0.bn1.attention.fc.weight"], new["layer1.0.bn1.attention.fc.weight"])
     assert new["fc.weight"].shape == (4, 512)

@@ -1,6 +1,7 @@
 """ResNet (He et al., CVPR 2016) with the stride on the 3x3 convolution, in torchvision's names.
 
-With BN it is torchvision's function exactly. AN's place (the ``focus``) is the norm behind the block's last 3x3.
+With BN it is torchvision's function exactly. AN's place (the ``focus``) is the norm behind a bottleneck's 3x3, and the
+first norm of a basic block.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """3x3, norm, ReLU, 3x3, norm, + shortcut, ReLU. AN at the second norm: the last 3x3 (section 4, "Where to apply AN")."""
+    """3x3, norm, ReLU, 3x3, norm, + shortcut, ReLU. AN at the first norm, as in the published ResNet-34.
+
+    The paper's text says the last 3x3 (section 4, "Where to apply AN"): ``norm.place=text``.
+    """
 
     expansion = 1
 
@@ -34,9 +38,9 @@ class BasicBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = conv(inputs, width, 3, stride)
-        self.bn1 = norm(site(width, role="spatial", block_norm=1, act="relu"))
+        self.bn1 = norm(site(width, role="spatial", block_norm=1, focus=True, text=False, act="relu"))
         self.conv2 = conv(width, width, 3)
-        self.bn2 = norm(site(width, role="spatial", block_norm=2, focus=True, last=True, act="relu"))
+        self.bn2 = norm(site(width, role="spatial", block_norm=2, text=True, last=True, act="relu"))
         self.downsample = shortcut
 
     @property
@@ -188,3 +192,5 @@ ARCHS = {
     "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
     "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
 }
+BASIC = ("resnet18", "resnet34")
+"""Those of basic blocks, where AN's published place and that of the paper's text differ."""

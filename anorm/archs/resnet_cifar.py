@@ -102,3 +102,4 @@ class CifarResNet(nn.Module):
 
 
 ARCHS = {f"resnet{depth}": partial(CifarResNet, depth=depth) for depth in (20, 32, 56, 110)}
+BASIC = tuple(ARCHS)

@@ -67,8 +67,9 @@ def trace(model: nn.Module, example: object = None) -> list[Call]:
     for shape in shapes:
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as fake, use_backend("reference"):
-                state = {name: fake.from_tensor(tensor.detach()) for name, tensor in tensors.items()}
-                images = torch.empty(2, *shape, dtype=first.weight.dtype, device=first.weight.device)
+                state = {name: _fake(fake, tensor.detach()) for name, tensor in tensors.items()}
+                device = "cpu" if first.weight.is_meta else first.weight.device
+                images = torch.empty(2, *shape, dtype=first.weight.dtype, device=device)
                 # untied: torch puts the weights of a module that stands at two places back only once
                 call = partial(functional_call, model, state, (images,), tie_weights=False)
                 return _run(model, call)
@@ -78,6 +79,11 @@ def trace(model: nn.Module, example: object = None) -> list[Call]:
         f"{type(model).__name__} does not run on images of any size that was tried ({failures[0]}); give "
         "convert(..., example=images), or convert the part of the model that takes images"
     ) from failures[0]
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A stand-in; on the CPU for a tensor of the meta device, beside which others may be on a real one."""
+    return torch.empty_like(tensor, device="cpu") if tensor.is_meta else mode.from_tensor(tensor)
 
 
 def _run(model: nn.Module, forward) -> list[Call]:
@@ -118,7 +124,8 @@ def find_sites(model: nn.Module, norms: Iterable[str], example: object = None) -
     block for each resolution. The module of the first convolution, and one named stem, is the stem. Shortcuts
     are known by their names (downsample, shortcut, proj, skip, identity). ``focus`` is the first norm behind
     the block's last convolution whose kernel is larger than 1x1, or, where none follows (DenseNet), the last
-    norm in front of it; outside blocks it is the norm behind a depthwise convolution. Stages are the
+    norm in front of it; in a basic block, which ends in such a convolution and its norm and holds another, it
+    is the norm behind the first (the other is the place of the paper's ``text``); outside blocks it is the norm behind a depthwise convolution. Stages are the
     resolutions of the blocks' outputs in order of appearance.
 
     A norm's role is its convolution's: the one it is given the output of, else the next to run. A norm that
@@ -136,6 +143,8 @@ def find_sites(model: nn.Module, norms: Iterable[str], example: object = None) -
             members.setdefault(home[call.name], []).append(call)
 
     focus, last, number, outputs = set(), set(), {}, {}
+    text: dict[str, bool] = {}
+    residual = {c.name for c in ran if type(c.module) is not nn.Sequential}  # which adds nothing to its last map
     for name, block in members.items():
         path = [c for c in block if not SHORTCUT.search(c.name)]
         own = [c.name for c in path if c.name in wanted]
@@ -146,7 +155,11 @@ def find_sites(model: nn.Module, norms: Iterable[str], example: object = None) -
         spatial = [order[c.name] for c in path if c.name not in wanted and max(c.module.kernel_size) > 1]
         if spatial:
             behind = [name for name in own if order[name] > spatial[-1]]
-            focus.add(behind[0] if behind else own[-1])
+            place = behind[0] if behind else own[-1]
+            if name in residual and (first := _first_of_basic_block(place, spatial, own, calls, order)):
+                text |= {place: True, first: False}
+                place = first
+            focus.add(place)
         outputs[name] = calls[order[own[-1]]].shape[2:]
     levels = list(dict.fromkeys(outputs.values())) or [None]
     ends = [order[c.name] for block in members.values() for c in block]
@@ -176,8 +189,26 @@ def find_sites(model: nn.Module, norms: Iterable[str], example: object = None) -
                     role = "transition"
             stage = _stage(outputs.get(home[name], call.shape[2:]), levels)
             site = replace(site, role=role, stage=stage)
-        sites[name] = replace(site, block_norm=number.get(name, 0), focus=name in focus, last=name in last)
+        sites[name] = replace(
+            site,
+            block_norm=number.get(name, 0),
+            focus=name in focus,
+            last=name in last,
+            text=text.get(name),
+        )
     return sites
+
+
+def _first_of_basic_block(
+    place: str, spatial: list[int], own: list[str], calls: list[Call], order: dict[str, int]
+) -> str | None:
+    """The norm behind the first of a basic block's full convolutions; None where ``place``, behind the last of them, is
+    not the block's last norm, or the block is another kind. ``spatial``: convolutions by their numbers in ``calls``.
+    """
+    if place != own[-1] or len(spatial) < 2 or any(_depthwise(calls[i].module) for i in spatial):
+        return None
+    between = [name for name in own if spatial[0] < order[name] < spatial[1]]
+    return between[0] if between else None
 
 
 def _counts(call: Call) -> bool:

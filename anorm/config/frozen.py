@@ -18,6 +18,7 @@ from anorm.config.settings import Settings, settings_from
 from anorm.config.signature import difference, signature
 from anorm.config.values import is_path
 from anorm.files import file_digest
+from anorm.registry import has_basic_blocks
 
 DEFAULT_TASK = "classification"
 """The task of configurations that were frozen when there was no other."""
@@ -70,6 +71,11 @@ class Config:
         choices = held.pop("choices")
         digest = held.pop("weights_digest", None)
         held.pop("signature", None)
+        norm = held.get("norm", {})
+        older = "task" not in held and norm.get("place") == "published" and "attention" in norm
+        if older and has_basic_blocks(held["arch"]["name"]):
+            # AN stood at the last norm of basic blocks when this was written
+            held["norm"] = norm | {"place": "text"}
         return cls._from(held | changes, choices, weights_digest=digest)
 
     @classmethod

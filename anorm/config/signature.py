@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
+
+from anorm.registry import has_basic_blocks
 
 EXCLUDED = (
     "run_dir",
@@ -56,6 +59,8 @@ def signature(config: dict, data_identity: str, weights: str | None = None) -> s
         key: value for key, value in flat.items() if not _excluded(key) and (key, value) not in ADDED.items()
     }
     counted["data.identity"] = data_identity
+    if "place" in config["norm"]:
+        counted["norm.place"] = _place(config)
     if weights:
         counted["weights"] = weights
     here = counting_here(config)
@@ -66,6 +71,19 @@ def signature(config: dict, data_identity: str, weights: str | None = None) -> s
         counted["processes"] = flat["hardware.processes"]
     text = json.dumps(counted, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+def _place(config: dict) -> Any:
+    """Return norm.place as runs spelled it when "published" was the place of the paper's text in basic blocks too: that
+    place keeps the signature of the runs that have it, and so does today's, which those had to call 1.
+    """
+    place, arch = config["norm"]["place"], config["arch"]["name"]
+    if place == "text":
+        return "published"
+    at_focus = place == "published" and "attention" in config["norm"]  # AN's own option
+    if not at_focus or not has_basic_blocks(arch):
+        return place
+    return "focus" if ":" in arch else 1
 
 
 def difference(old: dict, new: dict) -> str:

@@ -38,7 +38,9 @@ class Site:
 
     ``stage`` counts from 0 (the stem belongs to stage 0, the final norm to the last); ``role`` is one of ``ROLES``;
     ``block_norm`` is 1, 2, 3 within its block, 0 outside blocks; ``focus`` marks the place where the architecture's
-    paper variant puts AN; ``last`` the block's last norm, before the residual add; ``act`` the activation that follows.
+    paper variant puts AN; ``text`` says whether the AN paper's text puts it there, where that is another place than the
+    published networks' (None: the same); ``last`` the block's last norm, before the residual add; ``act`` the
+    activation that follows.
     """
 
     channels: int
@@ -49,6 +51,7 @@ class Site:
     focus: bool = False
     last: bool = False
     act: str | None = None
+    text: bool | None = None
 
     def __post_init__(self) -> None:
         assert self.role in ROLES, self.role

@@ -19,8 +19,8 @@ NAMES = json.loads(lzma.decompress((ARRAYS / "published_names.json.xz").read_byt
 # how to build each of them here: (arch, norm, arch options)
 MODELS = {
     "resnet34_bn": ("resnet34", "bn", {}),
-    "resnet34_an_bn1": ("resnet34", {"name": "an", "place": 1}, {}),
-    "resnet34_an_bn2": ("resnet34", "an", {}),
+    "resnet34_an_bn1": ("resnet34", "an", {}),
+    "resnet34_an_bn2": ("resnet34", {"name": "an", "place": "text"}, {}),
     "resnet34_an_bn12": ("resnet34", {"name": "an", "place": [1, 2]}, {}),
     "resnet50_bn": ("resnet50", "bn", {}),
     "resnet50_an": ("resnet50", "an", {}),

@@ -69,7 +69,7 @@ def test_every_norm_trains_a_step(arch, norm):
 def test_an_stands_at_the_focus(arch):
     model = anorm.create_model(arch, "an", num_classes=10)
     count = sum(isinstance(m, AttentiveNorm) for m in model.modules())
-    assert count == {"resnet20": 9, "wrn_16_4": 6, "vgg13": 5, "convnet": 2}[arch]  # a block's last norm each
+    assert count == {"resnet20": 9, "wrn_16_4": 6, "vgg13": 5, "convnet": 2}[arch]
 
 
 def test_padded_shortcut():

@@ -6,6 +6,7 @@ import torchvision
 
 import anorm
 from anorm.norms.base import Site
+from anorm.registry import has_basic_blocks
 
 DEEP = {"stem": "deep", "shortcut": "avgpool"}
 
@@ -82,6 +83,26 @@ def test_published_placement_of_attentive_norm():
         for i in range(depth)
     }
     assert model.norm_summary == "bn x37, an x16"
+
+
+@pytest.mark.parametrize("arch", ["resnet34", "resnet20"])
+def test_an_stands_at_the_first_norm_of_a_basic_block_and_by_the_text_at_the_last(arch):
+    """The published ResNet-34 (75.5 / 92.6) has it at norm1; section 4 of the paper says the last 3x3."""
+    for place, wanted in (("published", "bn1"), ("focus", "bn1"), ("text", "bn2")):
+        with torch.device("meta"):
+            model = anorm.create_model(arch, {"name": "an", "place": place})
+        found = {name for name, m in model.named_modules() if type(m).__name__ == "AttentiveNorm"}
+        blocks = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".bn2")}
+        assert found == {f"{block}.{wanted}" for block in blocks}
+
+
+def test_the_text_is_another_place_in_basic_blocks_alone():
+    for arch in anorm.list_archs():
+        sites = []
+        with torch.device("meta"):
+            anorm.create_model(arch, lambda site, to=sites: to.append(site) or torch.nn.Identity())
+        assert has_basic_blocks(arch) == any(site.text is not None for site in sites), arch
+    assert has_basic_blocks("timm:resnet18") and not has_basic_blocks("timm:resnet50")
 
 
 def test_placement_words():

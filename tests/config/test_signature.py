@@ -51,3 +51,16 @@ def test_data_weights_and_synced_processes_count():
     # evaluation's batches are the same for any number of processes; their size matters where their statistics do
     assert signed(processes=2, **{"eval.stats": "batch"}) == signed(**{"eval.stats": "batch"})
     assert len({signed(), signed(digest="of a"), signed(digest="of b")}) == 3
+
+
+def test_places_keep_the_signatures_of_what_they_name():
+    """In basic blocks "published" was once the text's place: runs of that keep their signature, under their own word."""
+    at = {
+        (arch, place): signed(**{"arch.name": arch, "norm.attention": "a2", "norm.place": place})
+        for arch in ("resnet20", "resnet50")
+        for place in ("published", "text", 1)
+    }
+    assert at["resnet50", "published"] == at["resnet50", "text"] != at["resnet50", 1]  # one place there
+    assert at["resnet20", "published"] == at["resnet20", 1] != at["resnet20", "text"]
+    plain = [signed(**{"arch.name": "resnet20", "norm.name": "bn", "norm.place": p}) for p in ("published", "text")]
+    assert plain[0] == plain[1]

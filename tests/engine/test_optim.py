@@ -232,9 +232,9 @@ def test_freeze_mixtures_leaves_the_attention_free():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(torch.randn(4, 3, 64, 64)).square().sum().backward()
     after = model.state_dict()
-    layer = "layer1.0.bn2."
-    assert model.layer1[0].bn2.weight.grad is None and model.layer1[0].bn2.bias.grad is None
-    assert model.layer1[0].bn2.attention.fc.weight.grad.abs().sum() > 0
+    layer = "layer1.0.bn1."
+    assert model.layer1[0].bn1.weight.grad is None and model.layer1[0].bn1.bias.grad is None
+    assert model.layer1[0].bn1.attention.fc.weight.grad.abs().sum() > 0
     assert torch.equal(before[layer + "base.running_mean"], after[layer + "base.running_mean"])
     assert not torch.equal(
         before[layer + "attention.norm.running_mean"], after[layer + "attention.norm.running_mean"]

@@ -91,5 +91,5 @@ def test_choices_by_hand():
 
 def test_a_network_knows_where_its_norms_stand():
     model = anorm.create_model("resnet20", "an", num_classes=4)
-    assert model.layer2[1].bn2.site.stage == 1 and model.layer2[1].bn2.site.last
-    assert model.bn1.site.role == "stem" and model.layer2[1].bn2.base.site is None
+    assert model.layer2[1].bn1.site.stage == 1 and model.layer2[1].bn2.site.last
+    assert model.bn1.site.role == "stem" and model.layer2[1].bn1.base.site is None
