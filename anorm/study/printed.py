@@ -60,7 +60,9 @@ class Row:
         """The arguments of train.py for this row, after the paper's text or after the authors' code."""
         if faithful not in FAITHFUL:
             raise ValueError(f"faithful={faithful!r} is neither paper nor code")
-        return [*self.overrides, *(("faithful=code", *self.code) if faithful == "code" else ())]
+        changed = ("faithful=code", *self.code) if faithful == "code" else ()
+        keys = {word.partition("=")[0] for word in changed}
+        return [*(word for word in self.overrides if word.partition("=")[0] not in keys), *changed]
 
     def command(self, faithful: str = "paper") -> str:
         quoted = (f"'{a}'" if any(c in a for c in "[](){},* ") else a for a in self.arguments(faithful))

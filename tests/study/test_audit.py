@@ -146,7 +146,7 @@ def test_after_the_code(audited):
     row = printed.load("table2").rows[1]
     assert (
         row.command("code")
-        == "python train.py setup=vanilla arch=resnet34 norm=an faithful=code norm.place=1"
+        == "python train.py setup=vanilla arch=resnet34 norm=an faithful=code norm.place=published"
     )
     assert counted(row.arguments("code")).all == 21_996_060
 
