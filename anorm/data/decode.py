@@ -38,12 +38,12 @@ class BadImage(ValueError):
 
     @property
     def with_advice(self) -> BadImage:
-        """For a user whose run it ends."""
+        """Return the error that tells the user, whose run it ends, what to do."""
         return BadImage(f"{self}: mend or remove it, or set data.on_error=skip")
 
 
 def decode(encoded: Tensor, name: str) -> Tensor:
-    """encoded: 1-D uint8, the bytes of an image file. Returns uint8 (3,H,W), RGB, strides of an H x W x 3 array.
+    """Return uint8 (3,H,W), RGB, strides of an H x W x 3 array. encoded: 1-D uint8, the bytes of an image file.
 
     Grey is repeated, transparency dropped, more than 8 bits are reduced to 8 (`as_rgb`). Orientation, in EXIF or TIFF, is
     never applied, as in torchvision's ImageFolder on JPEGs, which made the published numbers.
@@ -59,9 +59,9 @@ def decode(encoded: Tensor, name: str) -> Tensor:
 
 
 def decode_window(encoded: Tensor, name: str, choose: Callable[[int, int], Window]) -> tuple[Tensor, Window]:
-    """The window of an image that `choose`, given height and width, asks for, uint8 (3,h,w); and what it asked for.
+    """Return the pixels, uint8 (3,h,w), of the window that `choose` asks for, given height and width; and the window.
 
-    The pixels are `decode`'s; where `jpeg.region` runs, those of a JPEG outside the window cost little. Raises BadImage.
+    Pixels are those of `decode`. Where `jpeg.region` runs, a JPEG's pixels outside the window cost little. Raises BadImage.
     """
     size = jpeg.size(encoded)
     if size is not None:
@@ -79,7 +79,7 @@ def is_jpeg(encoded: Tensor) -> bool:
 
 @functools.cache
 def jpeg_decoder() -> Callable[..., Tensor]:
-    """torchvision's, which is deprecated since 0.29, and where it is gone its successor; both are libjpeg-turbo."""
+    """Return torchvision's decoder (deprecated since 0.29), or its successor where it is gone; both are libjpeg-turbo."""
     try:
         from torchvision.io import decode_jpeg
     except ImportError:

@@ -31,8 +31,10 @@ SETTLED = 2.0  # seconds: a folder changed more recently than this may change ag
 
 @dataclass(frozen=True)
 class FileIndex:
-    """Images of one split. All names lie in one byte array, because 1.3 million Python strings in every worker
-    process would cost gigabytes (each reading touches a reference count, so forked pages are copied).
+    """Images of one split.
+
+    All names lie in one byte array. As 1.3 million Python strings they would cost gigabytes: reading one touches its
+    reference count, and so copies a page into every worker.
 
     classes: class folders, sorted. labels (N,) int64. skipped: paths passed over, service files and, under
     on_error=skip, all else that is no image.
@@ -55,7 +57,7 @@ class FileIndex:
         return os.path.join(self.folder, self.classes[self.labels[index]], name)
 
     def digest(self) -> str:
-        """Changes when a file is added, removed, renamed, moved to another class or given another size."""
+        """Return a digest that changes when a file is added, removed, renamed, moved to another class, or resized."""
         digest = hashlib.blake2b(os.fsencode("\n".join(self.classes)), digest_size=16)
         for array in (self.names, self.ends, self.labels, self.sizes):
             digest.update(numpy.ascontiguousarray(array).tobytes())

@@ -1,7 +1,7 @@
 """Regions of JPEGs without the rest: `jpeg.cpp`, compiled on first use where libjpeg-turbo's headers are installed.
 
-Training crops most of an image away, and decoding is most of a loader's work: a quarter of it is saved. Pixels are those
-of decoding the whole image, so nothing else changes where this is missing.
+Training crops most of an image away, and decoding is most of a loader's work: this saves a quarter of it. The pixels are
+those of decoding the whole image, so a machine without the headers gives the same training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LIBRARY = Library(
 
 @functools.cache
 def why_not() -> str | None:
-    """None if regions can be decoded (the library is built now if need be), else the reason in words."""
+    """Return None if regions can be decoded (building the library if need be), else the reason in words."""
     try:
         _library()
     except (BuildError, OSError) as error:
@@ -46,7 +46,7 @@ def _library() -> ctypes.CDLL:
 
 
 def size(encoded: Tensor) -> tuple[int, int] | None:
-    """Height and width of a JPEG that `region` may read; None of any other. encoded: contiguous uint8 (n,)."""
+    """Return height and width of a JPEG that `region` may read, None of any other. encoded: contiguous uint8 (n,)."""
     if why_not() is not None:
         return None
     found = (ctypes.c_int * 2)()
@@ -54,8 +54,10 @@ def size(encoded: Tensor) -> tuple[int, int] | None:
 
 
 def region(encoded: Tensor, top: int, left: int, height: int, width: int) -> Tensor | None:
-    """uint8 (3,height,width), RGB, strides of a height x width x 3 array: those pixels of the image, which must lie in
-    it. None where the file is damaged."""
+    """Return a region, which must lie in the image; None where the file is damaged.
+
+    uint8 (3,height,width), RGB, strides of a height x width x 3 array.
+    """
     out = torch.empty((height, width, 3), dtype=torch.uint8)
     wanted = (ctypes.c_int * 4)(top, left, height, width)
     good = _library().anorm_jpeg_region(*_pointer(encoded), wanted, ctypes.c_void_p(out.data_ptr()))

@@ -53,48 +53,39 @@ class TrainLoader:
                 f"the training set has {self.count} images, fewer than one global batch of {global_batch}: "
                 "lower optim.global_batch (and batch_size), or add images"
             )
-        self.seed, self.global_batch, self.micro_batch, self.rank, self.world = (
-            seed,
-            global_batch,
-            micro_batch,
-            rank,
-            world,
-        )
+        self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
+        self.rank, self.world = rank, world
         self._order = source.train.order
         self._feed = open_feed(source.train, seed, micro_batch, workers, torch.device(device))
-        self._finish = _finisher(source.train, device, channels_last)
+        self._finish = _to_batches_on(device, source.train, channels_last)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each step from start_step on; nothing before start_step is read."""
+        """Yield this rank's micro-batches of each step from start_step on; nothing before start_step is read."""
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
         fetched = self._feed.run(self._requests(epoch, start_step))
         for _ in range(start_step, self.steps_per_epoch):
-            yield [
-                self._finish(next(fetched))
-                for _ in range(self.global_batch // self.micro_batch // self.world)
-            ]
+            mine = self.global_batch // self.micro_batch // self.world
+            yield [self._finish(next(fetched)) for _ in range(mine)]
 
     def micro_batch_number(self, k: int) -> int:
-        """The number j in the global batch of the k-th micro-batch that this rank is given in a step."""
+        """Return the number j in the global batch of the k-th micro-batch that this rank is given in a step."""
         return self.rank + k * self.world
 
     def _requests(self, epoch: int, start_step: int) -> Iterator[Request]:
         order = self._order(stream(self.seed, "order", epoch), self.global_batch)
         assert order.shape == (self.count,), (order.shape, self.count)
         for step in range(start_step, self.steps_per_epoch):
-            micro_batches = order[step * self.global_batch : (step + 1) * self.global_batch].split(
-                self.micro_batch
-            )
-            for indices in micro_batches[self.rank :: self.world]:
+            global_batch = order[step * self.global_batch : (step + 1) * self.global_batch]
+            for indices in global_batch.split(self.micro_batch)[self.rank :: self.world]:
                 yield Request(epoch, indices)
 
     @property
     def skipped(self) -> dict[int, str]:
-        """Bad files met so far by this process (data.on_error=skip): index -> message."""
+        """Bad samples met so far by this process (data.on_error=skip): index -> message."""
         return self._feed.bad
 
     def close(self) -> None:
-        """Ends the workers."""
+        """End the workers."""
         self._feed.close()
 
 
@@ -159,7 +150,7 @@ class EvalLoader:
         self._rank, self._world, self._together = rank, world, None
         self._first, self._stop = len(dataset) * rank // world, len(dataset) * (rank + 1) // world
         self._feed = open_feed(dataset, 0, batch, workers, torch.device(device))
-        self._finish = _finisher(dataset, device, channels_last)
+        self._finish = _to_batches_on(device, dataset, channels_last)
 
     def together(self, batches: Batches) -> EvalLoader:
         """Return a loader of the same images in ``batches``: rank r takes the batches r, r + world, ..., so that every
@@ -214,11 +205,12 @@ class EvalLoader:
         self._feed.close()
 
 
-def _finisher(
-    dataset: Dataset, device: torch.device | str, channels_last: bool
+def _to_batches_on(
+    device: torch.device | str, dataset: Dataset, channels_last: bool
 ) -> Callable[[Fetched], Batch]:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return lambda fetched: dataset.finish(fetched, torch.device(device), layout)
+    """Return what makes a batch on the device of samples that were fetched."""
+    device, layout = torch.device(device), torch.channels_last if channels_last else torch.contiguous_format
+    return lambda fetched: dataset.finish(fetched, device, layout)
 
 
 def _check_positive(**sizes: int) -> None:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
-    """samples: (key, JPEG bytes, label). Whole or not at all; equal samples give equal bytes.
+    """Write a shard, whole or not at all. samples: (key, JPEG bytes, label); equal samples give equal bytes.
 
     Keys are of any length and bytes: such as plain (ustar) headers do not hold have an extended one before them.
     """
@@ -54,7 +54,7 @@ def write_index(
     classes: list[str] | None = None,
     progress: Callable[[int], None] = lambda shards: None,
 ) -> int:
-    """Index FOLDER/SPLIT-*.tar, whoever wrote them; returns the number of images.
+    """Index FOLDER/SPLIT-*.tar, whoever wrote them; return the number of images.
 
     classes: their names in the order of the labels; None names them by their numbers.
     Raises ValueError for a sample without a label or a label without an image.

@@ -25,7 +25,7 @@ class Window(NamedTuple):
     mirror: bool
 
     def cut(self, image: Tensor) -> Tensor:
-        """The window's pixels of (C,H,W)."""
+        """Return the window's pixels of (C,H,W)."""
         return image[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
 
@@ -73,7 +73,7 @@ class Crop:
         return self.eval_resize or round(self.image_size * 256 / 224)
 
     def window(self, height: int, width: int, rng: torch.Generator) -> Window:
-        """The random training window in an image of height x width pixels."""
+        """Draw the training window in an image of height x width pixels."""
         draws = torch.rand(DRAWS, generator=rng, dtype=torch.float64).tolist()
         mirror = self.flip and draws[0] < 0.5
         log_low, log_high = math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])
@@ -89,8 +89,10 @@ class Crop:
         return Window((height - h) // 2, (width - w) // 2, h, w, mirror)
 
     def evaluation(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What `evaluate` does to an image of height x width: its (height, width) after the resize, and the (top, left)
-        of the centre crop in that. Rounded as torchvision rounds."""
+        """Return what `evaluate` does to an image: (height, width) after the resize, (top, left) of the centre crop in that.
+
+        Rounded as torchvision rounds.
+        """
         short = self.short_side
         tall, wide = (
             (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
@@ -98,19 +100,19 @@ class Crop:
         return (tall, wide), (round((tall - self.image_size) / 2), round((wide - self.image_size) / 2))
 
     def train(self, pixels: Tensor, window: Window) -> Tensor:
-        """uint8 (3,h,w), the window's pixels -> uint8 (3,S,S): resized to S = image_size, mirrored or not."""
+        """Resize the window's pixels, uint8 (3,h,w), to (3,S,S), S = image_size, and mirror them where it says so."""
         resized = self._resize(pixels, (self.image_size, self.image_size))
         return resized.flip(-1) if window.mirror else resized
 
     def evaluate(self, image: Tensor) -> Tensor:
-        """uint8 (3,H,W) -> uint8 (3,S,S): short side to `short_side`, then the centre S x S."""
+        """Resize uint8 (3,H,W) to the short side `short_side` and return its centre, (3,S,S)."""
         size, (top, left) = self.evaluation(image.shape[1], image.shape[2])
         return self._resize(image, size)[:, top : top + self.image_size, left : left + self.image_size]
 
     def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """Antialiased, in uint8: what torchvision's v2 resize calls. The kernel is fastest on H x W x 3 in memory."""
+        """Resize antialiased, in uint8, by what torchvision's v2 calls. The kernel is fastest on H x W x 3 in memory."""
         if image.shape[1:] == size:
             return image
-        # with the batch's stride, by which the result's layout is chosen: [None] on the image itself would set another
+        # the result gets the layout of the batch's strides; [None] on the image itself would give it others
         batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
         return torch.nn.functional.interpolate(batch, size, mode=self.interpolation, antialias=True)[0]

@@ -1,6 +1,6 @@
-"""Where the images of ImageNet lie before they are prepared: in the official tar files, or in class folders.
+"""Where the images of ImageNet lie before they are prepared: in the official tar files, or in folders.
 
-Either way an image is bytes at a place in a file, so that nothing is unpacked to be read.
+Either way an image is bytes at a place in a file, so nothing is unpacked to be read.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def flat_items(folder: Path) -> list[Item]:
 
 
 def train_items(path: Path) -> list[Item]:
-    """The training tar holds one tar a class (n01440764.tar), each of which holds the images of that class."""
+    """Return the images of the training tar, which holds one tar a class (n01440764.tar) with the images of that class."""
     items = []
     with _open(path) as outer:
         for inner in outer:
@@ -192,7 +192,7 @@ def _in_order(names: list[str], classes: list[str], file: Path) -> dict[str, str
 
 
 def _kaggle_classes(path: Path, names: list[str]) -> dict[str, str]:
-    """ImageId (a name without its ending), PredictionString (a class and a box, as often as there are objects)."""
+    """Return name -> class from ImageId (a name without its ending), PredictionString (class and box of each object)."""
     found = {}
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         for row in csv.DictReader(file):
@@ -226,7 +226,7 @@ def _devkit_classes(file: Path, truth: bytes, meta: bytes) -> list[str]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[tarfile.TarFile]:
-    """The tar file; damage that is met within, too, is an error in words."""
+    """Open a tar file. Damage, also such as is met within, raises ValueError in words."""
     try:
         with tarfile.open(path) as tar:
             yield tar

@@ -57,7 +57,7 @@ class Preparation:
 
 
 class Job(NamedTuple):
-    """What one process does at a time. labels: None for class folders, else the images' labels for a shard."""
+    """Work of one process at a time. labels: None for class folders, else the images' labels in a shard."""
 
     target: str
     items: list[Item]
@@ -90,11 +90,12 @@ def reencode(encoded: bytes, name: str, short_side: int, quality: int) -> bytes:
 
 
 def key(item: Item) -> str:
-    """WebDataset's key: what stands before the first dot."""
+    """Return WebDataset's key, which ends at a name's first dot: other dots become underscores."""
     return Path(item.name).stem.replace(".", "_")
 
 
 def prepared(item: Item, job: Job) -> bytes:
+    """Return an image's bytes as they are to be written."""
     name = printable(item.file if Path(item.file).name == item.name else f"{item.file}: {item.name}")
     return reencode(item.read(), name, job.short_side, job.quality)
 
@@ -115,7 +116,10 @@ def run(job: Job) -> int:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The name appears only when its content is whole, but for a loss of power: 1.3 million flushes would take hours."""
+    """Write a file whose name appears only when its content is whole.
+
+    Not after a loss of power: flushing 1.3 million files to the disk would take hours.
+    """
     path.parent.mkdir(exist_ok=True)
     # of its own length, as the image's name may be as long as a name can be
     digest = hashlib.blake2b(os.fsencode(path.name), digest_size=16).hexdigest()
@@ -129,6 +133,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def plan(items: dict[str, list[Item]], asked: Preparation) -> Iterator[tuple[str, Job]]:
+    """Yield (split, job) of all that is to be there: the same for the same images and options."""
     import torch
 
     from anorm.data.random import stream
@@ -141,16 +146,8 @@ def plan(items: dict[str, list[Item]], asked: Preparation) -> Iterator[tuple[str
             part = found[start : start + CHUNK]
             if asked.form == "shards":
                 labels = [numbers[item.class_name] for item in part]
-                yield (
-                    split,
-                    Job(
-                        str(asked.to / f"{split}-{number:06d}.tar"),
-                        part,
-                        labels,
-                        asked.short_side,
-                        asked.quality,
-                    ),
-                )
+                target = str(asked.to / f"{split}-{number:06d}.tar")
+                yield split, Job(target, part, labels, asked.short_side, asked.quality)
             else:
                 yield split, Job(str(asked.to / split), part, None, asked.short_side, asked.quality)
 
@@ -242,7 +239,7 @@ def make_room(asked: Preparation, items: dict[str, list[Item]]) -> None:
 
 
 def work(jobs: list[tuple[str, Job]], workers: int) -> dict[str, int]:
-    """All jobs, `workers` at a time, with a progress bar; images done by split."""
+    """Do all jobs, `workers` at a time, with a progress bar; return the images done by split."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     done = dict.fromkeys((split for split, _ in jobs), 0)
@@ -267,7 +264,7 @@ def work(jobs: list[tuple[str, Job]], workers: int) -> dict[str, int]:
 
 
 def in_processes(jobs: list[tuple[str, Job]], workers: int) -> Iterator[tuple[str, int]]:
-    """(split, images) of each job as it is done; the first error cancels what has not begun."""
+    """Yield (split, images) of each job as it is done; the first error cancels what has not begun."""
     waiting, running = iter(jobs), {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=end_with, initargs=(os.getpid(),)) as pool:
@@ -288,7 +285,7 @@ def in_processes(jobs: list[tuple[str, Job]], workers: int) -> Iterator[tuple[st
 
 
 def end_with(parent: int) -> None:
-    """In a worker: be killed when the parent ends, however. The repeated command writes the same files."""
+    """Have this worker killed when its parent ends, however that happens; the repeated command writes the same files."""
     end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -296,7 +293,7 @@ def end_with(parent: int) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Within: no other preparation writes to ``folder``. Raises ValueError while one does."""
+    """Keep other preparations from writing to ``folder``. Raises ValueError while one does."""
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -311,7 +308,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def check_sample(jobs: list[tuple[str, Job]], count: int) -> int:
-    """Prepare about `count` images spread over all jobs again and compare them, byte for byte, with what was written."""
+    """Prepare about `count` images of all jobs again and compare them, byte for byte, with the files written."""
     checked = 0
     for _, job in jobs[:: max(1, len(jobs) // count)]:
         every = max(1, len(job.items) * len(jobs) // count)
@@ -381,7 +378,7 @@ def override(key: str, value: str) -> str:
 
 
 def write(items: dict[str, list[Item]], asked: Preparation) -> tuple[dict[str, int], int]:
-    """(images by split, images compared with their source)."""
+    """Return (images by split, images compared with their source)."""
     if asked.form == "folder":
         for split in items:
             (asked.to / split).mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""How images get from where they lie to the device; a feed decides nothing about which images, or how they are cropped."""
+"""Ways of samples from where they lie to the training process. A feed decides neither which samples, nor their crops."""
 
 from __future__ import annotations
 

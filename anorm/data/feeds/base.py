@@ -17,34 +17,34 @@ log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
-    """The images of one batch, (n,) int64; epoch None asks for the evaluation transform."""
+    """Asks for the samples of one batch: indices (n,) int64; epoch None for the evaluation transform."""
 
     epoch: int | None
     indices: Tensor
 
 
 def generators(request: Request, seed: int) -> Sequence[torch.Generator] | None:
-    """One augmentation stream an image, None for evaluation."""
+    """Return one augmentation stream a sample, None for evaluation."""
     if request.epoch is None:
         return None
     return [stream(seed, "augment", request.epoch, index) for index in request.indices.tolist()]
 
 
 class Feed(ABC):
-    """Answers requests in their order. bad: files that could not be read so far, index -> message."""
+    """Answers requests in their order. bad: samples that could not be read so far, index -> message."""
 
     def __init__(self) -> None:
         self.bad: dict[int, str] = {}
 
     @abstractmethod
     def run(self, requests: Iterable[Request]) -> Iterator[Fetched]:
-        """Iterating again ends an earlier, unfinished run."""
+        """Yield an answer a request. Another run ends an earlier, unfinished one."""
 
     def close(self) -> None:
-        """Frees what the feed holds."""
+        """Free what the feed holds."""
 
     def note(self, bad: list[tuple[int, str]]) -> None:
-        """Records bad files, each reported once."""
+        """Record bad samples; log each once."""
         for index, message in bad:
             if index not in self.bad:
                 self.bad[index] = message

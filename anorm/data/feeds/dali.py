@@ -1,7 +1,7 @@
 """data.loader=dali: NVIDIA DALI decodes, crops and resizes, on the CPU or, for a GPU, with its hardware decoder.
 
-Order, crops and flips come from here, not from DALI's readers and random operators, so epochs, the last batch and resume
-are exact and the images those of data.loader=torch, up to the rounding of another decoder and resize (antialiased).
+Order, crops and flips come from here and not from DALI's readers and random operators. So epochs, the last batch and
+resume are exact. Images are those of data.loader=torch up to the rounding of another decoder and antialiased resize.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class _Sent(NamedTuple):
 
 
 class _Ahead:
-    """The rows of requests in their order, made by threads for `threads` + 1 requests at a time: DALI asks for them in
-    the thread that also trains, and files may be slow.
+    """Rows of requests in their order, made by threads for `threads` + 1 requests at a time.
+
+    DALI asks for them in the thread that also trains, which would wait for slow files.
     """
 
     def __init__(self, rows: Callable[[Request], Rows], requests: Iterable[Request], threads: int):
@@ -56,7 +57,7 @@ class _Ahead:
         return request, rows.result()
 
     def stop(self) -> Iterator[Request]:
-        """Ends the threads; the requests that were not answered."""
+        """End the threads; return the requests that were not answered."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         return itertools.chain([request for request, _ in self._coming], self._requests)
 
@@ -70,20 +71,15 @@ class DaliFeed(Feed):
             import nvidia.dali  # noqa: F401
         except ImportError as error:
             raise ValueError(INSTALL) from error
-        self._dataset, self._seed, self._batch, self._workers, self._device = (
-            dataset,
-            seed,
-            batch,
-            workers,
-            device,
-        )
+        self._dataset, self._seed, self._device = dataset, seed, device
+        self._batch, self._workers = batch, workers
         self._pipeline, self._refused = None, set()
 
     def run(self, requests: Iterable[Request]) -> Iterator[FetchedImages]:
         threads = max(1, self._workers)
         self._ahead = ahead = _Ahead(self._rows, requests, threads)
         self._sent = deque()
-        self._pipeline = self._build()  # a pipeline reads ahead, so what it holds is of no use to another run
+        self._pipeline = self._build()  # an earlier one has read ahead of a run that is over
         try:
             while True:
                 try:
@@ -117,7 +113,7 @@ class DaliFeed(Feed):
             self._dataset.crop.interpolation
         ]
 
-        # a pipeline that held the feed, which holds it, and DALI's threads would wait for the collector
+        # if the pipeline held the feed, which holds it, only the collector would end DALI's threads
         inputs = weakref.WeakMethod(self._inputs)
 
         @pipeline_def
@@ -151,7 +147,7 @@ class DaliFeed(Feed):
         return pipeline
 
     def _inputs(self) -> tuple[list[numpy.ndarray], ...]:
-        """The next request's inputs, in the order of INPUTS; called by DALI, ahead of need."""
+        """Return the next request's inputs, in the order of INPUTS. DALI calls it ahead of need."""
         while True:
             request, (rows, indices) = next(self._ahead)  # StopIteration tells DALI that there are no more
             if rows:
@@ -179,13 +175,13 @@ class DaliFeed(Feed):
         return rows, indices
 
     def _readable(self, index: int) -> tuple[numpy.ndarray, int, int]:
-        """The file, or, where DALI might not read it as Pillow does, the decoded image as a bitmap; height and width."""
+        """Return (the file, height, width); where DALI might not read it as Pillow does, the decoded image as a bitmap."""
         encoded, name = self._dataset.read(index), self._dataset.store.name(index)
         data = encoded.numpy()
         shape = jpeg_shape(memoryview(data)) if is_jpeg(encoded) and index not in self._refused else None
         if shape is not None and data[-2:].tobytes() == b"\xff\xd9":
             return data, *shape
-        # no colour JPEG, or one that may be cut off, which decoding a region need not notice
+        # no colour JPEG, or one that may be cut off: decoding a region above the cut would not notice
         image = decode(encoded, name)
         return _bitmap(image), image.shape[1], image.shape[2]
 
@@ -203,7 +199,7 @@ class DaliFeed(Feed):
         return start, shape, to.astype(numpy.float32), first, numpy.array(mirror, dtype=numpy.int32)
 
     def _find_bad_files(self, error: RuntimeError) -> None:
-        """DALI does not say which file it could not decode. Where all can be read, they go as bitmaps from now on."""
+        """Find what DALI could not decode, which it does not say. If others read all, they go as bitmaps from now on."""
         before, sent = len(self.bad), {index for sent in self._sent for index in sent.indices}
         for index in sorted(sent):
             try:
@@ -224,7 +220,7 @@ class DaliFeed(Feed):
 
 
 def jpeg_shape(data: memoryview) -> tuple[int, int] | None:
-    """Height and width in a JPEG's frame header; None unless it is 8-bit, grey or three colours."""
+    """Return height and width from a JPEG's frame header; None unless it is 8-bit, grey or three colours."""
     at = 2
     while at + 9 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]

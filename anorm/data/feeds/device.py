@@ -1,6 +1,6 @@
 """data.loader=device: every image decoded once and kept as uint8 on the device, cropped and resized there.
 
-The crops and flips are those of data.loader=torch (same streams); the resize is the same antialiased filter, as two
+Crops and flips are those of data.loader=torch, from the same streams. The resize is the same antialiased filter, as two
 small matrix products an image, and agrees to one level of 255. For a set that fits: a new norm in an afternoon on one GPU.
 """
 
@@ -28,7 +28,7 @@ WINDOWS = 1 << 25  # pixels that are cut out at once, at 36 bytes each
 
 
 class DeviceFeed(Feed):
-    """Reads the whole data set when it is made. Raises ValueError where it does not fit, with the numbers."""
+    """Holds the whole data set, read when it is made. Raises ValueError where it does not fit, with the numbers."""
 
     def __init__(self, dataset: EncodedImages, seed: int, workers: int, device: torch.device):
         super().__init__()
@@ -101,27 +101,18 @@ class DeviceFeed(Feed):
 
     def _training(self, height: int, width: int, rng: torch.Generator) -> tuple[int, ...]:
         window, size = self._dataset.crop.window(height, width, rng), self._dataset.image_size
-        return (
-            height,
-            width,
-            window.top,
-            window.left,
-            window.height,
-            window.width,
-            size,
-            size,
-            0,
-            0,
-            window.mirror,
-        )
+        return (height, width, *window[:4], size, size, 0, 0, window.mirror)
 
     def _evaluation(self, height: int, width: int) -> tuple[int, ...]:
         (tall, wide), (top, left) = self._dataset.crop.evaluation(height, width)
         return (height, width, 0, 0, height, width, tall, wide, top, left, 0)
 
     def _resized(self, index: Tensor, cuts: Tensor) -> Tensor:
-        """uint8 (n,3,S,S). cuts (n,11): image height and width; top, left, height and width of the window; height and
-        width it is resized to; the first row and column of that which are wanted; mirror."""
+        """Return uint8 (n,3,S,S).
+
+        cuts (n,11): image height and width; top, left, height and width of the window; height and width it is resized to;
+        the first row and column of that which are wanted; mirror.
+        """
         extent = cuts[:, 4:6].amax(0).tolist()
         tall, wide = extent
         cuts = cuts.to(self._device, non_blocking=True)
@@ -142,7 +133,7 @@ class DeviceFeed(Feed):
 
 
 def _parts(cuts: list[tuple[int, ...]]) -> Iterator[slice]:
-    """Images in a row whose windows, each padded to the tallest and the widest, have at most ``WINDOWS`` pixels."""
+    """Yield runs of images whose windows, each padded to the tallest and the widest, have at most ``WINDOWS`` pixels."""
     start = tall = wide = 0
     for i, cut in enumerate(cuts):
         tall, wide = max(tall, cut[4]), max(wide, cut[5])
@@ -154,7 +145,7 @@ def _parts(cuts: list[tuple[int, ...]]) -> Iterator[slice]:
 
 
 def _filter(length: Tensor, to: Tensor, first: Tensor, extent: int, size: int, kind: str) -> Tensor:
-    """(n,size,extent): row i holds the weights that make pixel first + i of `to` pixels out of `length` (padded to extent).
+    """Return (n,size,extent): row i holds the weights that make pixel first + i of `to` out of `length`, padded to extent.
 
     The antialiased filters of Pillow: the kernel is stretched by the scale where it shrinks. bilinear: the triangle of
     half-width 1; bicubic: Keys' with a = -1/2 and half-width 2.
@@ -178,7 +169,7 @@ def _filter(length: Tensor, to: Tensor, first: Tensor, extent: int, size: int, k
 
 
 class _Whole(TorchDataset):
-    """Chunks of decoded images: their pixels, (3,H,W) each, one after another; (H,W) each; bad ones, which have no pixels."""
+    """Chunks of the data set, decoded: all pixels in a row, (3,H,W) an image; each (H,W); the bad ones, which have no pixels."""
 
     def __init__(self, dataset: EncodedImages):
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""data.loader=torch: torch's DataLoader; each worker answers whole requests."""
+"""data.loader=torch: worker processes of torch's DataLoader; each answers whole requests."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from anorm.data.sources.base import Dataset, Fetched
 
 
 class Failed(str):
-    """An error message on its way out of a worker (an exception would arrive wrapped in a traceback)."""
+    """An error message from a worker to its rank. As an exception it would arrive wrapped in the worker's traceback."""
 
 
 class _Answers(TorchDataset):
-    """Maps a Request to its Fetched."""
+    """The data set as the DataLoader sees it: Request -> Fetched, or Failed where the user is to mend something."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -37,7 +37,7 @@ class _Answers(TorchDataset):
 
 
 class WorkerFeed(Feed):
-    """workers = 0 reads in this process, on demand."""
+    """Answers requests by ``workers`` processes; 0: in this process, when an answer is asked for."""
 
     def __init__(self, dataset: Dataset, seed: int, workers: int, device: torch.device):
         super().__init__()
@@ -77,7 +77,7 @@ class WorkerFeed(Feed):
 
 
 class _Requests:
-    """A sampler whose content is set for each run: workers persist over epochs, as the DataLoader does."""
+    """A sampler whose content is replaced for each run, so that the DataLoader and its workers outlive an epoch."""
 
     current: Iterable[Request] = ()
 
@@ -87,9 +87,11 @@ class _Requests:
 
 @contextmanager
 def forking() -> Iterator[None]:
-    """Within: workers are forked. What they inherit is the rank's to collect: a worker that collected the remains of
-    another loader would close that one's queues, or wait for threads of DALI's that it does not have. It would also copy
-    the rank's memory. So they start without the collector, which ``start_worker`` lets them have for what is theirs.
+    """Keep the garbage collector off while workers are forked.
+
+    Workers inherit the rank's garbage. If a worker collects another loader's leftovers, it closes that loader's queues, or
+    waits for DALI's threads, which it does not have; and each object that it looks at copies a page of the rank's memory.
+    ``start_worker`` sets the inherited objects aside and turns the collector on.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -101,7 +103,7 @@ def forking() -> Iterator[None]:
 
 
 def start_worker(worker: int) -> None:
-    """What every worker does first."""
+    """Set up a worker: its own collector, its allocator, its signals. Runs first in every worker."""
     gc.freeze()
     gc.enable()
     keep_freed_memory()
@@ -109,9 +111,11 @@ def start_worker(worker: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Decoded photographs, and the maps and gradients of a step on a CPU, are larger than what glibc keeps, so each would
-    be mapped, cleared page by page and given back: a tenth of a worker's time, a quarter of a step's. Other C libraries
-    have no mallopt, or another one."""
+    """Make glibc keep freed blocks of up to 1 GiB; do nothing on other C libraries.
+
+    Decoded photographs, and the maps and gradients of a step on a CPU, are larger than what glibc keeps. Each would be
+    mapped, cleared page by page and given back, which is a tenth of a worker's time and a quarter of a step's.
+    """
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         m_trim_threshold, m_mmap_threshold = -1, -3
         for option in (m_trim_threshold, m_mmap_threshold):
@@ -119,8 +123,11 @@ def keep_freed_memory() -> None:
 
 
 def _leave_signals_to_the_rank() -> None:
-    """Ctrl-C and Slurm signal every process of a job, but a rank may still need batches to reach a step boundary.
-    So a worker ends only when its rank says so, through the DataLoader's own means, the last of which is SIGTERM."""
+    """Let only the rank end this worker: through the DataLoader's own means, the last of which is SIGTERM.
+
+    Ctrl-C and Slurm signal every process of a job. If a worker obeyed, its rank would lack the batches that it needs to
+    reach the end of its step, where it saves.
+    """
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -199,13 +199,13 @@ class Store(Protocol):
     labels: Tensor
 
     def read(self, index: int) -> Tensor:
-        """The file's bytes, uint8 (n,). Several threads may call it at once."""
+        """Return the file's bytes, uint8 (n,). Several threads may call it at once."""
 
     def name(self, index: int) -> str:
-        """What an error message calls it."""
+        """Return what messages and lists call it; printable."""
 
     def digest(self) -> str:
-        """Changes with the images and their classes."""
+        """Return a digest that changes with the images and their classes."""
 
 
 class EncodedImages(LabelledImages):
@@ -229,12 +229,8 @@ class EncodedImages(LabelledImages):
                 f"data.mean={list(mean)} and data.std={list(std)} need three values each, std above zero"
             )
         self.store, self.crop, self.on_error, self.loader = store, crop, on_error, loader
-        self.labels, self.image_size, self.mean, self.std = (
-            store.labels,
-            crop.image_size,
-            tuple(mean),
-            tuple(std),
-        )
+        self.labels, self.image_size = store.labels, crop.image_size
+        self.mean, self.std = tuple(mean), tuple(std)
         self.identity = store.digest()
         # compiled and imported now, once, and not in every worker
         jpeg.why_not()
@@ -256,11 +252,11 @@ class EncodedImages(LabelledImages):
         return FetchedImages(images[: len(kept)], self.labels[kept], kept, bad)
 
     def decoded(self, index: int) -> Tensor:
-        """The whole image, uint8 (3,H,W). Raises BadImage."""
+        """Return the whole image, uint8 (3,H,W). Raises BadImage."""
         return decode(self.read(index), self.store.name(index))
 
     def read(self, index: int) -> Tensor:
-        """The file's bytes, uint8 (n,). Raises BadImage for a file that is gone, or that its disk does not give."""
+        """Return the file's bytes, uint8 (n,). Raises BadImage for a file that is gone, or that its disk does not give."""
         try:
             return self.store.read(index)
         except OSError as error:
@@ -271,7 +267,7 @@ class EncodedImages(LabelledImages):
     def _sample(
         self, index: int, rng: torch.Generator | None, bad: list[tuple[int, str]]
     ) -> tuple[Tensor, int] | None:
-        """The image, uint8 (3,S,S), and its index; for training the next good one's, for evaluation None, if it is bad."""
+        """Return the image, uint8 (3,S,S), and its index. If it is bad: in training the next good one, else None."""
         for at in (index,) if rng is None else range(index, index + len(self)):
             at %= len(self)
             try:

@@ -22,7 +22,7 @@ STREAMS = ("hfids", "tfds", "wds")
 
 
 class TimmStore:
-    """A reader of timm that gives (file, label) for an index."""
+    """Images of a reader of timm that gives (file, label) for an index."""
 
     def __init__(self, reader, title: str):
         self.reader, self.title = reader, title
@@ -45,8 +45,9 @@ class TimmStore:
         return f"{self.title}: image {index}"
 
     def digest(self) -> str:
-        """Of the title, the classes, the labels, and the files' names where the reader lists files: the names of Hugging
-        Face's images are not known without reading them.
+        """Return a digest of title, classes, labels and, where the reader lists files, their names.
+
+        The names of Hugging Face's images are not known without reading them.
         """
         found = hashlib.blake2b(self.title.encode(), digest_size=16)
         found.update(os.fsencode("\n".join(self.classes())) + self.labels.numpy().tobytes())
@@ -56,7 +57,7 @@ class TimmStore:
         return found.hexdigest()
 
     def classes(self) -> list[str]:
-        """The reader's names in the order of their labels, else the labels' numbers."""
+        """Return the reader's names in the order of their labels, else the labels' numbers."""
         names = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", None)
         if names:
             return [str(name) for name, _ in sorted(names.items(), key=lambda item: item[1])]
@@ -64,7 +65,7 @@ class TimmStore:
 
 
 def _labels(reader) -> Sequence[int]:
-    """All labels without reading an image."""
+    """Return all labels without reading an image."""
     if hasattr(reader, "label_key"):
         return reader.dataset[reader.label_key]
     if hasattr(reader, "targets"):
