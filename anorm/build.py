@@ -48,12 +48,19 @@ from anorm.weights import load_weights
 
 
 def create_source(config: Config) -> Source:
-    """Return the data set. Raises ValueError, in words, when its files are missing or wrong."""
+    """Return the data set. Raises ValueError, in words, when its files are missing or wrong, or the task takes others."""
     # how images are read may depend on the task (the geometry's resize): its keys are a source's where both have them
     data = config.data
     accepted = inspect.signature(sources.find(data.name)).parameters
     shared = {k: v for k, v in config.task.options.items() if k in accepted and data.options.get(k) is None}
-    return sources.create(data.name, **data.options | shared)
+    found, takes = sources.create(data.name, **data.options | shared), tasks.find(config.task.name).takes
+    for images in found.evals.values():
+        if not isinstance(images, takes):
+            raise ValueError(
+                f"task={config.task.name} takes {takes.holds}, and data={data.name} has {images.holds}: choose another "
+                "task or data"
+            )
+    return found
 
 
 def create_task(config: Config, classes: list[str], channels: int = 3) -> Task:

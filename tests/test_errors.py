@@ -324,3 +324,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(module, "composed", lambda arguments: int("no number"))
     with pytest.raises(ValueError, match="no number"):
         train("data=digits")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["task=mask_rcnn", "data=digits"], "task=mask_rcnn takes images with objects, and data=digits has images with one"),
+        (["data=shapes"], "task=classification takes images with one class each, and data=shapes has images with objects"),
+    ],
+)
+def test_a_task_says_which_data_it_takes(words, said, capsys):
+    assert train(*words, "hardware=cpu", "arch=resnet18", "norm=bn") == 2
+    assert said in capsys.readouterr().err

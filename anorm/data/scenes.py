@@ -92,6 +92,7 @@ class Scenes(Dataset):
     shapes (N,2): heights and widths, for the order by aspect ratio.
     """
 
+    holds = "images with objects"
     categories: list[int]
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 

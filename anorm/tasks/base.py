@@ -75,6 +75,8 @@ class Task(ABC):
     """The metric that decides which weights best.ckpt keeps."""
     losses: ClassVar[tuple[str, ...]]
     """The names of ``loss``'s terms. Where there are several, each is logged beside their sum."""
+    takes: ClassVar[type[Dataset]]
+    """The data sets that it learns from and is judged on."""
 
     def __init__(self, classes: list[str], channels: int = 3, mix: Any = None):
         self.classes, self.channels = classes, channels

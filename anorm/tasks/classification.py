@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anorm.data.sources.base import Batch, Dataset, Source
+from anorm.data.sources.base import Batch, Dataset, LabelledImages, Source
 from anorm.registry import create_model
 from anorm.tasks.base import Judge, Metric, Rows, Task
 from anorm.tasks.mixing import Mixing, Target
@@ -37,6 +37,7 @@ class Classification(Task):
     shown = ("top1", "top5")
     best = "top1"
     losses = ("cross_entropy",)
+    takes = LabelledImages
 
     def __init__(self, classes: list[str], channels: int = 3, mix: Any = None):
         super().__init__(classes, channels)

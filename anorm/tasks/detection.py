@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from anorm.data.scenes import Scene
+from anorm.data.scenes import Scene, Scenes
 from anorm.data.sources.base import Batch, Dataset, Source
 from anorm.detection import coco_eval
 from anorm.detection.detectors import create_detector
@@ -67,6 +67,7 @@ class Detection(Task):
         "loss_bbox",
         "loss_mask",
     )
+    takes = Scenes
     family: ClassVar[str]
 
     def __init__(

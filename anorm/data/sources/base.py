@@ -7,7 +7,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class Dataset(ABC):
 
     identity: str
     in_memory: bool = False
+    holds: ClassVar[str]
+    """In words what its samples are."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -100,6 +102,7 @@ class LabelledImages(Dataset):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     loader: str = "torch"
+    holds = "images with one class each"
 
     def __len__(self) -> int:
         return len(self.labels)
