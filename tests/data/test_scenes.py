@@ -32,7 +32,7 @@ def test_the_published_pipeline(number):
     assert resize.scale(height, width) == pytest.approx(float(stored["legacy.scale_factor"]), rel=1e-12)
     made = resize(stored["rgb"].permute(2, 0, 1)).permute(1, 2, 0)
     assert (made.int() - stored["resized_rgb"].int()).abs().max() <= 1
-    used = [a for a in case["annotations"] if learnable(a) and min(a["bbox"][2:]) >= 1]
+    used = [a for a in case["annotations"] if learnable(a)]
     masks = nearest(torch.stack([bitmap(a, height, width) for a in used]).to(torch.uint8), size)
     masks = masks.flip(-1) if flipped else masks
     kept = torch.from_numpy(np.unpackbits(stored["gt_masks"].numpy(), axis=-1))
@@ -44,7 +44,9 @@ def test_the_published_pipeline(number):
     assert torch.equal(canvas[::8, ::8], stored["semantic_out"])
     xywh = torch.tensor([a["bbox"] for a in used], dtype=torch.float64)
     for name, tolerance in (("legacy", 1e-4), ("modern", 1e-9)):
-        boxes = GEOMETRIES[name].ground_truth(xywh, (height, width), size, resize.scale(height, width), flipped)
+        boxes = GEOMETRIES[name].ground_truth(
+            xywh, (height, width), size, resize.scale(height, width), flipped
+        )
         torch.testing.assert_close(boxes, stored[f"{name}.gt_bboxes"].double(), rtol=0, atol=tolerance)
 
 
@@ -60,12 +62,33 @@ GOOD = {
         {"id": 3, "file_name": "b.png", "height": 60, "width": 40},
     ],
     "annotations": [
-        {"id": 1, "image_id": 7, "category_id": 5, "bbox": [2, 3, 10, 20], "area": 200, "iscrowd": 0,
-         "segmentation": [[2, 3, 12, 3, 12, 23, 2, 23]]},
-        {"id": 2, "image_id": 3, "category_id": 90, "bbox": [5, 5, 20, 30], "area": 600, "iscrowd": 0,
-         "segmentation": {"size": [60, 40], "counts": [305, 30, 30, 30, 2005]}},
-        {"id": 3, "image_id": 3, "category_id": 5, "bbox": [0, 0, 40, 60], "area": 2400, "iscrowd": 1,
-         "segmentation": {"size": [60, 40], "counts": [0, 2400]}},
+        {
+            "id": 1,
+            "image_id": 7,
+            "category_id": 5,
+            "bbox": [2, 3, 10, 20],
+            "area": 200,
+            "iscrowd": 0,
+            "segmentation": [[2, 3, 12, 3, 12, 23, 2, 23]],
+        },
+        {
+            "id": 2,
+            "image_id": 3,
+            "category_id": 90,
+            "bbox": [5, 5, 20, 30],
+            "area": 600,
+            "iscrowd": 0,
+            "segmentation": {"size": [60, 40], "counts": [305, 30, 30, 30, 2005]},
+        },
+        {
+            "id": 3,
+            "image_id": 3,
+            "category_id": 5,
+            "bbox": [0, 0, 40, 60],
+            "area": 2400,
+            "iscrowd": 1,
+            "segmentation": {"size": [60, 40], "counts": [0, 2400]},
+        },
     ],
     "categories": [{"id": 90, "name": "late"}, {"id": 5, "name": "early"}],
 }
@@ -173,7 +196,9 @@ def test_annotations_under_a_pixel_are_passed_over_as_published(tmp_path):
     write(tmp_path, change)
     found = read_annotations(tmp_path / "annotations" / "instances_train2017.json", tmp_path / "train2017")
     assert found.problems == [] and found.small == 1
-    assert len(coco(tmp_path).train.read(1, masks=True)[1]) == 2
+    source = coco(tmp_path)
+    assert len(source.train.read(1, masks=True)[1]) == 2
+    assert len(source.val.truth(1)[1]) == 3  # evaluation counts all
 
 
 def test_an_image_of_another_size_than_the_json_says(tmp_path):
@@ -293,3 +318,26 @@ def test_scenes_without_objects_and_semantic_maps_of_shapes():
             assert set(labels.tolist()) <= set(semantic.unique().tolist())
     with pytest.raises(ValueError, match="semantic_classes=3"):
         create("shapes", semantic_classes=3)
+
+
+def test_the_report_of_a_data_set(tmp_path):
+    import subprocess
+    import sys
+
+    def run(*arguments):
+        program = Path(__file__).parents[2] / "tools" / "check_coco.py"
+        done = subprocess.run([sys.executable, program, tmp_path, *arguments], capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    def change(split, content):
+        if split == "val2017":
+            content["annotations"][0]["bbox"] = [2, 3, 0, 5]
+
+    write(tmp_path, change, sizes={"b.png": (41, 60)})
+    code, text = run("train2017")
+    assert code == 0 and "2 images, 0 of them without objects" in text and "2 objects" in text
+    assert "1 crowds" in text and "0 things are wrong" in text
+    code, text = run("--images")
+    assert code == 1 and "its box [2, 3, 0, 5] is empty" in text and "is of 41 x 60 pixels" in text
+    code, text = run("test2017")
+    assert code != 0 and "instances_test2017.json" in text and "Traceback" not in text

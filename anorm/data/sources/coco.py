@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
 import pickle
-from collections.abc import Iterator
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -33,8 +35,8 @@ class Annotations:
     """A JSON file, checked. images: those that can be used, by the order of their ids. objects: their annotations, pickled
     each, as millions of Python objects would be copied into every worker. names: of the categories, by the order of ids.
 
-    problems: what is wrong, one message each. small: annotations under one pixel wide or high, which are passed over as
-    MMDetection did, and no problem.
+    problems: what is wrong, one message each. small: how many annotations are under one pixel wide or high: training
+    passes over them as MMDetection did, evaluation counts them.
     """
 
     file: Path
@@ -82,9 +84,8 @@ def read_annotations(file: Path, folder: Path) -> Annotations:
         problem = _problem(annotation, image, known)
         if problem:
             found.problems.append(f"{what} ({image['file_name']}): {problem}")
-        elif min(annotation["bbox"][2:]) < 1:
-            found.small += 1
         else:
+            found.small += min(annotation["bbox"][2:]) < 1
             objects[image["id"]].append(annotation)
     for number in sorted(images):
         found.images.append(images[number])
@@ -211,14 +212,11 @@ class CocoScenes(Scenes):
 
     def read(self, index: int, masks: bool):
         entry, annotations = self._entry(index)
-        path = self.folder / entry["file_name"]
-        image = decode(_bytes(path), str(path))
-        height, width = entry["height"], entry["width"]
-        if tuple(image.shape[1:]) != (height, width):
-            raise BadImage(
-                f"{path} (image {entry['id']}) is of {image.shape[2]} x {image.shape[1]} pixels, and of {width} x {height} "
-                f"in {self.annotations.file.name}"
-            )
+        image, height, width = (
+            decoded(entry, self.folder, self.annotations.file),
+            entry["height"],
+            entry["width"],
+        )
         label = {category: i + 1 for i, category in enumerate(self.categories)}
         used = [a for a in annotations if learnable(a)] if self.training else annotations
         boxes = torch.tensor([a["bbox"] for a in used], dtype=torch.float64).reshape(-1, 4)
@@ -243,12 +241,9 @@ class CocoScenes(Scenes):
         if self.semantic is None:
             return None
         path = self.semantic / Path(entry["file_name"]).with_suffix(".png").name
-        encoded = _bytes(path)
-        import io
-
-        import numpy
         from PIL import Image
 
+        encoded = _bytes(path)
         with Image.open(io.BytesIO(encoded.numpy().tobytes())) as picture:
             found = torch.from_numpy(numpy.array(picture))
         if found.shape != (entry["height"], entry["width"]):
@@ -256,9 +251,22 @@ class CocoScenes(Scenes):
         return found
 
 
+def decoded(entry: dict, folder: Path, file: Path) -> Tensor:
+    """The image of an entry, uint8 (3,H,W). Raises BadImage, also where its size is not the entry's."""
+    path, height, width = folder / entry["file_name"], entry["height"], entry["width"]
+    image = decode(_bytes(path), str(path))
+    if tuple(image.shape[1:]) != (height, width):
+        raise BadImage(
+            f"{path} (image {entry['id']}) is of {image.shape[2]} x {image.shape[1]} pixels, and of {width} x {height} "
+            f"in {file.name}"
+        )
+    return image
+
+
 def learnable(annotation: dict) -> bool:
-    """Whether a detector trains on it: no crowd, not marked as to be ignored, with an area."""
-    return not annotation.get("iscrowd") and not annotation.get("ignore") and annotation.get("area", 1) > 0
+    """Whether a detector trains on it: no crowd, not to be ignored, with an area, at least one pixel wide and high."""
+    marked = annotation.get("iscrowd") or annotation.get("ignore")
+    return not marked and annotation.get("area", 1) > 0 and min(annotation["bbox"][2:]) >= 1
 
 
 def bitmap(annotation: dict, height: int, width: int) -> Tensor:
@@ -270,8 +278,6 @@ def bitmap(annotation: dict, height: int, width: int) -> Tensor:
         rle = coder.merge(coder.frPyObjects(shape, height, width))
     else:
         rle = coder.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
-    import warnings
-
     with warnings.catch_warnings():
         # pycocotools 2.0.11 with numpy 2: its array type lacks an argument that numpy asks for
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -287,11 +293,11 @@ def _bytes(path: Path) -> Tensor:
         ) from error
 
 
-def _splits(root: Path, train: str, val: str) -> Iterator[tuple[str, Path, Path]]:
-    for split in (train, val):
-        places = [root / split, root / "images" / split]
-        folder = next((place for place in places if place.is_dir()), places[0])
-        yield split, root / "annotations" / f"instances_{split}.json", folder
+def place_of(root: Path, split: str) -> tuple[Path, Path]:
+    """The file of annotations and the folder of images of a split."""
+    places = [root / split, root / "images" / split]
+    folder = next((place for place in places if place.is_dir()), places[0])
+    return root / "annotations" / f"instances_{split}.json", folder
 
 
 def coco(
@@ -324,7 +330,8 @@ def coco(
             raise ValueError(f"data.{name}={value} must be at least 32 pixels")
     sized = Resize(short_side, long_side, resize or RESIZE_OF.get(geometry, "antialias"))
     sets = []
-    for number, (split, file, folder) in enumerate(_splits(Path(root).expanduser(), train, val)):
+    for number, split in enumerate((train, val)):
+        file, folder = place_of(Path(root).expanduser(), split)
         found = read_annotations(file, folder)
         if found.problems and on_error == "error":
             raise ValueError(
