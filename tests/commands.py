@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,13 @@ def weights(folder, name="last.ckpt"):
 def network_of(config: Config, classes: int) -> torch.nn.Module:
     """The network that a run of ``config`` trains, on a data set of so many classes."""
     return create_network(config, create_task(config, [f"class {k}" for k in range(classes)]))
+
+
+def cut_at(run, step, folder):
+    """A copy of a finished run as a kill after ``step`` would have left it; the run kept its checkpoint of that step."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.npz"))
+    older = {weights(run, path.name)["step"]: path for path in run.glob("last-*.ckpt")}
+    shutil.copy(older[step], folder / "last.ckpt")
+    log = folder / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[: weights(folder)["log_offset"]])
+    return folder

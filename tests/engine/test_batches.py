@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from commands import SMALL, events, script, train
+from commands import SMALL, cut_at, events, run_train, script, train
 
 from anorm import create_model
 from anorm.build import create_source
@@ -182,3 +182,27 @@ def test_order_and_seed_are_of_a_run_only_where_batches_matter():
         len({signed(stats="batch"), signed(stats="batch", seed=1), signed(stats="batch", order="classes")})
         == 3
     )
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_cut_evaluate_every_set_and_statistics_bit_for_bit(tmp_path):
+    """The last evaluation is of the same batches, whatever the process that had them."""
+    import numpy
+
+    two = [
+        *SMALL,
+        "hardware.processes=2",
+        "eval.stats=[running,batch]",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=20",
+    ]
+    assert run_train(*two, f"run_dir={tmp_path / 'run'}")[0] == 0
+    cut = cut_at(tmp_path / "run", 6, tmp_path / "cut")
+    status, out, err = run_train(*two, f"run_dir={cut}")
+    assert status == 0 and "continuing at step 6" in out, err
+    for name in ("predictions.npz", "predictions-val-batch.npz"):
+        one, other = numpy.load(tmp_path / "run" / name), numpy.load(cut / name)
+        assert all(numpy.array_equal(one[key], other[key]) for key in one)
+    # one process, on the weights of two
+    found = script("tools/validate.py").main([str(cut), "hardware.processes=1"])
+    assert found == 0

@@ -1,11 +1,10 @@
 """Schedules that a configuration names: what runs log of them, exact resume, and keys of another schedule."""
 
 import math
-import shutil
 
 import pytest
 import torch
-from commands import SMALL, events, run_train, train, weights
+from commands import SMALL, cut_at, events, run_train, train, weights
 
 from anorm.config.settings import settings_from
 from anorm.config.signature import signature
@@ -30,16 +29,6 @@ ALRS = [
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alrs") / "run"
     assert train(*ALRS, f"run_dir={folder}") == 0
-    return folder
-
-
-def cut_at(run, step, folder):
-    """A copy of a finished run as a kill after ``step`` would have left it."""
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.npz"))
-    older = {weights(run, path.name)["step"]: path for path in run.glob("last-*.ckpt")}
-    shutil.copy(older[step], folder / "last.ckpt")
-    log = folder / "metrics.jsonl"
-    log.write_bytes(log.read_bytes()[: weights(folder)["log_offset"]])
     return folder
 
 

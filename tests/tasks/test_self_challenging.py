@@ -1,11 +1,10 @@
 """Self-challenging: what is muted, by hand; one forward; exact resume; two processes."""
 
 import math
-import shutil
 
 import pytest
 import torch
-from commands import SMALL, events, run_train, train, weights
+from commands import SMALL, cut_at, events, run_train, train, weights
 from torch import nn
 
 from anorm import create_model
@@ -173,16 +172,6 @@ def same(a, b):
     one, other = weights(a)["model"], weights(b)["model"]
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert [e["loss"] for e in events(a, "train")] == [e["loss"] for e in events(b, "train")]
-
-
-def cut_at(run, step, folder):
-    """A copy of a finished run as a kill after ``step`` would have left it."""
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.npz"))
-    older = {weights(run, path.name)["step"]: path for path in run.glob("last-*.ckpt")}
-    shutil.copy(older[step], folder / "last.ckpt")
-    log = folder / "metrics.jsonl"
-    log.write_bytes(log.read_bytes()[: weights(folder)["log_offset"]])
-    return folder
 
 
 def test_a_run_that_is_cut_continues_exactly_and_its_checkpoint_is_the_plain_networks(tmp_path):
