@@ -44,7 +44,7 @@ from anorm.engine.statistics import join_again
 from anorm.norms.base import Norm
 from anorm.processes.world import World
 from anorm.tasks import Task
-from anorm.weights import load_weights
+from anorm.weights import distance_from_bn, load_weights
 
 
 def create_source(config: Config) -> Source:
@@ -115,7 +115,10 @@ def build(config: Config, folder: Path, signature: str, world: World, resume: di
     model = create_network(config, task)
     notes = [f"norms: {model.norm_summary}"] if getattr(model, "norm_summary", None) else []
     if settings.weights and not resume:
-        notes.append(f"weights: {load_weights(model, config.starting_weights, head='replace')}")
+        loaded = load_weights(model, config.starting_weights, head="replace")
+        notes.append(f"weights: {loaded}")
+        if loaded.carried:
+            notes.append(_moved_from_bn(model, task, source))
     notes += optim.freeze(model, settings.freeze)
     place(model, hardware, device)
     groups = optim.parameter_groups(
@@ -155,6 +158,18 @@ def build(config: Config, folder: Path, signature: str, world: World, resume: di
         write_data_card(folder, task.card(source))
     _open_record(run, source, notes, resume)
     return run
+
+
+def _moved_from_bn(model: nn.Module, task: Task, source: Source) -> str:
+    """Say in words how far norms that took over batch norms moved the network, on the first images that it is judged on."""
+    loader = EvalLoader(source.val, 32)
+    batch = next(iter(loader))
+    loader.close()
+    moved, same = distance_from_bn(model, *task.inputs(batch))
+    return (
+        f"against the file's batch norms the logits of {len(batch.indices)} images moved by {moved:.1%} of their standard "
+        f"deviation; {same:.0%} of the images keep their first class (norm=afn_identity starts at 0)"
+    )
 
 
 def _loading(settings: Settings, world: World) -> dict[str, Any]:

@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LoadReport", "compare", "load_weights", "read_state", "translate"]
+from anorm.norms.base import outermost_norms
+from anorm.norms.batch import BatchNorm
+
+__all__ = ["LoadReport", "compare", "distance_from_bn", "load_weights", "read_state", "translate"]
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "network")
 # DataParallel, FP16Model, torch.compile, Lightning
@@ -35,7 +38,8 @@ class LoadReport:
 
     style: the naming that was recognised; loaded: number of tensors copied; missing, unexpected: names of the network
     without a tensor in the file, and of the file without a place; mismatched: those whose shapes differ; new_head: the
-    classifier was left as the network had it.
+    classifier was left as the network had it; carried: norms that took over a batch norm's affine and statistics and
+    start the rest of their law anew (AFN).
     """
 
     path: str
@@ -45,6 +49,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     new_head: bool = False
+    carried: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -54,6 +59,10 @@ class LoadReport:
         parts = [f"{self.loaded} tensors from {self.path} ({self.style})"]
         if self.new_head:
             parts.append("the classifier is new")
+        if self.carried:
+            parts.append(
+                f"{len(self.carried)} norms keep gamma, beta and statistics of the file's batch norms, their networks are new"
+            )
         for what in ("missing", "unexpected", "mismatched"):
             if names := getattr(self, what):
                 parts.append(f"{len(names)} {what}: {_some(names)}")
@@ -69,9 +78,13 @@ def load_weights(
         model: a network of this package, or any module whose names the file has.
         path: a .safetensors file or one that ``torch.save`` wrote.
         strict: every name must find its place; otherwise nothing is copied. False copies what fits.
-        head: "match" (the last linear layer must fit too) or "replace" (where its shape differs, or the file has
-            none, the model's stays as it is, and the report says so).
+        head: "match" (the classifier must fit too) or "replace" (where its shape differs, or the file has none, the
+            model's stays as it is, and the report says so). The classifier is what timm's ``default_cfg`` calls it,
+            else the last linear layer or convolution that is no part of a norm.
         entry: which entry of a checkpoint holds the weights, for instance "ema"; default: the first known one.
+
+    A file of batch norms fills the norms of a law whose paper starts from them (AFN: ``report.carried``);
+    ``distance_from_bn`` says how far the network is from theirs then.
 
     Raises ValueError for a damaged file, one with pickled objects other than tensors, or one that does not fit.
     """
@@ -82,14 +95,16 @@ def load_weights(
     for prefix in _wrapper_prefixes(model.state_dict()):
         model = model.get_submodule(prefix.removesuffix("."))
     target = model.state_dict(keep_vars=True)
+    state = _without_convolutions_biases(state, target)
     # a detector knows other programs' names for its parts
     report, fits, names = compare(target, state, path, getattr(model, "translate_names", translate))
+    _carry(model, report, fits)
     if head == "replace":
         getattr(model, "forgive_head", partial(_forgive_head, model))(report, fits)
     if strict and not report.complete:
-        raise ValueError(_misfit(report, state, target, names))
+        raise ValueError(_misfit(report, state, target, names, head))
     if not fits:
-        raise ValueError(_misfit(report, state, target, names))
+        raise ValueError(_misfit(report, state, target, names, head))
     with torch.no_grad():
         for place, value in fits.items():
             target[place].copy_(value)
@@ -323,6 +338,49 @@ _DENSENET = _rules(
     (r"layer4\.1\.", "features.norm5."),
 )
 
+def _wide_resnet(name: str, shapes: dict) -> str:
+    """group0.block1.conv0 of the authors' lists of tensors is layer1.1.conv1.weight here."""
+    if m := re.match(r"group(\d)\.block(\d+)\.(bn|conv)([01])", name):
+        new = f"layer{int(m[1]) + 1}.{m[2]}.{m[3]}{int(m[4]) + 1}"
+    elif m := re.match(r"group(\d)\.block(\d+)\.convdim", name):
+        new = f"layer{int(m[1]) + 1}.{m[2]}.shortcut"
+    elif m := re.match(r"conv0", name):
+        new = "conv1"
+    else:
+        return name
+    rest = name[m.end() :]
+    return new + (rest or ".weight")
+
+
+def _cifar_vgg(name: str, shapes: dict) -> str:
+    """features.7.weight -> stage2.0.weight: convolution, norm and ReLU count there, and the pool between stages."""
+    convs = sorted(int(n.split(".")[1]) for n, shape in shapes.items() if len(shape) == 4)
+    if not (m := re.match(r"features\.(\d+)\.", name)):
+        return name
+    index, norm = (int(m[1]), 0) if int(m[1]) in convs else (int(m[1]) - 1, 1)
+    if index not in convs:
+        return name
+    starts = [c for before, c in zip([-9, *convs], convs, strict=False) if c - before > 3]  # behind a pool
+    stage = sum(start <= index for start in starts)
+    within = sum(starts[stage - 1] <= c < index for c in convs)
+    return f"stage{stage}.{2 * within + norm}.{name[m.end() :]}"
+
+
+def _without_convolutions_biases(state: dict[str, Tensor], target: Iterable[str]) -> dict[str, Tensor]:
+    """A VGG of the CIFAR zoos has biases in front of its batch norms: there the same function, in training and in
+    evaluation, is a running mean that is smaller by the bias.
+    """
+    if "stage1.0.weight" not in target or "features.1.running_mean" not in state:
+        return state
+    state = dict(state)
+    for name in [n for n in state if re.fullmatch(r"features\.\d+\.bias", n)]:
+        index = int(name.split(".")[1])
+        mean = f"features.{index + 1}.running_mean"
+        if mean in state and state[name.replace("bias", "weight")].dim() == 4:
+            state[mean] = state[mean] - state.pop(name)
+    return state
+
+
 STYLES: tuple[tuple[str, str, Callable[[str, dict], str]], ...] = (
     ("AOGNet in the authors' names", r"^stage\d\.stage_\d_block_", _aognet),
     ("DenseNet in the authors' names", r"^layer\d\.0\.denselayer", _DENSENET),
@@ -332,6 +390,22 @@ STYLES: tuple[tuple[str, str, Callable[[str, dict], str]], ...] = (
         r"denselayer\d+\.norm\.1\.",
         _rules((r"(.*denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.")),
     ),
+    (
+        "CIFAR ResNet with the head \"linear\" or \"shortcut\" layers",
+        r"^linear\.(weight|bias)$|^layer\d\.\d+\.shortcut\.\d\.",
+        _rules((r"linear\.", "fc."), (r"(layer\d\.\d+)\.shortcut\.(\d)\.", r"\1.downsample.\2.")),
+    ),
+    (
+        "wide ResNet with \"block1.layer.0\"",
+        r"^block\d\.layer\.\d+\.",
+        _rules(
+            (r"block(\d)\.layer\.(\d+)\.convShortcut\.", r"layer\1.\2.shortcut."),
+            (r"block(\d)\.layer\.(\d+)\.", r"layer\1.\2."),
+            (r"bn1\.", "bn."),
+        ),
+    ),
+    ("wide ResNet in its authors' names", r"^group\d\.block\d+\.", _wide_resnet),
+    ("CIFAR VGG with \"features\"", r"^features\.1\.running_mean$", _cifar_vgg),
     (
         "the authors' names",
         r"AttnBN2d\d|AttnGN\d|att(entio)?n_weights\.attention|\.se\d?\.fc\.",
@@ -350,11 +424,9 @@ def _as_shape(value: Tensor, shape: torch.Size) -> Tensor | None:
 
 
 def _forgive_head(model: nn.Module, report: LoadReport, fits: dict[str, Tensor]) -> None:
-    """Leave the last linear layer as it is unless the file's fits it entirely."""
-    heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not heads:
-        raise ValueError("head='replace' needs a network that ends in a linear layer")
-    names = {name for name in model.state_dict() if name.startswith(f"{heads[-1]}.")}
+    """Leave the classifier as it is unless the file's fits it entirely."""
+    heads = _classifiers(model)
+    names = {name for name in model.state_dict() if any(name.startswith(f"{head}.") for head in heads)}
     if names.isdisjoint(report.missing) and names.isdisjoint(report.mismatched):
         return
     report.new_head = True
@@ -364,7 +436,62 @@ def _forgive_head(model: nn.Module, report: LoadReport, fits: dict[str, Tensor])
         del fits[name]
 
 
-def _misfit(report: LoadReport, state: dict[str, Tensor], target: dict, names: dict[str, str]) -> str:
+def _classifiers(model: nn.Module) -> list[str]:
+    """Names of the layers that give the logits: by timm's word, else the last that is no part of a norm."""
+    declared = (getattr(model, "default_cfg", None) or {}).get("classifier") or ()
+    modules = dict(model.named_modules())
+    found = [name for name in ([declared] if isinstance(declared, str) else declared) if name in modules]
+    if found:
+        return found
+    norms = tuple(f"{name}." for name, _ in outermost_norms(model))
+    for name, module in reversed(modules.items()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(norms):
+            return [name]
+    raise ValueError("head='replace' needs a network that ends in a linear layer or a convolution")
+
+
+def _carry(model: nn.Module, report: LoadReport, fits: dict[str, Tensor]) -> None:
+    """Take a file of batch norms for a law whose paper starts from them: what the law adds starts anew."""
+    missing = set(report.missing)
+    for name, norm in outermost_norms(model):
+        added = {f"{name}.{own}" for own in norm.state_dict() if own.startswith(norm.beside_bn)} if norm.beside_bn else {}
+        if added and missing >= added and f"{name}.running_var" in fits:
+            report.carried.append(name)
+            missing -= added
+    report.missing = [name for name in report.missing if name in missing]
+
+
+@torch.no_grad()
+def distance_from_bn(model: nn.Module, images: Tensor) -> tuple[float, float]:
+    """How far a network whose norms took over batch norms is from the network with those: (root mean square of the
+    difference of the logits over their standard deviation, share of the images with the same first class).
+
+    images (N, C, H, W), on the model's device; both networks evaluate with running statistics.
+    """
+    modes = {module: module.training for module in model.modules()}
+    laws = [(name, norm) for name, norm in outermost_norms(model) if norm.beside_bn]
+    parents = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], norm) for name, norm in laws]
+    try:
+        model.eval()
+        own = model(images)
+        for parent, name, norm in parents:
+            plain = BatchNorm(norm.channels, norm.act).to(norm.weight)
+            plain.load_state_dict({key: norm.state_dict()[key] for key in plain.state_dict()})
+            setattr(parent, name, plain.eval())
+        plain = model(images)
+    finally:
+        for parent, name, norm in parents:
+            setattr(parent, name, norm)
+        for module, training in modes.items():
+            module.training = training
+    spread = plain.std().clamp_min(torch.finfo(plain.dtype).tiny)
+    return (
+        float((own - plain).square().mean().sqrt() / spread),
+        float((own.argmax(1) == plain.argmax(1)).double().mean()),
+    )
+
+
+def _misfit(report: LoadReport, state: dict[str, Tensor], target: dict, names: dict[str, str], head: str) -> str:
     """The error for a file that does not fit: what is missing, what is left over, what to do."""
     parts = []
     if report.missing:
@@ -377,10 +504,11 @@ def _misfit(report: LoadReport, state: dict[str, Tensor], target: dict, names: d
             f"{n} {tuple(state[origin[n]].shape)} for {tuple(target[n].shape)}" for n in report.mismatched
         ]
         parts.append(f"other shapes ({len(shapes)}): {_some(shapes)}")
+    replace = "head='replace' (another number of classes) or " if head == "match" else ""
     return (
         f"{report.path} does not fit this network (read as {report.style}); nothing was loaded; {'; '.join(parts)}\n"
         "Build the network that the file is of (arch, norm, norm.place, number of classes), or load with "
-        "head='replace' (another number of classes) or strict=False (what fits)."
+        f"{replace}strict=False (what fits)."
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import anorm
-from anorm.weights import load_weights, read_state
+from anorm.weights import distance_from_bn, load_weights, read_state
 
 
 def small(norm="bn", **options):
@@ -341,3 +341,135 @@ def test_files_without_weights(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "b.pth")
     with pytest.raises(ValueError, match="holds Tensor"):
         load_weights(small(), tmp_path / "b.pth")
+
+
+# ---- zoos of CIFAR networks; AFN from batch norms ----
+
+
+def test_cifar_resnets_with_the_head_linear(tmp_path):
+    """The names of the two most copied CIFAR repositories: DataParallel's prefix, head linear, shortcut.0 and .1."""
+    for option in ("A", "B"):
+        model = shaken(anorm.create_model("resnet20", num_classes=10, option=option))
+        theirs = {}
+        for name, value in model.state_dict().items():
+            name = re.sub(r"^fc\.", "linear.", name).replace("downsample.", "shortcut.")
+            theirs[f"module.{name}"] = value
+        torch.save({"best_prec1": 91.7, "state_dict": theirs}, tmp_path / "a.th")
+        other = anorm.create_model("resnet20", num_classes=10, option=option)
+        assert load_weights(other, tmp_path / "a.th").complete
+        assert same(other.state_dict(), model.state_dict())
+
+
+WIDE = {
+    "block1.layer.0": [
+        (r"^layer(\d)\.(\d+)\.shortcut\.", r"block\1.layer.\2.convShortcut."),
+        (r"^layer(\d)\.(\d+)\.", r"block\1.layer.\2."),
+        (r"^bn\.", "bn1."),
+    ],
+    "group0.block0": [
+        (r"^layer1\.(\d+)\.", r"group0.block\1."),
+        (r"^layer2\.(\d+)\.", r"group1.block\1."),
+        (r"^layer3\.(\d+)\.", r"group2.block\1."),
+        (r"^(group.*)\.(bn|conv)1", r"\1.\g<2>0"),
+        (r"^(group.*)\.(bn|conv)2", r"\1.\g<2>1"),
+        (r"^(group.*)\.shortcut", r"\1.convdim"),
+        (r"^conv1\.", "conv0."),
+        (r"^(.*conv(?:\d|dim))\.weight$", r"\1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("zoo", WIDE)
+def test_wide_resnets_of_the_zoos(zoo, tmp_path):
+    model, other = (anorm.create_model("wrn_16_4", num_classes=10) for _ in range(2))
+    theirs = {}
+    for name, value in shaken(model).state_dict().items():
+        for pattern, replacement in WIDE[zoo]:
+            name = re.sub(pattern, replacement, name)
+        theirs[name] = value
+    assert not any(name.startswith("layer") for name in theirs) and len(theirs) == len(model.state_dict())
+    torch.save(theirs, tmp_path / "a.pth")
+    report = load_weights(other, tmp_path / "a.pth")
+    assert report.complete and "wide ResNet" in report.style
+    assert same(other.state_dict(), model.state_dict())
+
+
+def test_vgg_of_the_zoos_whose_convolutions_have_biases(tmp_path):
+    """A bias in front of a batch norm is its running mean, smaller by it: the same function."""
+    layers = []
+    inputs = 3
+    for width in (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"):
+        if width == "M":
+            layers.append(torch.nn.MaxPool2d(2))
+        else:
+            conv = torch.nn.Conv2d(inputs, width, 3, padding=1)
+            layers += [conv, torch.nn.BatchNorm2d(width), torch.nn.ReLU(inplace=True)]
+            inputs = width
+    theirs = torch.nn.Sequential()
+    theirs.features = torch.nn.Sequential(*layers, torch.nn.AvgPool2d(1))
+    theirs.flatten = torch.nn.Flatten()
+    theirs.classifier = torch.nn.Linear(512, 10)
+    torch.save({"net": shaken(theirs).state_dict()}, tmp_path / "a.pth")
+    model = anorm.create_model("vgg13", num_classes=10)
+    assert load_weights(model, tmp_path / "a.pth").complete
+    expected = logits(theirs, 32)
+    torch.testing.assert_close(logits(model, 32), expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("norm", ["afn", "afn_as_released", "afn_identity"])
+def test_afn_starts_from_batch_norms(norm, tmp_path):
+    plain = shaken(small("bn"))
+    torch.save(plain.state_dict(), tmp_path / "a.pth")
+    model = small({"name": norm, "eval_stats": "running"})
+    report = load_weights(model, tmp_path / "a.pth")
+    norms = [name for name, m in model.named_modules() if hasattr(m, "adapt")]
+    assert report.complete and report.carried == norms
+    assert f"{len(norms)} norms keep gamma, beta and statistics" in str(report)
+    state, kept = model.state_dict(), plain.state_dict()
+    assert same({name: state[name] for name in kept}, kept)
+
+    images = torch.randn(8, 3, 64, 64, dtype=torch.double)
+    model, plain = model.double().train(), plain.double().eval()
+    modes, before = [(m, m.training) for m in model.modules()], snapshot(model)
+    moved, agree = distance_from_bn(model, images)
+    assert [(m, m.training) for m in model.modules()] == modes and same(model.state_dict(), before)
+    with torch.no_grad():
+        own, theirs = model.eval()(images), plain(images)
+    assert moved == pytest.approx(float((own - theirs).square().mean().sqrt() / theirs.std()), rel=1e-6)
+    assert agree == float((own.argmax(1) == theirs.argmax(1)).double().mean())
+    assert (moved < 1e-9) == (norm == "afn_identity")
+
+
+def test_afn_from_a_file_that_lacks_more_is_refused(tmp_path):
+    state = small("afn").state_dict()
+    first = next(name for name in state if ".adapt." in name)
+    del state[first]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"missing in the file \(1\): {re.escape(first)}"):
+        load_weights(small("afn"), tmp_path / "a.pth")
+
+
+# ---- the classifier ----
+
+
+@pytest.mark.parametrize("arch", ["dla34", "resnet18", "efficientnet_b0"])
+def test_the_head_is_what_timm_calls_it(arch, tmp_path):
+    """dla34 ends in a convolution, and an AN holds linear layers."""
+    torch.save(timm.create_model(arch, num_classes=9).state_dict(), tmp_path / "a.pth")
+    model = timm.create_model(arch, num_classes=5)
+    word = model.default_cfg["classifier"]
+    before = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(f"{word}.")}
+    assert load_weights(model, tmp_path / "a.pth", head="replace").new_head
+    assert before and same({name: model.state_dict()[name] for name in before}, before)
+
+
+def test_the_head_is_never_an_attention(tmp_path):
+    def network(classes, *more):
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, classes, 1), *more)
+
+    torch.save(network(9).state_dict(), tmp_path / "a.pth")
+    model = network(5, anorm.create_norm("an", 5))
+    with pytest.raises(ValueError, match="2.attention.fc.weight") as refused:
+        load_weights(model, tmp_path / "a.pth", head="replace")
+    assert "head='replace'" not in str(refused.value)  # which was given
+    assert load_weights(model, tmp_path / "a.pth", head="replace", strict=False).new_head

@@ -71,6 +71,8 @@ class AdaptiveFusionNorm(RunningNorm):
     in training when N*H*W = 1.
     """
 
+    beside_bn = ("adapt.",)
+
     def __init__(
         self,
         channels: int,
@@ -175,4 +177,14 @@ class AdaptiveFusionNormAsReleased(AdaptiveFusionNorm):
     )
 
 
-NORMS = {"afn": AdaptiveFusionNorm, "afn_as_released": AdaptiveFusionNormAsReleased}
+class AdaptiveFusionNormFromIdentity(AdaptiveFusionNorm):
+    """AFN that starts as the batch norm it replaces: the residual form, with decoders of zero."""
+
+    __init__ = partialmethod(AdaptiveFusionNorm.__init__, form="residual", decoders="zero")
+
+
+NORMS = {
+    "afn": AdaptiveFusionNorm,
+    "afn_as_released": AdaptiveFusionNormAsReleased,
+    "afn_identity": AdaptiveFusionNormFromIdentity,
+}

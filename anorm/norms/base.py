@@ -112,6 +112,9 @@ class Norm(nn.Module):
     site: Site | None = None
     """Where the layer stands, once a placement has put it there."""
 
+    beside_bn: tuple[str, ...] = ()
+    """What the names of the state begin with that a batch norm lacks, in a law whose paper starts from a pretrained BN."""
+
     part = False
     """Whether the layer belongs to another law, which takes its ``law`` and does not call it."""
 
