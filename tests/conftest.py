@@ -1,5 +1,6 @@
 """Small runs, trained once for all tests that read runs."""
 
+import anorm as anorm  # before torch: threads wait as they do in a run
 import pytest
 from commands import SMALL, train
 
