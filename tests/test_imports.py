@@ -12,7 +12,6 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "anorm"
 ORDER = [
-    "openmp",
     "words",
     "files",
     "algebra",

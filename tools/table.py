@@ -11,8 +11,9 @@
     python tools/table.py table2 --format markdown            or latex, csv
     python tools/table.py table2 --html table2.html           a page: table with sort and filter, curves, comparisons
 
-Tables: table1, table2, table3, v1_table1 (configs/table). Further arguments are train.py's, for every cell. Several such
-commands may run at once on one folder of runs: no cell is run twice. On one machine give each its own GPUs
+Tables: table1, table2, table3, v1_table1, afn_table1 to afn_table6 (configs/table). Further arguments are train.py's, for
+every cell. The numbers of afn_table... are means over domains or corruptions; each stands under running and under batch
+statistics. Several such commands may run at once on one folder of runs: no cell is run twice. On one machine give each its own GPUs
 (CUDA_VISIBLE_DEVICES=0,1,2,3 python tools/table.py ...), as a run takes all that it sees. A run that failed stays in the
 table's end with its last error, and is run again with --retry.
 
@@ -31,6 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 from anorm.processes.errors import user_errors
 from anorm.processes.slurm import submit, wishes_from
+from anorm.study import generalization
 from anorm.study.cells import Book, Cell, cells_of, run_cells
 from anorm.study.formats import FORMATS
 from anorm.study.grid import Grid, open_grid, select
@@ -91,6 +93,26 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"{of_slurm[0]} is for jobs of a Slurm cluster: add --submit slurm")
         wishes = wishes_from(of_slurm)
         extra = tuple(word for word in asked.arguments if word not in of_slurm)
+
+        def run_missing(grid: Grid, seeds: int) -> int:
+            """Run the cells of ``grid`` that are not finished, say what became of them; the exit status."""
+            machine = wishes.machine if asked.submit else None
+
+            def queue(cell: Cell) -> str:
+                return submit(ROOT / "train.py", cell.config(machine), asked.runs, wishes)
+
+            cells = cells_of(grid, seeds, asked.runs, machine)
+            done = run_cells(cells, asked.runs, asked.retry, queue if asked.submit else None)
+            print(
+                f"cells: {done.finished} finished, {done.failed} failed, {done.elsewhere} with other workers"
+                + (f", {done.submitted} submitted" if asked.submit else "")
+                + "\n",
+                flush=True,
+            )
+            return done.status
+
+        if path := generalization.find(asked.table):
+            return generalization.show(generalization.open_suite(path, extra), asked, run_missing)
         grid = open_grid(asked.table, asked.faithful, asked.scale, extra)
         grid = select(grid, asked.only) if asked.only else grid
         seeds = (1 if asked.weights else grid.seeds) if asked.seeds is None else asked.seeds
@@ -107,20 +129,7 @@ def main(argv: list[str]) -> int:
             published = evaluate(matches, asked.runs)
             grid = with_misfits(grid, matches, asked.faithful)
         if asked.run and not asked.dry:
-            machine = wishes.machine if asked.submit else None
-
-            def queue(cell: Cell) -> str:
-                return submit(ROOT / "train.py", cell.config(machine), asked.runs, wishes)
-
-            cells = cells_of(grid, seeds, asked.runs, machine)
-            done = run_cells(cells, asked.runs, asked.retry, queue if asked.submit else None)
-            print(
-                f"cells: {done.finished} finished, {done.failed} failed, {done.elsewhere} with other workers"
-                + (f", {done.submitted} submitted" if asked.submit else "")
-                + "\n",
-                flush=True,
-            )
-            status = done.status
+            status = run_missing(grid, seeds)
         runs = [*find_runs(asked.runs), *published]
         found = tally(grid, runs, seeds, asked.faithful, asked.epoch, asked.stamp, asked.average)
         found = with_failures(found, asked.runs)

@@ -86,8 +86,8 @@ class Table:
 
 
 def names(folder: Path = TABLES) -> list[str]:
-    """The tables that exist."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+    """The tables that exist, a row a run (``anorm.study.generalization`` reads the others)."""
+    return sorted(path.stem for path in folder.glob("*.yaml") if "\ngroups:" in path.read_text(encoding="utf-8"))
 
 
 def load(name: str, folder: Path = TABLES) -> Table:

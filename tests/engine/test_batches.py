@@ -7,9 +7,9 @@ import torch
 from commands import SMALL, cut_at, events, run_train, script, train
 
 from anorm import create_model
-from anorm.build import create_source
 from anorm.config.settings import Eval
 from anorm.config.signature import EXCLUDED, signature
+from anorm.data import sources
 from anorm.data.loaders import Batches, EvalLoader
 from anorm.engine.device import autocast_of
 from anorm.engine.evaluate import Evaluator, Pair, dependence_warning
@@ -21,7 +21,7 @@ DATA = {"name": "synthetic", "image_size": 16, "num_classes": 4, "train_images":
 
 @pytest.fixture(scope="module")
 def val():
-    return create_source({"data": DATA}).val
+    return sources.create(**DATA).val
 
 
 @pytest.mark.parametrize("order", ["shuffled", "classes"])
