@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from anorm.config.commandline import Arguments, help_text, parse
 from anorm.config.compose import sweep
+from anorm.processes.display import lasting_output
 from anorm.processes.errors import user_errors
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ CONFIGS = SCRIPT.parent / "configs"
 
 def main(argv: list[str]) -> int:
     """compose -> sign -> launch -> fit. Returns 0, 2 for a user's mistake, 128 + n after signal n, else 1."""
-    with user_errors() as outcome:
+    with lasting_output(), user_errors() as outcome:
         arguments = parse(argv)
         if arguments.help:
             print(help_text(__doc__, CONFIGS))
@@ -132,7 +133,7 @@ def train(job: Job, world: World | None = None, words: Path | None = None) -> in
     from anorm.processes.world import enter
 
     settings = job.config.settings
-    with user_errors(words) as outcome, enter(world, settings.hardware.device) as world:
+    with lasting_output(), user_errors(words) as outcome, enter(world, settings.hardware.device) as world:
         with (rehearsal if settings.dry else occupied)(job, world) as (place, checkpoint):
             run = build(job.config, place, job.signature, world, checkpoint)
             try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from anorm import tasks
+from anorm import ops, tasks
 from anorm.config.frozen import Config
 from anorm.config.settings import Settings
 from anorm.data import sources
@@ -218,6 +218,10 @@ def _backward_of_example(run: Run, batch: Batch) -> None:
 
 def _open_record(run: Run, source: Source, notes: list[str], resume: dict | None) -> None:
     """Open the log, and write and say what starts."""
+    backend, kernels = _backend(run.world.device.type), {"cpu": "cpu", "cuda": "triton"}.get(run.world.device.type)
+    if backend == "reference" and kernels:
+        reason = ops.why_not(kernels) or "it was chosen"
+        notes.append(f"norms by plain PyTorch (reference), several times slower than the kernels: {reason}")
     run.record = Record(
         run.folder,
         run.world.main,
@@ -233,11 +237,17 @@ def _open_record(run: Run, source: Source, notes: list[str], resume: dict | None
         parameters=sum(p.numel() for p in run.model.parameters()),
         processes=run.world.size,
         notes=notes,
+        backend=_backend(run.world.device.type),
         environment=environment(),
     )
     for note in notes:
         run.record.say(note)
     run.record.say(_describe(run, source))
+
+
+def _backend(device: str) -> str:
+    """Return the name of what runs the norms on a device: cpu, triton or reference."""
+    return ops.resolve(device).__name__.split(".")[-1]
 
 
 def evaluator(config: Config, weights: Path | None = None, join: str | None = None) -> Evaluator:
@@ -309,6 +319,6 @@ def _describe(run: Run, source: Source) -> str:
         f"{settings.epochs} epochs of {run.train.steps_per_epoch} steps; global batch "
         f"{settings.optim.global_batch} = {settings.batch_size} x {micro} accumulated x {world.size} "
         f"process{'es' if world.size > 1 else ''}; peak rate {settings.optim.peak_lr:g}; "
-        f"{settings.hardware.dtype} on {world.device.type}"
+        f"{settings.hardware.dtype} on {world.device.type}, norms by {_backend(world.device.type)}"
         + (f"; continuing at step {run.progress.step} of {run.total_steps}" if run.progress.step else "")
     )

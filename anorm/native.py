@@ -1,7 +1,8 @@
 """Compile C and C++ once for this machine, and find the library again.
 
-A library lies in a cache folder (``ANORM_CACHE``, else ``anorm`` in ``XDG_CACHE_HOME`` or ``~/.cache``) under a name
-that holds a digest of its sources, flags and compiler. Processes that start together wait for the one that builds; a
+A library lies in a cache folder (``ANORM_CACHE``, else ``anorm`` in ``XDG_CACHE_HOME`` or ``~/.cache``, else, where none
+can be written, one of this user's among temporary files) under a name that holds a digest of its sources, flags and
+compiler. Processes that start together wait for the one that builds; a
 build that was killed leaves nothing behind that another would wait for or load.
 
 The compiler is called directly. ``torch.utils.cpp_extension.load`` would also need ninja, which torch does not
@@ -10,32 +11,45 @@ require, and waits for ever on the lock of a build that was killed.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BuildError", "Library", "cache_folder"]
+__all__ = ["BuildError", "Library", "cache_folders"]
 
 
 class BuildError(RuntimeError):
     """A library cannot be built here; the message says why and what to do."""
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept. Raises BuildError where there is no place for them."""
+def cache_folders() -> list[Path]:
+    """Return where compiled libraries are looked for, and kept in the first that can be written.
+
+    A home folder may be missing or read-only, as in containers and on some clusters; then the folder for temporary files
+    holds ours, for this user alone.
+    """
     if "ANORM_CACHE" in os.environ:
-        return Path(os.environ["ANORM_CACHE"])
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anorm"
-    except RuntimeError as error:
-        raise BuildError("there is no home folder for compiled code: set ANORM_CACHE to a folder") from error
+        return [Path(os.environ["ANORM_CACHE"])]
+    folders = [Path(tempfile.gettempdir()) / f"anorm-{os.getuid()}"]
+    with contextlib.suppress(RuntimeError):  # no home
+        folders.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anorm")
+    return folders
+
+
+def _usable(folder: Path) -> bool:
+    """Whether what lies in a folder may be loaded: one among temporary files must be ours, and writable by nobody else."""
+    if folder.parent != Path(tempfile.gettempdir()) or not folder.exists():
+        return True
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 @dataclass(frozen=True)
@@ -56,14 +70,14 @@ class Library:
     built_for: str = ""
     include: tuple[Path, ...] = ()
 
-    def path(self) -> Path:
-        """The file that a build makes, whether it exists or not."""
+    def file_name(self) -> str:
+        """Return the name of the file that a build makes."""
         digest = hashlib.sha256()
         for name in (*self.sources, *self.headers):
             digest.update((self.folder / name).read_bytes())
         made_of = (self.sources, self.flags, self.built_for, platform.machine(), os.environ.get("CXX"))
         digest.update(repr(made_of).encode())
-        return cache_folder() / f"{self.name}-{digest.hexdigest()[:16]}.so"
+        return f"{self.name}-{digest.hexdigest()[:16]}.so"
 
     def compiled(self, rebuild: bool = False, on_start=None) -> Path:
         """Path of the library, built if it is not in the cache.
@@ -71,25 +85,35 @@ class Library:
         ``on_start()`` is called before a compiler is started. Raises BuildError with the reason and, where a compiler
         failed, the path of its messages.
         """
+        from filelock import (
+            FileLock,  # torch requires it; importing it here keeps `import anorm` as quick as torch
+        )
+
         if sys.platform != "linux":
             raise BuildError(f"{self.name} is built on Linux only, this is {sys.platform}")
-        path = self.path()
-        if path.exists() and not rebuild:
+        folders, refused = [folder for folder in cache_folders() if _usable(folder)], []
+        if not rebuild:
+            for folder in folders:
+                if (folder / self.file_name()).exists():
+                    return folder / self.file_name()
+        for folder in folders:
+            path = folder / self.file_name()
+            lock = FileLock(path.with_suffix(".lock"))  # the system releases it with the process, however that ends
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                lock.acquire()
+            except OSError as error:
+                refused.append(f"cannot write to {folder} ({error.strerror})")
+                continue
+            try:
+                if rebuild or not path.exists():
+                    if on_start is not None:
+                        on_start()
+                    self._compile(path)
+            finally:
+                lock.release()
             return path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(path.with_suffix(".lock"), "w")
-        except OSError as error:
-            raise BuildError(
-                f"cannot write to {path.parent} ({error}); set ANORM_CACHE to a folder that can be written"
-            ) from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it with the process, however that ends
-            if rebuild or not path.exists():
-                if on_start is not None:
-                    on_start()
-                self._compile(path)
-        return path
+        raise BuildError(f"{'; '.join(refused)}; set ANORM_CACHE to a folder that can be written")
 
     def _compile(self, path: Path) -> None:
         compiler = _compiler()

@@ -181,7 +181,7 @@ def _split(folder: Path, overrides: list[str]) -> tuple[dict[str, str], list[tup
 
 def _as_typed(config: dict, values: list[tuple[str, str]], options: Options) -> None:
     """Put back what was typed where Hydra read a number or a truth value and a name is wanted: data.train=2012."""
-    for key, text in values:
+    for key, text in dict(values).items():  # the last of a key wins
         section, _, inner = key.rpartition(".")
         node = config if not section else config.get(section)
         known = (options(section, node) or {}) if isinstance(node, dict) else {}

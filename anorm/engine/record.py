@@ -1,7 +1,7 @@
 """What a run leaves behind: metrics.jsonl (written and read here only), TensorBoard, and what a person sees meanwhile.
 
-Every line of metrics.jsonl is an object with "event": start, train (every log.every steps), eval, checkpoint,
-and, last and once, final.
+Every line of metrics.jsonl is an object with "event": start, train (every log.every steps), eval, checkpoint, warning
+(output was lost, once) and, last and once, final.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from anorm.processes.display import lost_output
 
 METRICS = "metrics.jsonl"
 
@@ -58,6 +60,7 @@ class Record:
         total_steps: int = 1,
     ):
         self.active, self._file, self._board, self._bar = active, None, None, None
+        self._told = False  # that output is lost
         if not active:
             return
         path = folder / METRICS
@@ -82,8 +85,11 @@ class Record:
         """Append an event. board: the name of its curves in TensorBoard (default: the event's)."""
         if not self.active:
             return
-        line = {"event": event, **{key: _plain(value) for key, value in fields.items()}}
-        self._append((json.dumps(line) + "\n").encode())
+        if not self._told and self.offset and (reason := lost_output()):
+            self._told = True
+            self._append(_line("warning", message=f"standard output is lost ({reason}); the run goes on without it"))
+        self._append(content := _line(event, **fields))
+        line = json.loads(content)
         if event in ("checkpoint", "eval", "final"):
             os.fsync(self._file.fileno())
         if self._board and event in ("train", "eval"):
@@ -160,6 +166,10 @@ class _Bar:
 
     def close(self) -> None:
         self._progress.stop()
+
+
+def _line(event: str, **fields: Any) -> bytes:
+    return (json.dumps({"event": event, **{key: _plain(value) for key, value in fields.items()}}) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:

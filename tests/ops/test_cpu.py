@@ -583,9 +583,8 @@ def test_a_failed_build_says_why_and_keeps_the_messages(tmp_path):
     assert not list(tmp_path.glob("*.so"))
 
 
-def test_the_library_is_named_after_what_it_is_made_of(monkeypatch, tmp_path):
-    monkeypatch.setenv("ANORM_CACHE", str(tmp_path))
-    before = cpu.LIBRARY.path()
-    assert before.parent == tmp_path and f"torch{torch.__version__}" in before.name
+def test_the_library_is_named_after_what_it_is_made_of(monkeypatch):
+    before = cpu.LIBRARY.file_name()
+    assert f"torch{torch.__version__}" in before
     monkeypatch.setenv("CXX", "other")
-    assert cpu.LIBRARY.path() != before
+    assert cpu.LIBRARY.file_name() != before
