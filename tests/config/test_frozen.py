@@ -12,7 +12,9 @@ from anorm.engine.runfolder import folder_for
 
 CONFIGS = ROOT / "configs"
 SIGNATURES = json.loads((Path(__file__).parent / "signatures.json").read_text())
-"""Arguments -> run folder, as the version of 2026-11-27 named it: runs made by it must be found again."""
+"""Arguments -> run folder, as the version of 2026-11-27 named it: runs made by it must be found again. AN stood at the
+last norm of basic blocks then, which norm.place=text is now.
+"""
 V100S = Machine(8, 80, (7, 0), "Tesla V100", ("sm_70",))
 
 
