@@ -3,6 +3,7 @@
     python tools/audit.py [table1|table2|table3|v1_table1|all]     every row: printed and true #Params and FLOPs, a verdict
     python tools/audit.py table2 --faithful code                   the networks of the authors' code where they differ
     python tools/audit.py all --csv sizes.csv --markdown sizes.md  also into files
+    python tools/audit.py table4|table5|v1_table2|v1_table3|v1_table4|detection_readme     detectors: #Params alone
 
 True parameters: every trainable number. True FLOPs: multiply-adds of convolutions and linear layers for one
 image of 224 x 224 (torch's FlopCounterMode / 2). Verdicts, each for parameters and for FLOPs:
@@ -21,6 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from anorm.study import detection
 from anorm.study.printed import FAITHFUL, load, names
 
 
@@ -29,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", nargs="?", default="all", choices=[*names(), "all"])
+    parser.add_argument("table", nargs="?", default="all", choices=[*names(), *detection.names(), "all"])
     parser.add_argument("--faithful", default="paper", choices=FAITHFUL)
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE")
@@ -37,6 +39,13 @@ def main(argv: list[str]) -> int:
 
     from anorm.study.audit import as_csv, audit, markdown
 
+    if asked.table in detection.names():
+        table = detection.load(asked.table)
+        text = detection.markdown(table, detection.audit(table))
+        print(text, end="")
+        if asked.markdown:
+            asked.markdown.write_text(text, encoding="utf-8")
+        return 0
     tables = [load(name) for name in (names() if asked.table == "all" else [asked.table])]
     audited = {table.name: audit(table, asked.faithful) for table in tables}
     text = "\n".join(markdown(table, audited[table.name], asked.faithful) for table in tables)

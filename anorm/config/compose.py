@@ -227,6 +227,9 @@ def _recipe(
     )
     for group in ("arch", "data"):
         for key, value in (base.get(group, {}).get(RECIPE) or {}).items():
+            # an architecture's recipe is for classifying ImageNet, unless it names a task
+            if group == "arch" and chosen.get("task") not in (None, "classification") and "task=" not in key:
+                continue
             if "=" not in key:
                 yield f"{group}={chosen[group]}", key, value
             elif facts.issuperset(key.split()):
