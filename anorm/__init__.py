@@ -5,6 +5,10 @@
     print(anorm.convert(torchvision.models.resnet50(), norm="an"))
 """
 
+from anorm.openmp import let_threads_sleep
+
+let_threads_sleep()  # before torch is imported, which is what reads it
+
 from anorm.convert import convert
 from anorm.norms.statistics import freeze_stats, set_sync, update_stats
 from anorm.registry import create_model, create_norm, list_archs, list_norms

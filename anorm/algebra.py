@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Affine", "Moments", "gate", "mix", "pool_batch", "pool_groups", "squeeze", "standardize", "then"]
+__all__ = ["Affine", "Moments", "gate", "mix", "pool_batch", "pool_groups", "squeeze", "standardize", "then", "unbias"]
 
 
 class Moments(NamedTuple):
@@ -82,6 +82,17 @@ def pool_groups(moments: Moments, groups: int) -> Moments:
     mean, var = _pool(moments.mean.view(cells), moments.var.view(cells), 2)
     spread = lambda t: t[:, :, None].expand(cells).reshape(n, c)
     return Moments(spread(mean), spread(var), moments.count * (c // groups))
+
+
+def unbias(count: int | Tensor) -> float | Tensor:
+    """n / (n - 1), from the biased variance of n values to the unbiased one; a single value keeps its 0.
+
+    A tensor (values of several processes, sizes in a trace) gives a tensor.
+    """
+    if isinstance(count, Tensor):
+        count = count if count.is_floating_point() else count.double()
+        return count / (count - 1).clamp_min(1)
+    return count / (count - 1) if count > 1 else 1.0
 
 
 def standardize(mean: Tensor, var: Tensor, eps: float) -> Affine:

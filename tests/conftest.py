@@ -1,5 +1,9 @@
 """Small runs, trained once for all tests that read runs."""
 
+from anorm.openmp import let_threads_sleep
+
+let_threads_sleep()  # before a test imports torch
+
 import pytest
 from commands import SMALL, train
 

@@ -80,7 +80,8 @@ def write_index(
         classes = [str(label) for label in range(int(labels_.max()) + 1)]
     if labels_.min() < 0 or labels_.max() >= len(classes):
         raise ValueError(
-            f"{printable(folder)}: labels run from {labels_.min()} to {labels_.max()}, for {len(classes)} classes"
+            f"{printable(folder)}: labels run from {labels_.min()} to {labels_.max()}, for {len(classes)} classes; if their "
+            "names are those of an index of an earlier set, remove it (*.index.npz) and index again"
         )
     with replacing(index_file(folder, split)) as partial, open(partial, "wb") as file:
         numpy.savez(

@@ -7,7 +7,7 @@ from functools import partialmethod
 import torch
 from torch import Tensor, nn
 
-from anorm.algebra import Affine, Moments, pool_batch
+from anorm.algebra import Affine, Moments, pool_batch, unbias
 from anorm.norms.asr import Adaptation
 from anorm.norms.base import ParamNeeds, Parts, RunningNorm
 
@@ -136,8 +136,7 @@ class AdaptiveFusionNorm(RunningNorm):
         mean, var = self.batch_statistics(moments)
         if self.variance == "unbiased" and self.from_batch:
             count = pool_batch(moments, self.sync and self.learning).count
-            if isinstance(count, Tensor) or count > 1:
-                var = var * (count / (count - 1))
+            var = var * unbias(count)
         # running statistics of a half-precision model: the networks compute in float32
         mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (mean, var))
         return mean, self._std(var)

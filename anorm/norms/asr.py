@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anorm.algebra import Affine, Moments
+from anorm.algebra import Affine, Moments, unbias
 from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, checked_eps, fully_connected
 
 __all__ = ["NORMS", "Adaptation", "AdaptiveStandardizationRescaling"]
@@ -101,8 +101,8 @@ class AdaptiveStandardizationRescaling(Norm):
     def _seen(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """mu and sigma (N, C), as the networks see them."""
         mean, var, count = moments
-        if self.variance == "unbiased" and count > 1:
-            var = var * (count / (count - 1))
+        if self.variance == "unbiased":
+            var = var * unbias(count)
         return mean, (var + self.eps).sqrt()
 
     def zero_init(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anorm.algebra import Affine, Moments, pool_batch, squeeze, standardize, then
+from anorm.algebra import Affine, Moments, pool_batch, squeeze, standardize, then, unbias
 from anorm.norms.base import (
     Choice,
     Norm,
@@ -37,7 +37,7 @@ def hsigmoid(a: Tensor) -> Tensor:
 def reverse_rsd(moments: Moments, eps: float) -> Tensor:
     """mean / sqrt(v n/(n-1) + eps), the reverse of the relative standard deviation; n = 1 keeps v."""
     mean, var, n = moments
-    return mean * torch.rsqrt((var * (n / (n - 1)) if n > 1 else var) + eps)
+    return mean * torch.rsqrt(var * unbias(n) + eps)
 
 
 INPUTS = ("rsd", "rsd_paper", "mean", "mean_std")

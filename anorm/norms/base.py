@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from anorm.algebra import Affine, Moments, gate, pool_batch, then
+from anorm.algebra import Affine, Moments, gate, pool_batch, then, unbias
 from anorm.ops import normalize, reference
 from anorm.ops.activations import lookup
 from anorm.ops.fused import FusedLaw
@@ -168,6 +169,8 @@ class Norm(nn.Module):
         """
         if not isinstance(x, Tensor):
             return self._recorded(x, residual, mask)
+        if torch.jit.is_tracing():
+            return self._traced(x, residual, mask)
         self.check(x)
         return self.run(x, residual, mask)
 
@@ -183,6 +186,22 @@ class Norm(nn.Module):
         if mask is None:
             return normalize(x, self.law, self.act, residual, self.needs(), self.fused(x))
         return normalize(x, lambda moments: gate(self.law(moments), mask), self.act, residual, self.needs())
+
+    def _traced(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Under torch.jit.trace, where sizes are tensors: what is decided by them holds for every input of C channels
+        that is not empty, so that the tracer's warnings would be wrong."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            self.check(x)
+            return self.run(x, residual, mask)
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script calls first."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose law is ordinary Python: use "
+            "torch.jit.trace(model, images) for TorchScript, torch.export.export or tools/export.py for a file that "
+            "other programs load, torch.compile for speed"
+        )
 
     def _recorded(self, x, *others):
         tracer = getattr(x, "tracer", None)
@@ -320,6 +339,10 @@ class RunningNorm(Norm, nn.BatchNorm2d):
         self._refuse(reason)
         return self.channels
 
+    def __dir__(self) -> list[str]:
+        """Without the two that may refuse: torch.jit.trace reads every attribute that a module lists."""
+        return [name for name in super().__dir__() if name not in ("eps", "num_features")]
+
     def _unlike_bn(self) -> str | None:
         if not self.plain:
             return "does not compute batch normalization"
@@ -392,7 +415,7 @@ class RunningNorm(Norm, nn.BatchNorm2d):
                 "AN over BN also norm.attention=a1)"
             )
         if self.tracking and (isinstance(pooled.count, Tensor) or pooled.count > 0):
-            var = pooled.var * (pooled.count / (pooled.count - 1)) if self.unbiased else pooled.var
+            var = pooled.var * unbias(pooled.count) if self.unbiased else pooled.var
             self.track(pooled.mean, var)
         return pooled.mean, pooled.var
 

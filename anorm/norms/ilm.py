@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anorm.algebra import Moments, pool_groups, standardize
+from anorm.algebra import Moments, pool_groups, standardize, unbias
 from anorm.norms.base import Norm, ParamNeeds, Parts, checked_eps, fully_connected
 from anorm.norms.group import resolve_groups
 
@@ -97,7 +97,7 @@ class InstanceLevelMetaNorm(Norm):
     def _statistics(self, moments: Moments, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of the groups, repeated for every channel (N, C)."""
         mean, var, count = pool_groups(moments, groups)
-        return mean, var * (count / (count - 1)) if self.variance == "unbiased" and count > 1 else var
+        return mean, var * unbias(count) if self.variance == "unbiased" else var
 
     def _decode(self, decoder: nn.Linear, key: Tensor) -> Tensor:
         size = self.channels // self.keys

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from anorm.algebra import Affine, Moments, pool_batch, pool_groups, standardize, then
+from anorm.algebra import Affine, Moments, pool_batch, pool_groups, standardize, then, unbias
 from anorm.norms.base import Choice, ParamNeeds, Parts, RunningNorm
 from anorm.ops.fused import FusedLaw, Tensors, shift_or_zeros
 
@@ -93,7 +93,7 @@ class SwitchableNorm(RunningNorm):
 
     def _unbias(self, count: int) -> float:
         """Factor of an instance's variance over so many values."""
-        return count / (count - 1) if self.variance == "unbiased" and count > 1 else 1.0
+        return unbias(count) if self.variance == "unbiased" else 1.0
 
     def _standardized(self, moments: Moments, w_mean: Tensor, w_var: Tensor) -> Affine:
         instance = moments._replace(var=moments.var * self._unbias(moments.count))

@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from anorm.algebra import Affine, Moments
 from anorm.ops import reference
@@ -54,8 +55,8 @@ def normalize(
         fused: the same law as the compiled backends compute it in one call, where they do (``anorm.ops.fused``).
 
     Backward is one reduction over (dy, x), the law's own backward on small tensors, and one elementwise pass.
-    Gradients of gradients work (through the reference formulas). Raises ValueError for a shape, dtype or name that
-    does not fit.
+    Gradients of gradients and forward-mode derivatives work (through the reference formulas), and so do torch.export,
+    torch.jit.trace and both ONNX exporters. Raises ValueError for a shape, dtype or name that does not fit.
     """
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(
@@ -83,8 +84,12 @@ def normalize(
 def _run(
     x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str, fused: FusedLaw | None
 ) -> Tensor:
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or _forward_mode():
         return _plain(x, law, act, residual, needs)
+    if not torch.compiler.is_compiling() and x.numel() == 0 and x.shape[0]:  # maps of no pixels are no instances
+        none = (0, x.shape[1], 1, 1)
+        residual = None if residual is None else residual.reshape(none)
+        return _run(x.reshape(none), law, act, residual, needs, None).reshape(x.shape)
     backend = resolve(x.device.type)
     if fused is not None and not _traced() and hasattr(backend.laws_for(x.dtype), fused.name):
         if fused.torchs is not None and residual is None and backend.prefers_torch(x):
@@ -103,13 +108,18 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def _forward_mode() -> bool:
+    """Whether tangents may travel with the tensors (jvp, jacfwd, hessian): kernels and bridge know none."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 def _dense(affine: Affine) -> tuple[Tensor, ...]:
     """Kernels index coefficients as dense (C,) or (N, C) arrays."""
     return tuple(coefficient.contiguous() for coefficient in affine)
 
 
 def _plain(x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str) -> Tensor:
-    """The same formula in standard operators only, for torch.export and ONNX."""
+    """The same formula in standard operators only, for torch.export, torch.jit.trace, ONNX and forward mode."""
     m = None
     if needs != "none":
         mean, var = reference.moments(x, needs == "mean_var")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from anorm.ops.activations import masked
 
@@ -36,7 +37,7 @@ def moments(x: Tensor, var: bool = True) -> tuple[Tensor, Tensor | None]:
         return mean, None
     d = _minus(x, mean)
     rest = d.mean((2, 3)).square()
-    return mean, _times(d, d).mean((2, 3)).sub_(rest).clamp_min_(0)
+    return mean, (_times(d, d).mean((2, 3)) - rest).clamp_min(0)
 
 
 def affine(
@@ -45,9 +46,9 @@ def affine(
     """(Eq. 2) y = act(scale * (x - centre) + shift [+ residual]), in x's dtype and layout."""
     y = _before_act(x, centre, scale, shift, residual)
     if act == "relu":
-        return F.relu_(y)
+        return F.relu(y, inplace=_overwrites())
     if act == "relu6":
-        return F.hardtanh_(y, 0.0, 6.0)
+        return F.hardtanh(y, 0.0, 6.0, inplace=_overwrites())
     assert act == "none", act
     return y
 
@@ -88,9 +89,9 @@ def moments_backward(
 def _before_act(
     x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    z = _times(_minus(x, centre), _map(scale)).add_(_map(shift))
+    z = _plus(_times(_minus(x, centre), _map(scale)), _map(shift))
     if residual is not None:
-        z = z.add_(residual)
+        z = _plus(z, residual)
     return z.to(x.dtype)
 
 
@@ -107,9 +108,19 @@ def _minus(x: Tensor, centre: Tensor) -> Tensor:
     """x - centre in the accumulation dtype, always in new memory."""
     if x.dtype == centre.dtype:
         return x - _map(centre)
-    return x.to(centre.dtype).sub_(_map(centre))
+    return _plus(x.to(centre.dtype), -_map(centre))
+
+
+def _overwrites() -> bool:
+    """Whether a map of ours may be overwritten: not where autograd, a tangent or vmap may need what it was."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
 def _times(fresh: Tensor, factor: Tensor) -> Tensor:
-    """fresh * factor, in place unless autograd needs the old value (double backward)."""
-    return fresh * factor if torch.is_grad_enabled() else fresh.mul_(factor)
+    return fresh.mul_(factor) if _overwrites() else fresh * factor
+
+
+def _plus(fresh: Tensor, term: Tensor) -> Tensor:
+    return fresh.add_(term) if _overwrites() else fresh + term

@@ -156,19 +156,6 @@ def test_images_of_many_sizes_are_cut_out_a_few_at_a_time(root, monkeypatch):
     assert (levels(found, source(root, "torch")) - levels(expected, source(root, "torch"))).abs().max() < 1.1
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_images_that_are_too_large_for_a_table_of_pixels_are_resized_alone(root, interpolation, monkeypatch):
-    monkeypatch.setattr(device_feed, "WINDOWS", 40 * 40)  # some windows are larger, some are not
-    plain, other = (source(root, loader, interpolation=interpolation) for loader in ("torch", "device"))
-    trained = [[batch for [batch] in TrainLoader(s, 0, 9, 9).epoch(0)] for s in (other, plain)]
-    evaluated = [list(EvalLoader(s.val, 6)) for s in (other, plain)]
-    for ours, theirs in (*zip(*trained, strict=True), *zip(*evaluated, strict=True)):
-        assert torch.equal(ours.indices, theirs.indices)
-        difference = (levels(ours, plain) - levels(theirs, plain)).abs()
-        # rounded once, and not between its two passes, too
-        assert difference.max() < 2.1 and difference.mean() < 0.25
-
-
 def test_a_feed_of_dali_ends_with_its_last_name(root):
     """DALI's threads are not in a process that is forked later: nothing must be left for a collector there."""
     loader = TrainLoader(source(root, "dali"), 0, 8, 4)

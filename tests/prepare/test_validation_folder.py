@@ -13,6 +13,8 @@ import scipy.io
 from photographs import picture, write_folder
 from PIL import Image
 
+from anorm.data import shards
+from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.sources import create
 from anorm.prepare.archives import KAGGLE, find
 from anorm.prepare.imagenet import Preparation, index, override, prepare
@@ -224,12 +226,35 @@ def test_the_index_of_every_split_is_written_and_keeps_the_classes_names(flat, t
         index(flat)
 
 
+def test_shards_of_validation_images_alone_can_be_evaluated_on(flat, tmp_path):
+    kaggle(flat)
+    out = tmp_path / "out"
+    prepare(Preparation(flat, out, "shards", any_counts=True))
+    whole = create("imagenet_shards", root=str(out), image_size=8)
+    for path in out.glob("train*"):
+        path.unlink()
+    found = create("imagenet_shards", root=str(out), image_size=8)
+    assert found.classes == WNIDS and found.val.identity == whole.val.identity
+    assert sum(len(batch.indices) for batch in EvalLoader(found.val, 4)) == 6
+    with pytest.raises(ValueError, match="holds no shards train-.*can be evaluated only"):
+        TrainLoader(found, 0, 2, 2)
+
+
+def test_an_index_of_an_earlier_set_gives_way_to_a_larger_one(tmp_path):
+    shards.write_shard(tmp_path / "train-0.tar", [("a", b"image", 0)])
+    shards.write_index(tmp_path, "train", ["ant"])
+    shards.write_shard(tmp_path / "train-0.tar", [("a", b"image", 0), ("b", b"image", 1)])
+    with pytest.raises(ValueError, match=r"labels run from 0 to 1, for 1 classes; .*remove it \(\*.index.npz\)"):
+        index(tmp_path)
+    (tmp_path / "train.index.npz").unlink()
+    index(tmp_path)
+    assert shards.classes_of(tmp_path, "train") == ["0", "1"]
+
+
 @pytest.mark.parametrize(
     "content, words", [(b"not a tar", "is not a readable tar file"), (None, "is no number")]
 )
 def test_a_damaged_shard_is_named(tmp_path, content, words):
-    from anorm.data import shards
-
     shards.write_shard(tmp_path / "train-0.tar", [("a", b"image", "cat")])
     if content:
         (tmp_path / "train-0.tar").write_bytes(content)

@@ -91,10 +91,7 @@ class DeviceFeed(Feed):
             size = self._dataset.image_size
             images = [torch.empty((0, 3, size, size), dtype=torch.uint8, device=self._device)]
             for part in _parts(cuts):
-                if len(cuts[part]) == 1 and cuts[part][0][4] * cuts[part][0][5] > WINDOWS:
-                    images.append(self._resized_alone(indices[part][0], cuts[part][0]))
-                else:
-                    images.append(self._resized(index[part], torch.tensor(cuts[part], dtype=torch.int64)))
+                images.append(self._resized(index[part], torch.tensor(cuts[part], dtype=torch.int64)))
             yield FetchedImages(torch.cat(images), self._dataset.labels[index], index, [])
 
     def _good(self, index: int) -> int:
@@ -133,18 +130,6 @@ class DeviceFeed(Feed):
         # columns first, rounded in between, as Pillow and torchvision do
         narrow = torch.matmul(window, columns.transpose(1, 2)[:, None]).add_(0.5).floor_().clamp_(0, 255)
         return torch.matmul(rows[:, None], narrow).add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
-
-
-    def _resized_alone(self, index: int, cut: tuple[int, ...]) -> Tensor:
-        """Return uint8 (1,3,S,S) as `_resized` does, by torch's own resize, which needs a third of the memory."""
-        height, width, top, left, h, w, to_h, to_w, first_y, first_x, mirror = cut
-        start, size = int(self._starts[index]), self._dataset.image_size
-        image = self._pixels[start : start + 3 * height * width].view(1, 3, height, width)
-        window = image[:, :, top : top + h, left : left + w].float()
-        kind = self._dataset.crop.interpolation
-        resized = torch.nn.functional.interpolate(window, (to_h, to_w), mode=kind, antialias=True)
-        wanted = resized[:, :, first_y : first_y + size, first_x : first_x + size]
-        return (wanted.flip(-1) if mirror else wanted).round().clamp(0, 255).to(torch.uint8)
 
 
 def _parts(cuts: list[tuple[int, ...]]) -> Iterator[slice]:

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from anorm.data.shards import ShardStore
-from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, EncodedImages, Source
+from anorm.data.shards import ShardStore, index_file, splits_of
+from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, Absent, EncodedImages, Source
 from anorm.data.sources.folder import check_same_classes, class_names
 from anorm.data.transforms import Crop
 from anorm.words import printable
@@ -30,27 +30,30 @@ def imagenet_shards(
 ) -> Source:
     """ROOT/train-*.tar and ROOT/val-*.tar with their indices, as tools/prepare_imagenet.py writes them; any classes.
 
-    Options as of `imagefolder`. Raises ValueError for a missing or outdated index, or classes that differ.
+    Options as of `imagefolder`. Without training shards the source can be evaluated on and not trained on.
+    Raises ValueError for a missing or outdated index, or classes that differ.
     """
     if root is None or not Path(root).expanduser().is_dir():
         raise ValueError(
-            f"data.root={root and printable(root)} is not a folder: set it (or $IMAGENET_SHARDS) to the one with train-*.tar and "
-            "val-*.tar; tools/prepare_imagenet.py --format shards makes them"
+            f"data.root={root and printable(root)} is not a folder: set it (or $IMAGENET_SHARDS) to the one with "
+            "train-*.tar and val-*.tar; tools/prepare_imagenet.py --format shards makes them"
         )
     folder = Path(root).expanduser()
     crop = Crop(image_size, eval_resize, interpolation, tuple(crop_scale), tuple(crop_ratio), flip)
-    stores = [ShardStore(folder, split) for split in (train, val)]
-    check_same_classes(stores[0].classes, stores[1].classes, (f"{folder}/{train}", f"{folder}/{val}"))
-    identity = hashlib.blake2b(
-        "".join(store.digest() for store in stores).encode(), digest_size=16
-    ).hexdigest()
-    train_images, val_images = (EncodedImages(store, crop, on_error, loader, mean, std) for store in stores)
-    return Source(
-        train_images,
-        {"val": val_images},
-        class_names(folder, stores[0].classes),
-        f"shards-{identity}",
-    )
+
+    def images(store: ShardStore) -> EncodedImages:
+        return EncodedImages(store, crop, on_error, loader, mean, std)
+
+    trains = train in splits_of(folder) or index_file(folder, train).is_file()
+    train_store, val_store = ShardStore(folder, train) if trains else None, ShardStore(folder, val)
+    names = class_names(folder, val_store.classes)
+    if train_store is None:
+        words = f"{printable(folder)} holds no shards {train}-*.tar: without training images the network can be evaluated only"
+        return Source(Absent(words), {"val": images(val_store)}, names, f"val-{val_store.digest()}")
+    check_same_classes(train_store.classes, val_store.classes, (f"{folder}/{train}", f"{folder}/{val}"))
+    digests = train_store.digest() + val_store.digest()
+    identity = hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
+    return Source(images(train_store), {"val": images(val_store)}, names, f"shards-{identity}")
 
 
 SOURCES = {"imagenet_shards": imagenet_shards}
