@@ -72,9 +72,12 @@ class Report:
     def summary(self) -> str:
         """One line, such as "an x16 (same function at the start); kept: 37 not at this place"."""
         became = ", ".join(f"{now} x{n}" for now, n in Counter(row.now for row in self.swapped).most_common())
-        start = "" if self.identical else "not "
+        words = {row.same for row in self.swapped}
+        start = "the same function at the start" if self.identical else "not the same function at the start"
+        if "not known" in words and words <= {"not known", "yes"}:
+            start = "not known whether the same function at the start"
         reasons = ", ".join(f"{n} {why}" for why, n in Counter(row.why for row in self.kept).most_common())
-        return f"{became} ({start}the same function at the start)" + (f"; kept: {reasons}" if reasons else "")
+        return f"{became} ({start})" + (f"; kept: {reasons}" if reasons else "")
 
     def __str__(self) -> str:
         lines = [("layer", "C", "was", "now", "stage", "role", "same start", "why")]
@@ -228,12 +231,18 @@ class _Law:
                 new = nn.Sequential(OrderedDict(norm=core, drop=drop, act=act))
         like = next((t for t in (old.weight, old.running_mean, like) if t is not None), torch.empty(0))
         core = new.norm if isinstance(new, nn.Sequential) else new
-        core.to(like.device, like.dtype).train(old.training)
+        _place(core, like, like if old.running_mean is None else old.running_mean)
+        core.train(old.training)
+        if old.affine and old.bias is None and self._takes_affine():
+            core.register_parameter("bias", None)
         if isinstance(old, nn.SyncBatchNorm):
             set_sync(core, True)
         if keep:
             carry(old, core, self.given)
         return new
+
+    def _takes_affine(self) -> bool:
+        return not self.timm and not callable(self.norm) and self.takes_affine
 
     def _make(self, site: Site, affine: bool) -> nn.Module:
         if callable(self.norm):
@@ -242,6 +251,22 @@ class _Law:
         if not affine and self.takes_affine:
             options = {"affine": False, **options}
         return Placement(self.norm, "all", **options)(site)
+
+
+def _place(layer: nn.Module, parameters_as: Tensor, buffers_as: Tensor) -> None:
+    """Give a new layer the dtype and device of these; accelerate's init_empty_weights leaves buffers on the CPU beside
+    parameters of the meta device.
+    """
+    if parameters_as.device == buffers_as.device:
+        layer.to(parameters_as.device, parameters_as.dtype)
+        return
+    for module in layer.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            moved = tensor.detach().to(parameters_as.device, parameters_as.dtype)
+            module.register_parameter(name, nn.Parameter(moved, requires_grad=tensor.requires_grad))
+        for name, tensor in module.named_buffers(recurse=False):
+            dtype = buffers_as.dtype if tensor.is_floating_point() else tensor.dtype
+            setattr(module, name, tensor.to(buffers_as.device, dtype))
 
 
 def is_norm(layer: nn.Module) -> bool:

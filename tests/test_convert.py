@@ -437,6 +437,102 @@ def test_synchronised_layers_stay_synchronised():
     assert report.identical and model.one.n2.base.sync and model.one.n2.attention.norm.sync
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_network_of_accelerates_empty_weights(inside):
+    """Parameters on the meta device, buffers real: statistics carry over, and the start is not known, not denied."""
+    accelerate = pytest.importorskip("accelerate")
+    with accelerate.init_empty_weights():
+        model = Small()
+        model.one.n2.running_var.fill_(3.0)
+        if inside:
+            report = convert(model, "an")
+    if not inside:
+        report = convert(model, "an")
+    assert {row.name for row in report.swapped} == {"one.n2", "two.n2"}
+    assert {row.same for row in report.swapped} == {"not known"}
+    assert "(not known whether the same function at the start)" in report.summary()
+    assert all(p.is_meta for p in model.parameters()) and not any(b.is_meta for b in model.buffers())
+    assert model.one.n2.base.running_var.eq(3.0).all()
+    assert sorted(model.state_dict()) == sorted(twin_of_small().state_dict())
+
+
+def twin_of_small():
+    model = Small()
+    convert(model, "an")
+    return model
+
+
+@pytest.mark.parametrize("law", ["bn", "gn", "sn", "bin"])
+def test_a_norm_without_bias_gains_none(law):
+    model = Small()
+    model.one.n2 = nn.BatchNorm2d(4, bias=False)
+    report = convert(model, law, where="all")
+    assert model.one.n2.bias is None and model.one.n1.bias is not None
+    row = next(row for row in report.rows if row.name == "one.n2")
+    assert row.same == {"bn": "yes", "bin": "yes", "sn": "in evaluation", "gn": "no"}[law]
+    model.train()(images(model)).square().sum().backward()
+    assert model.one.n2.weight.grad is not None
+
+
+# --- tools of others on converted networks ---
+
+
+@pytest.mark.filterwarnings("ignore:NOTE")  # torchvision's word on train and eval graphs
+@pytest.mark.parametrize("name", [*anorm.list_archs(), *(f"torchvision:{n}" for n in ("resnet18", "googlenet"))])
+def test_features_are_extracted_by_torchvision(name):
+    """torch.fx sees each norm as one module of every architecture and converted network."""
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    with torch.device("meta"):
+        model = anorm.create_model(name, "an", num_classes=5).eval()
+        nodes = set(get_graph_node_names(model)[1])
+        norms = [n for n, m in model.named_modules() if isinstance(m, Norm) and n in nodes]
+        inside = [n for n, m in model.named_modules() if isinstance(m, Norm) and not m.part]
+        assert norms == inside
+        x = torch.randn(2, 3, 32, 32)
+        found = create_feature_extractor(model, {norms[0]: "first", norms[-1]: "last"})(x)
+        for name, key in ((norms[0], "first"), (norms[-1], "last")):
+            assert found[key].shape[:2] == (2, model.get_submodule(name).channels)
+
+
+@pytest.mark.filterwarnings("ignore:NOTE")
+def test_features_are_extracted_by_timm_and_are_the_networks():
+    from timm.models import GraphExtractNet
+
+    model = timm.create_model("resnet18", num_classes=5)
+    convert(model, "an")
+    maps = {}
+    model.layer2[0].bn1.register_forward_hook(lambda module, args, out: maps.update(out=out.clone()))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model.eval()(x)
+        model.layer2[0].bn1._forward_hooks.clear()
+        (found,) = GraphExtractNet(model, {"layer2.0.bn1": "1"}, squeeze_out=False)(x)
+    torch.testing.assert_close(found, maps["out"])
+
+
+REPARAMETERIZED = ["repvgg_a0", "mobileone_s0", "fastvit_t8", "ghostnetv3_050", "repghostnet_050"]
+
+
+@pytest.mark.parametrize("name", REPARAMETERIZED)
+def test_timms_reparameterization_is_the_same_function_with_bn_and_refused_with_others(name):
+    from timm.utils import reparameterize_model
+
+    model = used(timm.create_model(name, num_classes=5))
+    x = torch.randn(2, 3, 64, 64)
+    switchable = copy.deepcopy(model)
+    convert(switchable, "sn", where="all")
+    with pytest.raises(ValueError, match="SwitchableNorm.* does not compute batch normalization"):
+        reparameterize_model(switchable.eval())
+    with torch.no_grad():
+        expected = model.eval()(x)
+        convert(model, "bn", where="all")
+        folded = reparameterize_model(model)
+        torch.testing.assert_close(folded(x), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    count = lambda network: sum(isinstance(m, Norm) for m in network.modules())
+    assert count(folded) < count(model)
+
+
 # --- what is left alone ---------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """What other programs do to norms works on these, or is refused in words: torch's, timm's and peft's utilities."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -388,3 +390,42 @@ def test_flops_of_the_attention_count_in_training():
         counts.append(counter.get_total_flops())
     k, n = layer.k, 4
     assert counts == [2 * n * C * k + 2 * 2 * n * k * C] * 2  # the FC; the mixtures of scale and shift
+
+
+SHARDED = """
+import copy, torch, anorm
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+dist.init_process_group("gloo", init_method="file://STORE", rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+for name, parts in PARTS:
+    torch.manual_seed(0)
+    layer, x = anorm.create_norm(name, 16, act="relu"), torch.randn(4, 16, 5, 5)
+    twin = copy.deepcopy(layer)
+    for part in parts:
+        fully_shard(layer.get_submodule(part), mesh=mesh)
+    fully_shard(layer, mesh=mesh)
+    y, dy = layer(x), torch.randn(4, 16, 5, 5)
+    torch.testing.assert_close(y, twin(x), rtol=1e-5, atol=1e-5)
+    y.backward(dy), twin(x).backward(dy)
+    for own, other in zip(layer.parameters(), twin.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(own.grad.full_tensor(), other.grad, rtol=1e-4, atol=1e-4)
+    print(name, "ok")
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_parts_of_a_law_are_gathered(tmp_path):
+    parts = [
+        ("an", ["attention.fc", "attention.norm", "base"]),
+        ("an", ["attention"]),
+        ("se", ["fc1", "fc2", "base"]),
+        ("afn", ["adapt.encoder", "adapt.mean_decoder"]),
+        ("ilm", ["encoder", "weight_decoder"]),
+    ]
+    code = SHARDED.replace("PARTS", repr(parts)).replace("STORE", str(tmp_path / "store"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.count("ok") == len(parts), done.stderr[-2000:]
