@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff")
+PILLOWS_LIMIT = 178_956_970  # pixels
+PIXELS_PER_BYTE = 8 * 1032  # of one bit, as small as PNG's compression makes them
 TIFF_BITS, TIFF_ORIENTATION, TIFF_SAMPLE_FORMAT = 258, 274, 339  # numbers of tags
 UNDO_ORIENTATION = {
     2: "FLIP_LEFT_RIGHT",
@@ -111,14 +113,19 @@ def opened(encoded: bytes, name: str) -> Iterator[Image]:
     image = _pillow()
     try:
         with image.open(io.BytesIO(encoded)) as found:
+            if found.width * found.height > max(PILLOWS_LIMIT, PIXELS_PER_BYTE * len(encoded)):
+                raise BadImage(
+                    f"{name} is not a readable image ({found.width} x {found.height} pixels in {len(encoded)} bytes)"
+                )
             yield found
     except BadImage:
         raise
     except MemoryError as error:
         raise BadImage(f"{name} is not a readable image (it does not fit into this machine's memory)") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for "not readable"
-        unknown = isinstance(error, image.UnidentifiedImageError)
-        reason = "no image file" if unknown else str(error).splitlines()[0] if str(error) else "damaged"
+    except image.UnidentifiedImageError as error:
+        raise BadImage(f"{name} is not a readable image (no image file)") from error
+    except Exception as error:  # a parser raises whatever it stumbles over in a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadImage(f"{name} is not a readable image ({reason})") from error
 
 
@@ -127,6 +134,7 @@ def _pillow() -> ModuleType:
     """Return PIL.Image without its limit of 179 million pixels, which is a guard against files that strangers send.
 
     A user's own photographs and scans are larger, and torchvision's decoder, which reads the other JPEGs, has none.
+    `opened` refuses what a damaged header alone makes large: it would take the machine's memory.
     """
     from PIL import Image
 

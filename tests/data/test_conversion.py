@@ -1,7 +1,9 @@
 """Whatever a file's mode, the loaders and the preparation see the same 8-bit RGB; known values in, known values out."""
 
 import io
+import random
 import struct
+import warnings
 
 import numpy
 import pytest
@@ -9,7 +11,7 @@ import torch
 from photographs import picture
 from PIL import Image
 
-from anorm.data.decode import BadImage, decode, decode_window
+from anorm.data.decode import BadImage, _pillow, decode, decode_window
 from anorm.data.transforms import Window
 from anorm.prepare.imagenet import reencode
 
@@ -158,18 +160,54 @@ def test_orientation_is_never_applied(form, orientation):
     assert Image.open(io.BytesIO(reencode(content, "x", 12, 90))).size == (16, 12)
 
 
-def test_an_image_of_180_million_pixels_is_read(monkeypatch):
-    """Pillow's own limit is 179 million; the limit's place is asked for, as such an image takes seconds."""
-    content = saved(RAMP)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # put back afterwards
-    from anorm.data.decode import _pillow
+def test_an_image_of_180_million_pixels_is_read(monkeypatch, request):
+    """Pillow's own limit is 179 million; it is lowered here, as such an image takes seconds."""
+    request.addfinalizer(_pillow.cache_clear)
+    for read in (
+        lambda content: decode(tensor(content), "x"),
+        lambda content: reencode(content, "x", 12, 90),
+    ):
+        monkeypatch.setattr(
+            Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH // 3
+        )  # more than twice too low: an error
+        _pillow.cache_clear()
+        assert len(read(saved(RAMP)))
 
-    _pillow.cache_clear()
-    Image.MAX_IMAGE_PIXELS = HEIGHT * WIDTH // 3  # more than twice too small: an error of Pillow's
-    assert decode(tensor(content), "x").shape == (3, HEIGHT, WIDTH)
-    Image.MAX_IMAGE_PIXELS = HEIGHT * WIDTH // 3
-    _pillow.cache_clear()
-    assert reencode(content, "x", 12, 90)
+
+def test_whatever_a_parser_stumbles_over_is_a_bad_image(monkeypatch):
+    """An error that Pillow does not count among those of files, as its parsers raise on damage."""
+    content = bytearray(saved(COLOURS, "BMP"))
+    monkeypatch.setattr(
+        Image.Image, "convert", lambda *args, **options: exec("raise OverflowError('too much')")
+    )
+    with pytest.raises(BadImage, match="x.bmp is not a readable image .too much"):
+        decode(tensor(content), "x.bmp")
+
+
+def test_a_damaged_header_does_not_take_the_memory():
+    """1.8 thousand million pixels in 2 kB, which zeros alone would fill."""
+    content = bytearray(saved(COLOURS, "BMP"))
+    content[18:26] = struct.pack("<ii", 30_000, 60_000)
+    with pytest.raises(BadImage, match=r"x.bmp is not a readable image .30000 x 60000 pixels in 2358 bytes"):
+        decode(tensor(content), "x.bmp")
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG"])
+def test_a_damaged_file_gives_an_image_or_is_a_bad_one(form):
+    content, rng = saved(COLOURS, form), random.Random(0)
+    for _ in range(40):
+        damaged = bytearray(content)
+        for _ in range(rng.choice((1, 2, 8))):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, about the damage
+                assert (
+                    decode(tensor(damaged[: rng.choice((len(damaged), 9 * len(damaged) // 10))]), "x").dtype
+                    == torch.uint8
+                )
+        except BadImage as error:
+            assert str(error).startswith("x is not a readable image (")
 
 
 def test_an_image_that_does_not_fit_into_memory_is_a_bad_one(monkeypatch):
