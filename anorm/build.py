@@ -27,6 +27,7 @@ from anorm.engine.device import (
     autocast_of,
     compiled,
     distributed,
+    doubles_inputs,
     fix_bucket_order,
     on_device,
     place,
@@ -127,6 +128,8 @@ def build(config: Config, folder: Path, signature: str, world: World, resume: di
     notes += optim.describe_groups(groups)
     scale = 2.0**16 if hardware.loss_scale == "dynamic" else float(hardware.loss_scale)
     plain = task.network(model)
+    if plain is not model and hardware.dtype == "fp64":
+        doubles_inputs(plain)  # which may call the model's parts and not the model
     run = Run(
         settings=settings,
         folder=folder,
@@ -281,6 +284,7 @@ def evaluator_for(
         load_weights(model, weights)
     if join:
         join_again(model, weights, join)
+    optim.freeze(model, settings.freeze)  # held statistics are those of evaluation too, whatever eval.stats says
     place(model, settings.hardware, world.device)
     set_backends(settings.hardware, None)
     train = None
@@ -298,8 +302,10 @@ def predictor(folder: Path, config: Config) -> tuple[nn.Module, Callable[[Path],
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder} has no {CARD}: is it a run folder?")
     card = json.loads((folder / CARD).read_text())
+    if "eval_resize" not in card:
+        raise ValueError(f"{folder} is of task={config.task.name}: only networks that classify images are used here")
     crop = Crop(card["image_size"], card["eval_resize"], card["interpolation"])
-    mean, std = (torch.tensor(card[key]).view(3, 1, 1) * 255 for key in ("mean", "std"))
+    mean, std = (torch.tensor(card[key]).view(-1, 1, 1) * 255 for key in ("mean", "std"))
     model = create_network(config, create_task(config, card["classes"], len(card["mean"])))
     load_weights(model, last_weights(folder))
 

@@ -105,22 +105,23 @@ def dependence_warning(found: dict[str, float]) -> str:
 
 
 PROBED = 16
-"""Images whose answers are compared in two batches."""
+"""Images whose answers are compared in two batches, at most."""
 
 
 @torch.no_grad()
 def batch_dependence(task: Task, model: nn.Module, images: EvalLoader, autocast: Autocast) -> float | None:
     """Return by how much a network's answers for images change with the others in their batch: the largest difference
-    between its outputs for 16 images among 16 others and among another 16, as a part of their standard deviation.
+    between its outputs for 16 images among 16 others and among another 16, as a part of their standard deviation. Batches
+    are not larger than those of the evaluation, which fit the device.
 
     0 where an answer depends on its image alone. None where outputs are not one tensor, or images are too few. Nothing is
     exchanged between processes.
     """
-    count = len(images.dataset)
-    if count < 3 * PROBED:
+    count, probed = len(images.dataset), min(PROBED, images.batch // 2)
+    if probed == 0 or count < 3 * probed:
         return None
     # spread over the set, which may lie class by class
-    chosen = torch.linspace(0, count - 1, 3 * PROBED).long()
+    chosen = torch.linspace(0, count - 1, 3 * probed).long()
     same, some, others = chosen[::3], chosen[1::3], chosen[2::3]
     was_training = model.training
     model.eval()
@@ -128,8 +129,8 @@ def batch_dependence(task: Task, model: nn.Module, images: EvalLoader, autocast:
     for mates in (some, others):
         batch = images.batch_of(torch.cat([same, mates]))
         with autocast():
-            answer = model(*task.inputs(batch)) if len(batch.indices) == 2 * PROBED else None
-        outputs.append(answer[:PROBED].double() if isinstance(answer, torch.Tensor) else None)
+            answer = model(*task.inputs(batch)) if len(batch.indices) == 2 * probed else None
+        outputs.append(answer[:probed].double() if isinstance(answer, torch.Tensor) else None)
     model.train(was_training)
     if any(answer is None for answer in outputs):
         return None

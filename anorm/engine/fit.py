@@ -171,7 +171,9 @@ def backward(run: Run, network: nn.Module, step: int, k: int, batch: Batch, of: 
     torch.manual_seed(seed_of(run.settings.seed, "dropout", step, number))
     with run.autocast():
         outputs = network(*inputs)
-    losses = [loss / of for loss in run.task.loss(outputs, target).values()]
+    found = run.task.loss(outputs, target)
+    assert found.keys() == set(run.task.losses), (list(found), run.task.losses)
+    losses = [found[name] / of for name in run.task.losses]
     run.scaler.scale(reduce(torch.add, losses)).backward()
     return [loss.detach() for loss in losses]
 

@@ -99,7 +99,7 @@ def with_weights(config: Config) -> Config:
     Raises ValueError where no run is there that started from them.
     """
     weights = config.settings.weights
-    if weights is None or Path(weights).is_file():
+    if weights is None or Path(weights).is_file() or config.settings.resume == "never":
         return config.with_weights()
     run_dir = config.settings.run_dir
     folders = [Path(run_dir)] if run_dir else sorted(Path("runs").glob(f"{prefix(config)}-*"))
@@ -162,7 +162,7 @@ def rehearsal(job: Job, world: World) -> Iterator[tuple[Path, None]]:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier, unwanted start of the same run left."""
-    for pattern in (METRICS, "*.ckpt", "*.safetensors", "predictions*.npz", "unreadable.txt"):
+    for pattern in (METRICS, "*.ckpt", "*.safetensors", "predictions*", "unreadable.txt"):
         for path in folder.glob(pattern):
             path.unlink()
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)

@@ -1,6 +1,7 @@
 """Batch statistics in evaluation: how images come together, for any number of processes, and what is said of it."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from anorm.config.signature import EXCLUDED, signature
 from anorm.data import sources
 from anorm.data.loaders import Batches, EvalLoader
 from anorm.engine.device import autocast_of
-from anorm.engine.evaluate import Evaluator, Pair, dependence_warning
+from anorm.engine.evaluate import Evaluator, Pair, batch_dependence, dependence_warning
 from anorm.processes.world import World
 from anorm.tasks.classification import Classification
 
@@ -206,3 +207,17 @@ def test_two_processes_that_are_cut_evaluate_every_set_and_statistics_bit_for_bi
     # one process, on the weights of two
     found = script("tools/validate.py").main([str(cut), "hardware.processes=1"])
     assert found == 0
+
+
+def test_dependence_is_probed_in_batches_that_evaluation_uses(val):
+    """A larger one might not fit the device, at the end of a run."""
+    seen = []
+
+    class Watching(torch.nn.Module):
+        def forward(self, images):
+            seen.append(len(images))
+            return images.mean((2, 3))
+
+    for size in (1, 6, 64):
+        batch_dependence(Classification(["a", "b", "c"]), Watching(), EvalLoader(val, size), nullcontext)
+    assert seen == [6, 6, 32, 32]

@@ -27,3 +27,12 @@ def test_compiling_that_changes_a_network_is_refused(monkeypatch):
     model = create_model("convnet", "bn", 4)
     with pytest.raises(ValueError, match=r"changes this network's outputs by 0\.1 %"):
         compiled(model, (torch.randn(2, 3, 32, 32),), torch.device("cpu"), nullcontext, settings_from({}).hardware)
+
+
+def test_compiling_is_refused_where_the_answer_is_no_tensor():
+    class Two(torch.nn.Module):
+        def forward(self, images):
+            return [images, images]
+
+    with pytest.raises(ValueError, match="one tensor"):
+        compiled(Two(), (torch.randn(2, 3, 8, 8),), torch.device("cpu"), nullcontext, settings_from({}).hardware)

@@ -1,10 +1,12 @@
 """Several evaluation sets and several statistics in one run: one event a pair, and the first pair chooses the best."""
 
 import dataclasses
+import re
+import shutil
 
 import numpy
 import pytest
-from commands import SMALL, events, train, weights
+from commands import SMALL, events, script, train, weights
 
 from anorm.data import sources
 from anorm.engine.record import read_metrics
@@ -56,6 +58,34 @@ def test_one_event_a_pair_and_the_first_chooses_the_best(two_sets, tmp_path):
     )
     assert 100 * kept["predictions-other-batch.npz"]["top1"].mean() == pytest.approx(found[-1]["top1"])
     assert kept["predictions.npz"]["data"] != kept["predictions-other-running.npz"]["data"]
+
+
+def test_held_statistics_are_those_of_a_repeated_evaluation_too(tmp_path, capsys):
+    """A frozen norm standardizes with its running statistics whatever eval.stats says, in the run and in validate.py."""
+    run = tmp_path / "run"
+    assert train(*SMALL, "freeze=[stats]", "eval.stats=batch", f"run_dir={run}") == 0
+    capsys.readouterr()
+    assert script("tools/validate.py").main([str(run)]) == 0
+    loss = float(re.search(r"loss (\S+)", capsys.readouterr().out).group(1))
+    assert loss == pytest.approx(events(run, "eval")[-1]["loss"], abs=1e-6)
+
+
+def test_weights_that_are_gone_cost_no_run(tmp_path, capsys):
+    """resume=never deletes what is there and starts from the weights: they are looked for before."""
+    start, run = tmp_path / "start.safetensors", tmp_path / "run"
+    assert train(*SMALL, f"run_dir={tmp_path / 'first'}") == 0
+    shutil.copy(tmp_path / "first" / "weights.safetensors", start)
+    again = [*SMALL, f"weights={start}", f"run_dir={run}", "resume=never"]
+    assert train(*again) == 0
+    kept = (run / "last.ckpt").read_bytes()
+    (run / "predictions_bbox.json").write_text("of another task")
+    start.rename(tmp_path / "elsewhere.safetensors")
+    assert train(*again) == 2
+    assert "start.safetensors is not a file" in capsys.readouterr().err
+    assert (run / "last.ckpt").read_bytes() == kept
+    (tmp_path / "elsewhere.safetensors").rename(start)
+    assert train(*again) == 0
+    assert not (run / "predictions_bbox.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -192,3 +192,9 @@ def test_two_processes_continue_bit_for_bit(tmp_path):
     status, out, err = run_train(*two, f"run_dir={cut}")
     assert status == 0 and "continuing at step 6" in out, err
     same(tmp_path / "run", cut)
+
+
+def test_it_trains_in_double_precision(tmp_path):
+    """It calls the network's two parts and not the network, whose hook would double the images."""
+    assert train(*SMALL, "task=self_challenging", "hardware.dtype=fp64", f"run_dir={tmp_path}") == 0
+    assert weights(tmp_path)["model"]["conv1.weight"].dtype == torch.float64
