@@ -24,7 +24,7 @@ from anorm.norms.base import (
 )
 from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build, build_base
-from anorm.ops.fused import FusedLaw, Tensors
+from anorm.ops.fused import FusedLaw, RunningLaw, Tensors
 
 __all__ = ["NORMS", "Attention", "AttentiveGroupNorm", "AttentiveNorm", "fused_an"]
 
@@ -178,7 +178,7 @@ class AttentiveNorm(Norm):
             moments = Moments(mean, var, moments.count)
         return self.attention(moments)
 
-    def fused(self, x: Tensor) -> FusedLaw | None:
+    def fused(self, x: Tensor) -> FusedLaw | RunningLaw | None:
         base, attention = self.base, self.attention
         fc, norm = attention.fc, attention.norm
         published = (
@@ -187,22 +187,25 @@ class AttentiveNorm(Norm):
             and (attention.input, attention.activation, self.source) == ("rsd", "hsigmoid", "input")
             and not self.separate
         )
-        if not published or x.shape[0] < 2 or x.numel() == 0:
-            return None
-        if not (base.from_batch and norm.from_batch) or base.sync or norm.sync or base.tracking != norm.tracking:
+        if not published or x.numel() == 0:
             return None
         if not (called_as_is(attention, Attention) and called_as_is(fc, nn.Linear) and called_as_is(norm)):
+            return None
+        parameters = self.weight, self.bias, fc.weight, norm.weight, norm.bias
+        eps = base.epsilon, attention.eps, norm.epsilon
+        if not (base.from_batch or norm.from_batch):
+            statistics = base.running_mean, base.running_var, norm.running_mean, norm.running_var
+            return running_an(parameters, statistics, eps)
+        if x.shape[0] < 2 or not (base.from_batch and norm.from_batch) or base.tracking != norm.tracking:
+            return None
+        if base.sync or norm.sync:
             return None
 
         def track(mean: Tensor, var: Tensor, attention_mean: Tensor, attention_var: Tensor) -> None:
             base.track(mean, var)
             norm.track(attention_mean, attention_var)
 
-        return fused_an(
-            (self.weight, self.bias, fc.weight, norm.weight, norm.bias),
-            (base.epsilon, attention.eps, norm.epsilon),
-            track if base.tracking else None,
-        )
+        return fused_an(parameters, eps, track if base.tracking else None)
 
     @torch.no_grad()
     def start_as(self, weight: Tensor, bias: Tensor) -> None:
@@ -344,6 +347,20 @@ def fused_an(parameters: Tensors, eps: tuple[float, float, float], track: Callab
         ),
         law=law,
         track=None if track is None else lambda saved: track(saved[0], saved[4], saved[8], saved[9]),
+    )
+
+
+def running_an(parameters: Tensors, statistics: Tensors, eps: tuple[float, float, float]) -> RunningLaw:
+    """AN over BN in its published form with running statistics, in one call.
+
+    parameters and eps as in ``fused_an``; statistics: running mean and variance of the base norm, of the attention norm.
+    """
+    centre, *rest = statistics
+    return RunningLaw(
+        "an_running_coefficients",
+        lambda laws, mean, var, count: Affine(
+            centre, *laws.an_running_coefficients(mean, var, *parameters, *rest, count, *eps)
+        ),
     )
 
 

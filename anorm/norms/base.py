@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from anorm.algebra import Affine, Moments, gate, pool_batch, then, unbias
 from anorm.ops import normalize, reference
 from anorm.ops.activations import lookup
-from anorm.ops.fused import FusedLaw
+from anorm.ops.fused import FusedLaw, RunningLaw
 
 __all__ = [
     "Choice",
@@ -211,7 +211,7 @@ class Norm(nn.Module):
             others = others[:-1]
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x, *others), {})
 
-    def fused(self, x: Tensor) -> FusedLaw | None:
+    def fused(self, x: Tensor) -> FusedLaw | RunningLaw | None:
         """This law as the compiled backends compute it in one call, where they can for the present mode and x."""
         return None
 

@@ -12,7 +12,7 @@ from anorm.algebra import Affine, Moments, gate, pool_batch, squeeze, standardiz
 from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, Site, around, called_as_is, fully_connected
 from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build_base
-from anorm.ops.fused import FusedLaw, Tensors
+from anorm.ops.fused import FusedLaw, RunningLaw, Tensors
 
 __all__ = ["NORMS", "SqueezeExcite", "fused_se"]
 
@@ -73,12 +73,16 @@ class SqueezeExcite(Norm):
             means = z.to(torch.promote_types(z.dtype, torch.float32)).mean((2, 3))
             return around(z, self.weights(means), None, self.act, residual, mask)
 
-    def fused(self, x: Tensor) -> FusedLaw | None:
+    def fused(self, x: Tensor) -> FusedLaw | RunningLaw | None:
         base, fc1, fc2 = self.base, self.fc1, self.fc2
         if type(base) is not BatchNorm or not (called_as_is(fc1, nn.Linear) and called_as_is(fc2, nn.Linear)):
             return None
+        layers = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        if not base.from_batch and x.numel():
+            statistics = base.running_mean, base.running_var
+            return running_se(statistics, (base.weight, base.bias, *layers), base.epsilon)
         below = base.fused(x)
-        return below and fused_se(below, (fc1.weight, fc1.bias, fc2.weight, fc2.bias), base.epsilon)
+        return below and fused_se(below, layers, base.epsilon)
 
     def parts(self, moments: Moments) -> Parts | None:
         below = self.base.parts(moments)
@@ -180,6 +184,16 @@ def _backward(
         dlogits.t() @ hidden, None if second_bias is None else dlogits.sum(0),
     )  # fmt: skip
     return centre, dvar2, dmean1, dweight, dbias, *layers
+
+
+def running_se(statistics: tuple[Tensor, Tensor], parameters: Tensors, eps: float) -> RunningLaw:
+    """SE on BN with running statistics in one call; parameters: the base's weight and bias, then as in ``fused_se``."""
+    return RunningLaw(
+        "se_running_coefficients",
+        lambda laws, mean, var, count: Affine(
+            statistics[0], *laws.se_running_coefficients(mean, *statistics, *parameters, eps)
+        ),
+    )
 
 
 NORMS = {"se": SqueezeExcite}

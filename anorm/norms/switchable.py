@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from anorm.algebra import Affine, Moments, pool_batch, pool_groups, standardize, then, unbias
 from anorm.norms.base import Choice, ParamNeeds, Parts, RunningNorm
-from anorm.ops.fused import FusedLaw, Tensors, shift_or_zeros
+from anorm.ops.fused import FusedLaw, RunningLaw, Tensors, shift_or_zeros
 
 __all__ = ["NORMS", "SwitchableNorm", "fused_sn"]
 
@@ -82,13 +83,15 @@ class SwitchableNorm(RunningNorm):
         shares = dict(zip(("means", "variances"), (Choice("shares", w, names) for w in weights), strict=True))
         return Parts(self._standardized(moments, *weights), self.weight, self.bias, shares)
 
-    def fused(self, x: Tensor) -> FusedLaw | None:
-        if type(self) is not SwitchableNorm or not self.use_bn or not self.from_batch or self.sync:
-            return None
-        if x.numel() <= self.channels:
+    def fused(self, x: Tensor) -> FusedLaw | RunningLaw | None:
+        if type(self) is not SwitchableNorm or not self.use_bn or x.numel() == 0:
             return None
         parameters = self.weight, self.bias, self.mean_weight, self.var_weight
         unbias = self._unbias(x.shape[2] * x.shape[3])
+        if not self.from_batch:
+            return running_sn(parameters, self.running_mean, self.running_var, unbias, self.epsilon)
+        if self.sync or x.numel() <= self.channels:
+            return None
         return fused_sn(parameters, unbias, self.epsilon, self.track if self.tracking else None)
 
     def _unbias(self, count: int) -> float:
@@ -147,6 +150,17 @@ def fused_sn(parameters: Tensors, unbias: float, eps: float, track: Callable | N
         law=law,
         track=None if track is None else lambda saved: track(saved[5], saved[6]),
     )
+
+
+def running_sn(parameters: Tensors, mean: Tensor, var: Tensor, unbias: float, eps: float) -> RunningLaw:
+    """SN over IN, LN and BN with running statistics of the batch, in one call; parameters as in ``fused_sn``."""
+    weight, bias, *logits = parameters
+
+    def coefficients(laws: ModuleType, m: Tensor, v: Tensor, count: int) -> Affine:
+        centre, scale = laws.sn_running_coefficients(m, v, weight, *logits, mean, var, unbias, eps)
+        return Affine(centre, scale, shift_or_zeros(bias, scale))
+
+    return RunningLaw("sn_running_coefficients", coefficients)
 
 
 NORMS = {"sn": SwitchableNorm}

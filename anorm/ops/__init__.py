@@ -23,7 +23,7 @@ from anorm.algebra import Affine, Moments
 from anorm.ops import reference
 from anorm.ops.activations import lookup
 from anorm.ops.autograd import fixed_affine, moments_and_slots, slotted_affine
-from anorm.ops.fused import FusedLaw, normalize_fused
+from anorm.ops.fused import FusedLaw, RunningLaw, forward, normalize_fused
 
 __all__ = ["BACKENDS", "normalize", "resolve", "set_backend", "use_backend", "why_not"]
 
@@ -40,7 +40,7 @@ def normalize(
     act: str | None = None,
     residual: Tensor | None = None,
     needs: str = "mean_var",
-    fused: FusedLaw | None = None,
+    fused: FusedLaw | RunningLaw | None = None,
 ) -> Tensor:
     """y = act(scale * (x - centre) + shift [+ residual]) with (centre, scale, shift) = law(moments of x).
 
@@ -82,7 +82,7 @@ def normalize(
 
 
 def _run(
-    x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str, fused: FusedLaw | None
+    x: Tensor, law: Callable, act: str, residual: Tensor | None, needs: str, fused: FusedLaw | RunningLaw | None
 ) -> Tensor:
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or _forward_mode():
         return _plain(x, law, act, residual, needs)
@@ -91,16 +91,45 @@ def _run(
         residual = None if residual is None else residual.reshape(none)
         return _run(x.reshape(none), law, act, residual, needs, None).reshape(x.shape)
     backend = resolve(x.device.type)
-    if fused is not None and not _traced() and hasattr(backend.laws_for(x.dtype), fused.name):
+    if _traced():
+        fused = None
+    elif fused is not None and not hasattr(backend.laws_for(x.dtype), fused.name):
+        fused = None
+    if isinstance(fused, FusedLaw):
         if fused.torchs is not None and residual is None and backend.prefers_torch(x):
             return lookup(act).function(fused.torchs(x))
-        return normalize_fused(x, fused, act, residual, backend)
+        if torch.is_grad_enabled():
+            return normalize_fused(x, fused, act, residual, backend)
+        return forward(x, fused, act, residual, backend, fused.parameters)[0]
+    if not torch.is_grad_enabled() and not _traced():
+        return _without_gradient(x, law, act, residual, needs, backend, fused)
     if needs == "none":
         return fixed_affine(x, *_dense(law(None)), residual, act, backend)
     mask_from_x = act if residual is None else "none"
     mean, var, slots = moments_and_slots(x, needs == "mean_var", mask_from_x, backend)
     coefficients = _dense(law(Moments(mean, var, x.shape[2] * x.shape[3])))
     return slotted_affine(x, *coefficients, slots, residual, act, backend)
+
+
+def _without_gradient(
+    x: Tensor,
+    law: Callable,
+    act: str,
+    residual: Tensor | None,
+    needs: str,
+    backend: ModuleType,
+    running: RunningLaw | None,
+) -> Tensor:
+    """Two passes with the law between them, and no node of autograd's around either."""
+    if needs == "none":
+        return backend.affine(x, *_dense(law(None)), residual, act)
+    mean, var = backend.moments(x, needs == "mean_var")
+    count = x.shape[2] * x.shape[3]
+    if running is None:
+        coefficients = law(Moments(mean, var, count))
+    else:
+        coefficients = running.coefficients(backend.laws_for(x.dtype), mean, var, count)
+    return backend.affine(x, *_dense(coefficients), residual, act)
 
 
 def _traced() -> bool:

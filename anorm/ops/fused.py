@@ -20,7 +20,7 @@ from anorm.algebra import Affine, Moments
 from anorm.ops import reference
 from anorm.ops.activations import masked
 
-__all__ = ["FusedLaw", "Tensors", "normalize_fused", "shift_or_zeros"]
+__all__ = ["FusedLaw", "RunningLaw", "Tensors", "forward", "normalize_fused", "shift_or_zeros"]
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -51,6 +51,30 @@ class FusedLaw:
     torchs: Callable[[Tensor], Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class RunningLaw:
+    """A law with running statistics, where no gradient is wanted, as a backend's module of laws computes it.
+
+    name: of the function of that module that ``coefficients`` calls; a backend that has none runs the law as it is
+    written. coefficients: (laws, mean, var, count) -> coefficients; var is None for a law that reads means alone.
+    """
+
+    name: str
+    coefficients: Callable[[ModuleType, Tensor, Tensor | None, int], Affine]
+
+
+def forward(
+    x: Tensor, fused: FusedLaw, act: str, residual: Tensor | None, backend: ModuleType, parameters: Tensors
+) -> tuple[Tensor, Tensor, Tensors]:
+    """(y, the moments' mean, saved); running statistics take the batch in."""
+    mean, var = backend.moments(x, True)
+    saved = fused.forward(backend.laws_for(x.dtype), mean, var, x.shape[2] * x.shape[3], parameters)
+    y = backend.affine(x, *fused.affine(saved, parameters), residual, act)
+    if fused.track is not None:
+        fused.track(saved)
+    return y, mean, saved
+
+
 def normalize_fused(x: Tensor, fused: FusedLaw, act: str, residual: Tensor | None, backend: ModuleType) -> Tensor:
     """``normalize`` by a backend that has laws for x's dtype; not under torch.func."""
     return _Fused.apply(x, residual, act, backend, fused, *fused.parameters)
@@ -64,11 +88,7 @@ class _Fused(Function):
 
     @staticmethod
     def forward(ctx, x, residual, act, backend, fused, *parameters):
-        mean, var = backend.moments(x, True)
-        saved = fused.forward(backend.laws_for(x.dtype), mean, var, x.shape[2] * x.shape[3], parameters)
-        y = backend.affine(x, *fused.affine(saved, parameters), residual, act)
-        if fused.track is not None:
-            fused.track(saved)
+        y, mean, saved = forward(x, fused, act, residual, backend, parameters)
         ctx.act, ctx.backend, ctx.fused = act, backend, fused
         ctx.has_residual, ctx.number = residual is not None, len(parameters)
         ctx.save_for_backward(x, y if ctx.has_residual and act != "none" else None, *parameters, mean, *saved)

@@ -29,7 +29,7 @@ def test_the_numbers_hold(isa):
     if sets.index(isa) >= sets.index(cpu.instruction_set()):
         pytest.skip(f"the ordinary run uses {cpu.instruction_set()}")
     command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider --no-header -k".split()
-    files = ["tests/ops/test_cpu.py", "tests/ops/test_normalize.py", "tests/norms"]
+    files = ["tests/ops/test_cpu.py", "tests/ops/test_running_laws.py", "tests/ops/test_normalize.py", "tests/norms"]
     narrowed = {"ANORM_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": TORCHS[isa], "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, f"not ({OTHER})", *files],

@@ -59,6 +59,14 @@ struct AttentiveLawBackward {
 };
 
 template <class A>
+struct ExciteLaw {
+  int64_t n, c, hidden;
+  const A *mean, *centre, *base, *bias;  // (N, C), (C): scale and shift of the norm below
+  const A *first, *first_bias, *second, *second_bias;  // (hidden, C), (hidden), (C, hidden), (C)
+  A *scale, *shift, *work;                             // (N, C), (N, C), (N, C + hidden)
+};
+
+template <class A>
 struct LawKernels {
   void (*batch)(const BatchLaw<A>&, int64_t, int64_t);
   void (*batch_backward)(const BatchLawBackward<A>&, int64_t, int64_t);
@@ -69,6 +77,7 @@ struct LawKernels {
   void (*mix)(const AttentiveLaw<A>&, int64_t, int64_t);
   void (*attention_backward)(const AttentiveLawBackward<A>&, int64_t, int64_t);
   void (*mixture_backward)(const AttentiveLawBackward<A>&, int64_t, int64_t);
+  void (*excite)(const ExciteLaw<A>&, int64_t, int64_t);
 };
 
 }  // namespace anorm
@@ -293,12 +302,106 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> an_coefficien
   return {dvar2, dmean1, dmix_weight, dmix_bias, dfc, dgain, doffset};
 }
 
+// (Eq. 12) with running statistics in place of the batch's.
+template <class A>
+void attention_of_running(const A* logits, const A* gain, const A* offset, const A* mean, const A* var, double eps, int64_t n,
+                          int64_t k, A* attention) {
+  for (int64_t j = 0; j < k; ++j) {
+    const double r = 1 / std::sqrt(var[j] + eps);
+    for (int64_t i = 0; i < n; ++i) {
+      const A h = A((logits[i * k + j] - mean[j]) * r), z = gain[j] * h + offset[j], t = (z + 3) / 6;
+      attention[i * k + j] = t < 0 ? 0 : t > 1 ? 1 : t;
+    }
+  }
+}
+
+template <class A>
+void rstd_of(const A* var, double eps, int64_t c, A* rstd) {
+  for (int64_t j = 0; j < c; ++j) rstd[j] = A(1 / std::sqrt(var[j] + eps));
+}
+
+// (scale, shift); the centre is running_mean
+std::tuple<Tensor, Tensor> an_running_coefficients(const Tensor& mean_, const Tensor& var_, const Tensor& mix_weight_,
+                                                   const Tensor& mix_bias_, const Tensor& fc_, const Tensor& gain_,
+                                                   const Tensor& offset_, const Tensor& running_var_,
+                                                   const Tensor& attention_mean_, const Tensor& attention_var_, int64_t hw,
+                                                   double eps, double descriptor_eps, double attention_eps) {
+  const Cells s(mean_);
+  const int64_t k = gain_.numel();
+  const Tensor mean = s.dense_cells(mean_, "mean"), var = s.dense_cells(var_, "var");
+  const Tensor mix_weight = dense(mix_weight_, s.type, k * s.c, "mix_weight");
+  const Tensor mix_bias = dense(mix_bias_, s.type, k * s.c, "mix_bias"), fc = dense(fc_, s.type, k * s.c, "fc");
+  const Tensor gain = dense(gain_, s.type, k, "gain"), offset = dense(offset_, s.type, k, "offset");
+  const Tensor running_var = dense(running_var_, s.type, s.c, "running_var");
+  const Tensor attention_mean = dense(attention_mean_, s.type, k, "attention_mean");
+  const Tensor attention_var = dense(attention_var_, s.type, k, "attention_var");
+  Tensor rstd = s.channels(), scale = s.cells(), shift = s.cells(), descriptor_scale = s.cells();
+  Tensor logits = at::empty({s.n, k}, s.type), attention = at::empty_like(logits);
+  AT_DISPATCH_FLOATING_TYPES(s.type, "an_running_coefficients", [&] {
+    using A = scalar_t;
+    rstd_of<A>(get<A>(running_var), eps, s.c, set<A>(rstd));
+    const AttentiveLaw<A> law{s.n,
+                              s.c,
+                              k,
+                              unbias(hw),
+                              descriptor_eps,
+                              get<A>(mean),
+                              get<A>(var),
+                              get<A>(mix_weight),
+                              get<A>(mix_bias),
+                              get<A>(fc),
+                              get<A>(rstd),
+                              get<A>(attention),
+                              set<A>(scale),
+                              set<A>(shift),
+                              set<A>(descriptor_scale),
+                              set<A>(logits)};
+    run(kernels<A>().attention_logits, law, s.n, s.c * (k / 2 + 4));
+    attention_of_running<A>(get<A>(logits), get<A>(gain), get<A>(offset), get<A>(attention_mean), get<A>(attention_var),
+                            attention_eps, s.n, k, set<A>(attention));
+    run(kernels<A>().mix, law, s.n, s.c * k);
+  });
+  return {scale, shift};
+}
+
+// ---- SE over BN ------------------------------------------------------------------------------------------------------
+
+// (scale, shift); the centre is running_mean
+std::tuple<Tensor, Tensor> se_running_coefficients(const Tensor& mean_, const Tensor& running_mean_,
+                                                   const Tensor& running_var_, const Tensor& weight_, const Tensor& bias_,
+                                                   const Tensor& first_, const std::optional<Tensor>& first_bias_,
+                                                   const Tensor& second_, const std::optional<Tensor>& second_bias_,
+                                                   double eps) {
+  const Cells s(mean_);
+  const int64_t hidden = first_.size(0);
+  const Tensor mean = s.dense_cells(mean_, "mean");
+  const Tensor running_mean = dense(running_mean_, s.type, s.c, "running_mean");
+  const Tensor running_var = dense(running_var_, s.type, s.c, "running_var");
+  const Tensor weight = dense(weight_, s.type, s.c, "weight"), bias = dense(bias_, s.type, s.c, "bias");
+  const Tensor first = dense(first_, s.type, hidden * s.c, "first"), second = dense(second_, s.type, hidden * s.c, "second");
+  const auto first_bias = dense(first_bias_, s.type, hidden, "first_bias");
+  const auto second_bias = dense(second_bias_, s.type, s.c, "second_bias");
+  Tensor base = s.channels(), scale = s.cells(), shift = s.cells(), work = at::empty({s.n, s.c + hidden}, s.type);
+  AT_DISPATCH_FLOATING_TYPES(s.type, "se_running_coefficients", [&] {
+    using A = scalar_t;
+    rstd_of<A>(get<A>(running_var), eps, s.c, set<A>(base));
+    for (int64_t j = 0; j < s.c; ++j) set<A>(base)[j] *= get<A>(weight)[j];
+    const ExciteLaw<A> law{s.n,           s.c,           hidden,          get<A>(mean),        get<A>(running_mean),
+                           get<A>(base),  get<A>(bias),  get<A>(first),   get<A>(first_bias),  get<A>(second),
+                           get<A>(second_bias), set<A>(scale), set<A>(shift), set<A>(work)};
+    run(kernels<A>().excite, law, s.n, s.c * (hidden + 4));
+  });
+  return {scale, shift};
+}
+
 TORCH_LIBRARY_IMPL(anorm_cpu, CPU, m) {
   m.impl("bn_coefficients", bn_coefficients);
   m.impl("bn_coefficients_backward", bn_coefficients_backward);
   m.impl("gn_coefficients", gn_coefficients);
   m.impl("gn_coefficients_backward", gn_coefficients_backward);
   m.impl("an_coefficients", an_coefficients);
+  m.impl("an_running_coefficients", an_running_coefficients);
+  m.impl("se_running_coefficients", se_running_coefficients);
   m.impl("an_coefficients_backward", an_coefficients_backward);
 }
 

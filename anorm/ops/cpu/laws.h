@@ -294,9 +294,61 @@ void mixture_backward(const AttentiveLawBackward<A>& p, int64_t begin, int64_t e
   cover<A>(MixtureBackward<A>{p}, begin * kBlock, std::min(end * kBlock, p.c));
 }
 
+// ---- squeeze and excitation ------------------------------------------------------------------------------------------
+
+template <class A>
+struct Squeeze {  // z = base (m - centre) + bias
+  const A *mean, *centre, *base, *bias;
+  A* z;
+  template <class V>
+  INLINE_METHOD void at(int64_t c) const {
+    store<V>(z + c, multiply_add(load<V>(base + c), load<V>(mean + c) - load<V>(centre + c), load<V>(bias + c)));
+  }
+};
+
+template <class A>
+struct TwoRowsTerm {  // <x, W_k>, <x, W_l>
+  const A *x, *w_k, *w_l;
+  template <class V>
+  INLINE_METHOD void add(int64_t c, V& first, V& second) const {
+    first = multiply_add(load<V>(x + c), load<V>(w_k + c), first);
+    second = multiply_add(load<V>(x + c), load<V>(w_l + c), second);
+  }
+};
+
+// (Eq. 21) SE: coefficients of the instances [begin, end).
+template <class A>
+void excite(const ExciteLaw<A>& p, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t at = n * p.c;
+    A *z = p.work + n * (p.c + p.hidden), *hidden = z + p.c;
+    cover<A>(Squeeze<A>{p.mean + at, p.centre, p.base, p.bias, z}, 0, p.c);
+    for (int64_t k = 0; k < p.hidden; k += 2) {
+      const int64_t l = std::min(k + 1, p.hidden - 1);
+      A first, second;
+      channel_sums<A>(TwoRowsTerm<A>{z, p.first + k * p.c, p.first + l * p.c}, p.c, first, second);
+      if (p.first_bias != nullptr) first += p.first_bias[k], second += p.first_bias[l];
+      hidden[k] = first < 0 ? 0 : first;  // a NaN passes
+      hidden[l] = second < 0 ? 0 : second;
+    }
+    for (int64_t k = 0; k < p.c; k += 2) {
+      const int64_t l = std::min(k + 1, p.c - 1);
+      A gates[2];
+      channel_sums<A>(TwoRowsTerm<A>{hidden, p.second + k * p.hidden, p.second + l * p.hidden}, p.hidden, gates[0], gates[1]);
+      for (int64_t j = 0; j < 2; ++j) {
+        const int64_t c = j == 0 ? k : l;
+        const A logit = gates[j] + (p.second_bias == nullptr ? A(0) : p.second_bias[c]);
+        const A gate = A(1) / (A(1) + std::exp(-logit));
+        p.scale[at + c] = gate * p.base[c];
+        p.shift[at + c] = gate * p.bias[c];
+      }
+    }
+  }
+}
+
 template <class A>
 inline constexpr LawKernels<A> law_kernels = {
     batch_statistics<A>,         batch_statistics_backward<A>, group_statistics<A>,   group_statistics_backward<A>,
     group_parameters_backward<A>, attention_logits<A>,          mix<A>,                attention_backward<A>,
-    mixture_backward<A>,
+    mixture_backward<A>,         excite<A>,
 };

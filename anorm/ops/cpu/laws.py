@@ -1,4 +1,4 @@
-"""Coefficients of BN, GN, AN over BN and SN in one call each way, for training mode on a CPU.
+"""Coefficients of BN, GN, AN over BN and SN in one call each way, and of AN, SE and SN in evaluation, on a CPU.
 
 They replace a law and its autograd, so that a layer is six calls:
 
@@ -22,12 +22,15 @@ from anorm.ops.cpu.library import operator
 __all__ = [
     "an_coefficients",
     "an_coefficients_backward",
+    "an_running_coefficients",
     "bn_coefficients",
     "bn_coefficients_backward",
     "gn_coefficients",
     "gn_coefficients_backward",
+    "se_running_coefficients",
     "sn_coefficients",
     "sn_coefficients_backward",
+    "sn_running_coefficients",
 ]
 
 
@@ -110,4 +113,22 @@ sn_coefficients_backward = operator(
     " float unbias)"
     " -> (Tensor dvar2, Tensor dmean1, Tensor dweight, Tensor dbias, Tensor dmean_weight, Tensor dvar_weight)",
     _shaped("NC NC C C 3 3"),
+)
+
+# In evaluation: running statistics of the base norm and of the attention norm; the centre of AN and SE is running_mean.
+an_running_coefficients = operator(
+    "an_running_coefficients(Tensor mean, Tensor var, Tensor mix_weight, Tensor mix_bias, Tensor fc, Tensor gain,"
+    " Tensor offset, Tensor running_var, Tensor attention_mean, Tensor attention_var, int hw, float eps,"
+    " float descriptor_eps, float attention_eps) -> (Tensor scale, Tensor shift)",
+    _shaped("NC NC"),
+)
+se_running_coefficients = operator(
+    "se_running_coefficients(Tensor mean, Tensor running_mean, Tensor running_var, Tensor weight, Tensor bias,"
+    " Tensor first, Tensor? first_bias, Tensor second, Tensor? second_bias, float eps) -> (Tensor scale, Tensor shift)",
+    _shaped("NC NC"),
+)
+sn_running_coefficients = operator(
+    "sn_running_coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor mean_weight, Tensor var_weight,"
+    " Tensor running_mean, Tensor running_var, float unbias, float eps) -> (Tensor centre, Tensor scale)",
+    _shaped("NC NC"),
 )

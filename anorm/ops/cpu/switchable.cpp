@@ -85,8 +85,11 @@ double dot(const A* a, const A* b, int64_t count) {
 // (centre, scale, rstd, layer mean, layer var, batch mean, batch var, shares of means, shares of variances)
 using SwitchCoefficients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-SwitchCoefficients sn_coefficients(const Tensor& mean_, const Tensor& var_, const std::optional<Tensor>& weight_,
-                                   const Tensor& mean_weight_, const Tensor& var_weight_, double unbias, double eps) {
+// With the statistics of the batch, or those given in their place.
+SwitchCoefficients switch_coefficients(const Tensor& mean_, const Tensor& var_, const std::optional<Tensor>& weight_,
+                                       const Tensor& mean_weight_, const Tensor& var_weight_,
+                                       const std::optional<Tensor>& batch_mean_, const std::optional<Tensor>& batch_var_,
+                                       double unbias, double eps) {
   const Cells s(mean_);
   const Tensor mean = s.dense_cells(mean_, "mean"), var = s.dense_cells(var_, "var");
   const auto weight = dense(weight_, s.type, s.c, "weight");
@@ -94,7 +97,9 @@ SwitchCoefficients sn_coefficients(const Tensor& mean_, const Tensor& var_, cons
   const Tensor var_weight = dense(var_weight_, s.type, 3, "var_weight");
   Tensor centre = s.cells(), scale = s.cells(), rstd = s.cells();
   Tensor layer_mean = at::empty({s.n}, s.type), layer_var = at::empty_like(layer_mean);
-  Tensor batch_mean = s.channels(), batch_var = s.channels();
+  const bool given = batch_mean_.has_value();
+  Tensor batch_mean = given ? dense(*batch_mean_, s.type, s.c, "running_mean") : s.channels();
+  Tensor batch_var = given ? dense(*batch_var_, s.type, s.c, "running_var") : s.channels();
   Tensor of_means = at::empty_like(mean_weight), of_vars = at::empty_like(var_weight);
   AT_DISPATCH_FLOATING_TYPES(s.type, "sn_coefficients", [&] {
     using A = scalar_t;
@@ -117,10 +122,24 @@ SwitchCoefficients sn_coefficients(const Tensor& mean_, const Tensor& var_, cons
                            set<A>(scale),
                            set<A>(rstd)};
     run(kernels<A>().layer, law, s.n, 4 * s.c);
-    run(kernels<A>().batch, law, blocks(s.c), 3 * s.n * kBlock);
+    if (!given) run(kernels<A>().batch, law, blocks(s.c), 3 * s.n * kBlock);
     run(kernels<A>().mix, law, s.n, 8 * s.c);
   });
   return {centre, scale, rstd, layer_mean, layer_var, batch_mean, batch_var, of_means, of_vars};
+}
+
+SwitchCoefficients sn_coefficients(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
+                                   const Tensor& mean_weight, const Tensor& var_weight, double unbias, double eps) {
+  return switch_coefficients(mean, var, weight, mean_weight, var_weight, std::nullopt, std::nullopt, unbias, eps);
+}
+
+// (centre, scale)
+std::tuple<Tensor, Tensor> sn_running_coefficients(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
+                                                   const Tensor& mean_weight, const Tensor& var_weight,
+                                                   const Tensor& running_mean, const Tensor& running_var, double unbias,
+                                                   double eps) {
+  const auto made = switch_coefficients(mean, var, weight, mean_weight, var_weight, running_mean, running_var, unbias, eps);
+  return {std::get<0>(made), std::get<1>(made)};
 }
 
 // (dvar2, dmean1, dweight, dbias, dmean_weight, dvar_weight)
@@ -178,6 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sn_coefficients_backw
 
 TORCH_LIBRARY_IMPL(anorm_cpu, CPU, m) {
   m.impl("sn_coefficients", sn_coefficients);
+  m.impl("sn_running_coefficients", sn_running_coefficients);
   m.impl("sn_coefficients_backward", sn_coefficients_backward);
 }
 
