@@ -260,3 +260,20 @@ def test_a_folder_of_test_images_alone_can_be_evaluated_on(folders):
         ValueError, match="no folder train: without training images the network can be evaluated only"
     ):
         len(source.train)
+
+
+def test_places_of_corrupted_sets_and_lists_are_paths_and_their_words_are_not(tmp_path, monkeypatch):
+    """A run that is resumed from another folder finds them."""
+    from commands import ROOT
+
+    from anorm.config.frozen import Config
+
+    monkeypatch.chdir(tmp_path)
+
+    def data(*arguments):
+        return Config.compose(ROOT / "configs", list(arguments)).data.options
+
+    assert data("data=cifar10", "data.corrupted=there")["corrupted"] == str(tmp_path / "there")
+    assert data("data=cifar10", "data.corrupted=like")["corrupted"] == "like"
+    assert data("data=domains", "data.splits=there")["splits"] == str(tmp_path / "there")
+    assert data("data=domains")["splits"] == "auto" and data("data=domains", "data.splits=null")["splits"] is None

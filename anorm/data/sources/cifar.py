@@ -6,6 +6,7 @@ import hashlib
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy
 import torch
@@ -38,7 +39,7 @@ def cifar10(
     grayscale: float = 0.0,
     mean: Sequence[float] = MEANS[10],
     std: Sequence[float] = STDS[10],
-    corrupted: str | None = None,
+    corrupted: Path | Literal["like"] | None = None,
     corruptions: Sequence[str] | None = None,
     severities: Sequence[int] = SEVERITIES,
     corrupted_images: int | None = None,
@@ -68,7 +69,7 @@ def cifar100(
     grayscale: float = 0.0,
     mean: Sequence[float] = MEANS[100],
     std: Sequence[float] = STDS[100],
-    corrupted: str | None = None,
+    corrupted: Path | Literal["like"] | None = None,
     corruptions: Sequence[str] | None = None,
     severities: Sequence[int] = SEVERITIES,
     corrupted_images: int | None = None,
@@ -89,7 +90,7 @@ def _cifar(
     grayscale: float,
     mean: Sequence[float],
     std: Sequence[float],
-    corrupted: str | None,
+    corrupted: Path | str | None,
     corruptions: Sequence[str] | None,
     severities: Sequence[int],
     corrupted_images: int | None,
@@ -247,7 +248,7 @@ class PublishedCorruption(LabelledImages):
 def _corrupted(
     count: int,
     test: StoredImages,
-    place: str,
+    place: Path | str,
     names: Sequence[str] | None,
     severities: Sequence[int],
     images: int | None,

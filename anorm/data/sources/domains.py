@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy
 import torch
@@ -44,7 +45,7 @@ def domains(
     train: Sequence[str] | None = None,
     test: Sequence[str] | None = None,
     held_out: float = 0.1,
-    splits: str | None = "auto",
+    splits: Path | Literal["auto"] | None = "auto",
     selection: str = "val",
     image_size: int = 32,
     gray: bool = False,
