@@ -44,7 +44,7 @@ endif
 # The tests want every extra too, NVIDIA DALI's CPU pipeline among them.
 $(VENV)/.test: $(VENV)/.train
 	@echo "installing what the tests want"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,export,slurm,$(DALI),test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,export,det,slurm,$(DALI),test]'
 	@touch $@
 
 clean:

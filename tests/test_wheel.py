@@ -25,7 +25,7 @@ def wheel(tmp_path_factory):
 
 def test_what_it_holds(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    tracked = subprocess.run(["git", "ls-files", "anorm"], capture_output=True, text=True, check=True, cwd=ROOT)
+    tracked = subprocess.run(["git", "ls-tree", "-r", "--name-only", "HEAD", "anorm"], capture_output=True, text=True, check=True, cwd=ROOT)
     missing = set(tracked.stdout.split()) - names
     assert not missing  # sources of kernels, templates and py.typed as well as modules
     assert not [name for name in names if not name.startswith(("anorm/", "anorm-"))]
