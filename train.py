@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     with lasting_output(), user_errors() as outcome:
         arguments = parse(argv)
         if arguments.help:
-            print(help_text(__doc__, CONFIGS))
+            print(help_text(SCRIPT, CONFIGS))
         elif arguments.submit:
             from anorm.processes.slurm import submit_all, wishes_from
 

@@ -516,3 +516,29 @@ def test_weights_of_another_head_start_a_run_and_are_said(finished, tmp_path, ca
     assert torch.equal(old["layer1.0.bn1.weight"], new["layer1.0.bn1.weight"])
     assert not torch.equal(old["layer1.0.bn1.attention.fc.weight"], new["layer1.0.bn1.attention.fc.weight"])
     assert new["fc.weight"].shape == (4, 512)
+
+
+def test_python_without_docstrings_and_asserts(tmp_path):
+    command = [sys.executable, "-OO", str(ROOT / "train.py")]
+    told = subprocess.run([*command, "--help"], capture_output=True, text=True, env=environment())
+    assert told.returncode == 0 and told.stdout.startswith("Train a network with a normalization")
+    ran = [*command, *SMALL, f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(ran, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+
+
+def test_data_on_a_path_with_equals_signs_and_blanks(tmp_path):
+    root = tmp_path / "a=b" / "my pictures, (2) 'all'"
+    for split in ("train", "val"):
+        for k, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (40, 40), (60 * k, 50 * i, 99)).save(root / split / name / f"{i}.png")
+    small = [a for a in SMALL if not a.startswith("data.") and not a.startswith("data=")]
+    arguments = ["data=imagefolder", f"data.root={root}", "data.image_size=32", "batch_size=2", "optim.global_batch=4"]
+    run = tmp_path / "x=1 y"
+    assert train(*small, *arguments, "epochs=1", f"run_dir={run}") == 0
+    assert train(*small, *arguments, "epochs=1", f"run_dir={run}") == 0  # finished
+    assert train("--config", str(run)) == 0
+    held = yaml.safe_load((run / "config.yaml").read_text())
+    assert (held["data"]["root"], held["run_dir"]) == (str(root), str(run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,9 +61,13 @@ def parse(argv: list[str]) -> Arguments:
     return arguments
 
 
-def help_text(story: str, configs: Path) -> str:
-    """``story``, then the groups with their choices and the top-level keys of train.yaml."""
-    lines = [story.strip(), "", "Groups and choices:"]
+def help_text(script: Path, configs: Path) -> str:
+    """Return the docstring of ``script``, then the groups with their choices and the top-level keys of train.yaml.
+
+    It is read from the file: python -OO drops docstrings.
+    """
+    story = ast.get_docstring(ast.parse(script.read_text()))
+    lines = [story, "", "Groups and choices:"]
     lines += [f"    {group:<10}{' '.join(choices(configs, group))}" for group in GROUPS]
     yaml = (configs / "train.yaml").read_text().split("\n\n")[1]
     lines += [

@@ -127,6 +127,8 @@ def _read(override: str) -> tuple[Any, str]:
         raise ValueError(f"{override}: nothing can be deleted; set {bare}=null instead")
     if "@" in key or "/" in key:
         raise ValueError(f"{override}: a group is chosen as it is called: {bare.partition('/')[0]}=CHOICE")
+    if not bare:
+        raise ValueError(f"cannot read the argument {override!r}: give key=value, for example norm=an or epochs=90")
     if equals and not text:
         raise ValueError(f"{override} has no value (an empty variable of the shell?): for none give {key}=null")
     section, _, inner = bare.partition(".")

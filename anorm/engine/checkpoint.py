@@ -41,6 +41,7 @@ def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Return a checkpoint's state, on the CPU. Raises ValueError, which names the older checkpoints, for a damaged file."""
+    path.open("rb").close()  # raises, before anything is called damaged, where it may not be read
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many types for a damaged file: RuntimeError, EOFError, UnpicklingError, ...

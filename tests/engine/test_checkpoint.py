@@ -1,9 +1,12 @@
 """Checkpoints and the lock of a folder."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from commands import environment
 
 from anorm.engine import checkpoint
 
@@ -81,3 +84,21 @@ def test_a_file_system_without_locks_or_links(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be locked .No locks available."):
         lock.take_all()
     lock.close()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path):
+    """As one that another user wrote under umask 077: deleting it, which a damaged one asks for, would lose the run."""
+    path = tmp_path / "last.ckpt"
+    checkpoint.save(path, {"step": 1})
+    path.chmod(0)
+    code = (
+        "import os, sys; from pathlib import Path; from anorm.engine import checkpoint\n"
+        "from anorm.processes.errors import user_errors\n"
+        "os.setuid(65534) if os.getuid() == 0 else None\n"
+        "with user_errors() as outcome: checkpoint.load(Path(sys.argv[1]))\n"
+        "sys.exit(outcome.status)"
+    )
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o555)
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment())
+    assert done.returncode == 2 and done.stderr == f"error: Permission denied: {path}\n", done.stderr
