@@ -379,7 +379,7 @@ def main() -> int:
             print(f"{name}: not run, {arguments.seconds:.0f} s are over")
             failed = True
             continue
-        print(f"{name}: {SECTIONS[name].__doc__.splitlines()[0]}", flush=True)
+        print(f"{name}: {(SECTIONS[name].__doc__ or '').partition(chr(10))[0]}", flush=True)
         try:
             SECTIONS[name]()
         except Exception as error:  # it is reported; the other sections still run

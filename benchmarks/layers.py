@@ -364,7 +364,7 @@ def main(argv: list[str]) -> int:
     wanted = asked.only or [name for name in SECTIONS if not (asked.quick and name == "compiled_layers")]
     begin = time.monotonic()
     for run in (correctness, *(SECTIONS[name] for name in wanted)):
-        say(f"{run.__name__} ({time.monotonic() - begin:.0f} s): {run.__doc__.splitlines()[0]}")
+        say(f"{run.__name__} ({time.monotonic() - begin:.0f} s): {(run.__doc__ or '').partition(chr(10))[0]}")
         run(report, asked.quick)
     report["seconds"] = round(time.monotonic() - begin)
     if asked.gpu:

@@ -8,6 +8,7 @@ They take turns, an epoch of ours and as many bare steps, and the median of the 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import sys
@@ -44,9 +45,9 @@ DEFAULTS = [
 
 def main(argv: list[str]) -> int:
     """0, or 2 for what the user can mend."""
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="arguments of train.py")
+    argv = parser.parse_args(argv).overrides
     with user_errors() as outcome:
         config = Config.compose(ROOT / "configs", [*DEFAULTS, *argv]).on()
         with enter(None, config.settings.hardware.device) as world, tempfile.TemporaryDirectory() as folder:

@@ -100,8 +100,10 @@ class SwitchableNorm(RunningNorm):
 
     def _standardized(self, moments: Moments, w_mean: Tensor, w_var: Tensor) -> Affine:
         instance = moments._replace(var=moments.var * self._unbias(moments.count))
-        batch = self.batch_statistics(instance) if self.use_bn else None
-        return _mixed(instance, w_mean, w_var, batch, self.epsilon)
+        branches = [instance[:2], pool_groups(instance, 1)[:2]]
+        if self.use_bn:
+            branches.append(self.batch_statistics(instance))
+        return _mixed(branches, w_mean, w_var, self.epsilon)
 
     def param_needs(self) -> dict[str, ParamNeeds]:
         control = {name: ParamNeeds("control") for name in ("mean_weight", "var_weight")}
@@ -113,11 +115,8 @@ def _at_least_float32(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _mixed(
-    instance: Moments, w_mean: Tensor, w_var: Tensor, batch: tuple[Tensor, Tensor] | None, eps: float
-) -> Affine:
-    """Standardize with the shares of the statistics over the instance's channel, its layer and the batch."""
-    branches = [instance[:2], pool_groups(instance, 1)[:2], *([] if batch is None else [batch])]
+def _mixed(branches: list[tuple[Tensor, Tensor]], w_mean: Tensor, w_var: Tensor, eps: float) -> Affine:
+    """Standardize with shares of the branches' means and variances."""
     mu = sum(w * mean for w, (mean, _) in zip(w_mean, branches, strict=True))
     sigma2 = sum(w * var for w, (_, var) in zip(w_var, branches, strict=True))
     return standardize(mu, sigma2, eps)
@@ -133,7 +132,8 @@ def fused_sn(parameters: Tensors, unbias: float, eps: float, track: Callable | N
     def law(moments: Moments, p: Tensors) -> Affine:
         instance = moments._replace(var=moments.var * unbias)
         shares = (logits.to(moments.mean.dtype).softmax(0) for logits in p[2:])
-        return then(_mixed(instance, *shares, pool_batch(instance)[:2], eps), *p[:2])
+        branches = [instance[:2], pool_groups(instance, 1)[:2], pool_batch(instance)[:2]]
+        return then(_mixed(branches, *shares, eps), *p[:2])
 
     return FusedLaw(
         name="sn_coefficients",
