@@ -316,6 +316,25 @@ def predictor(folder: Path, config: Config) -> tuple[nn.Module, Callable[[Path],
     return model.eval(), read, card["classes"]
 
 
+def detecting(folder: Path, config: Config) -> tuple[nn.Module, Callable[[Path], tuple[Tensor, tuple]], list[str]]:
+    """Return the detector in evaluation mode with the run's last weights, a function from an image file to the image,
+    uint8 (3, H, W), and the detector's inputs, and the class names.
+    """
+    if not (folder / CARD).is_file():
+        raise ValueError(f"{folder} has no {CARD}: is it a run folder?")
+    card = json.loads((folder / CARD).read_text())
+    task = create_task(config, card["classes"], len(card["mean"]))
+    model = create_network(config, task)
+    load_weights(model, last_weights(folder))
+
+    def read(path: Path) -> tuple[Tensor, tuple]:
+        encoded = torch.frombuffer(bytearray(path.read_bytes()) or bytearray(1), dtype=torch.uint8)
+        image = decode(encoded, str(path))
+        return image, task.inputs_of(image, card)
+
+    return model.eval(), read, card["classes"]
+
+
 def _describe(run: Run, source: Source) -> str:
     settings, world = run.settings, run.world
     micro = settings.optim.global_batch // settings.batch_size // world.size

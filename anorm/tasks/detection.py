@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from anorm.data.scenes import Scene, Scenes
+from anorm.data.scenes import Resize, Scene, Scenes
 from anorm.data.sources.base import Batch, Dataset, Source
 from anorm.detection import coco_eval
 from anorm.detection.detectors import create_detector
@@ -154,6 +154,22 @@ class Detection(Task):
         (height, width), (new_height, new_width) = scene.original, scene.image.shape[1:]
         scale = scene.scale if self.geometry.one_scale else (new_width / width, new_height / height)
         return Original(height, width, scale)
+
+    def inputs_of(self, image: Tensor, card: dict) -> tuple:
+        """Return the detector's inputs for an image, uint8 (3,H,W), read as the run's card (``card``) says."""
+        resize = Resize(card["short_side"], card["long_side"], card["resize"])
+        original = tuple(image.shape[1:])
+        scene = Scene(
+            resize(image),
+            torch.empty(0, 4),
+            torch.empty(0),
+            None,
+            None,
+            original,
+            resize.scale(*original),
+            False,
+        )
+        return self.inputs(Batch([scene.image], [scene], torch.arange(1)))
 
     def judge(self, images: Dataset) -> Judge:
         return _Judge(self, images)

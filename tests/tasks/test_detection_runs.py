@@ -168,3 +168,44 @@ def test_detectors_learn(tmp_path):
     assert losses[-1] < 0.7 * losses[0]
     [last] = events(tmp_path / "run", "final")
     assert last["box_ap50"] > 5
+
+
+def test_predict_lists_and_draws_what_a_detector_finds(finished, tmp_path, capsys):
+    from PIL import Image
+
+    image = create("shapes", image_size=48, val_images=6).val.draw(1)[0]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "scene.png")
+    arguments = [
+        str(finished),
+        str(tmp_path / "scene.png"),
+        "--least",
+        "0.0",
+        "--draw",
+        str(tmp_path / "out.png"),
+    ]
+    assert script("tools/predict.py").main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    scores = [float(line.split()[0]) for line in lines]
+    assert 0 < len(lines) <= 5 and scores == sorted(scores, reverse=True)
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.size == (48, 48)
+    assert script("tools/predict.py").main([*arguments, "--least", "1.1"]) == 0
+    with Image.open(tmp_path / "out.png") as drawn, Image.open(tmp_path / "scene.png") as scene:
+        assert drawn.tobytes() == scene.tobytes()
+
+
+def test_a_drawing_shows_mask_box_and_name():
+    from anorm.detection.draw import COLOURS, draw
+
+    image = torch.full((3, 40, 60), 100, dtype=torch.uint8)
+    masks = torch.zeros(1, 40, 60, dtype=torch.bool)
+    masks[0, 20:30, 20:40] = True
+    boxes = torch.tensor([[20.0, 20, 40, 30]])
+    found = {"boxes": boxes, "labels": torch.tensor([1]), "scores": torch.tensor([0.9]), "masks": masks}
+    drawn = draw(image, found, ["disc"])
+    wanted = tuple(round(0.5 * 100 + 0.5 * c) for c in COLOURS[1])
+    assert drawn.getpixel((30, 25)) == wanted and drawn.getpixel((50, 35)) == (100, 100, 100)
+    assert drawn.getpixel((20, 25)) == COLOURS[1]  # the box's edge
+    # the name stands in white on the class's colour
+    above = [drawn.getpixel((x, y)) for x in range(18, 60) for y in range(4, 22)]
+    assert COLOURS[1] in above and any(min(pixel) > 200 for pixel in above)
