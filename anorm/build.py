@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from anorm import ops, tasks
 from anorm.config.frozen import Config
 from anorm.config.settings import Settings
 from anorm.data import sources
-from anorm.data.decode import decode
 from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.random import seed_of
 from anorm.data.sources.base import Batch, Dataset, Source
-from anorm.data.transforms import Crop
 from anorm.engine import optim
 from anorm.engine.device import (
     autocast_of,
@@ -38,7 +35,7 @@ from anorm.engine.evaluate import Evaluator
 from anorm.engine.meter import Meter
 from anorm.engine.record import Record, environment
 from anorm.engine.run import Progress, Run
-from anorm.engine.runfolder import CARD, last_weights, write_data_card
+from anorm.engine.runfolder import write_data_card
 from anorm.engine.schedule import create_schedule
 from anorm.engine.state import restore
 from anorm.engine.statistics import join_again
@@ -293,46 +290,6 @@ def evaluator_for(
             source, settings.seed, settings.optim.global_batch, settings.batch_size, **_loading(settings, world)
         )
     return lambda sets: _evaluator(settings, task, model, train, sets, world)
-
-
-def predictor(folder: Path, config: Config) -> tuple[nn.Module, Callable[[Path], Tensor], list[str]]:
-    """Return the network in evaluation mode with the run's last weights, a function from an image file to a normalised
-    (1, 3, S, S), and the class names.
-    """
-    if not (folder / CARD).is_file():
-        raise ValueError(f"{folder} has no {CARD}: is it a run folder?")
-    card = json.loads((folder / CARD).read_text())
-    if "eval_resize" not in card:
-        raise ValueError(f"{folder} is of task={config.task.name}: only networks that classify images are used here")
-    crop = Crop(card["image_size"], card["eval_resize"], card["interpolation"])
-    mean, std = (torch.tensor(card[key]).view(-1, 1, 1) * 255 for key in ("mean", "std"))
-    model = create_network(config, create_task(config, card["classes"], len(card["mean"])))
-    load_weights(model, last_weights(folder))
-
-    def read(path: Path) -> Tensor:
-        encoded = torch.frombuffer(bytearray(path.read_bytes()) or bytearray(1), dtype=torch.uint8)
-        return ((crop.evaluate(decode(encoded, str(path))) - mean) / std)[None]
-
-    return model.eval(), read, card["classes"]
-
-
-def detecting(folder: Path, config: Config) -> tuple[nn.Module, Callable[[Path], tuple[Tensor, tuple]], list[str]]:
-    """Return the detector in evaluation mode with the run's last weights, a function from an image file to the image,
-    uint8 (3, H, W), and the detector's inputs, and the class names.
-    """
-    if not (folder / CARD).is_file():
-        raise ValueError(f"{folder} has no {CARD}: is it a run folder?")
-    card = json.loads((folder / CARD).read_text())
-    task = create_task(config, card["classes"], len(card["mean"]))
-    model = create_network(config, task)
-    load_weights(model, last_weights(folder))
-
-    def read(path: Path) -> tuple[Tensor, tuple]:
-        encoded = torch.frombuffer(bytearray(path.read_bytes()) or bytearray(1), dtype=torch.uint8)
-        image = decode(encoded, str(path))
-        return image, task.inputs_of(image, card)
-
-    return model.eval(), read, card["classes"]
 
 
 def _describe(run: Run, source: Source) -> str:

@@ -44,7 +44,7 @@ DEFAULTS = [
 
 
 def main(argv: list[str]) -> int:
-    """0, or 2 for what the user can mend."""
+    """Return 0, or 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="arguments of train.py")
     argv = parser.parse_args(argv).overrides

@@ -10,6 +10,7 @@ val/val_annotations.txt. Files are copied as they are; repeating the command cop
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -18,11 +19,12 @@ EVERY = 4
 
 
 def main(argv: list[str]) -> int:
-    """0, or 2 for what the user can mend."""
-    if len(argv) != 2 or argv[0].startswith("-"):
-        print(__doc__)
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
-    source, target = (Path(word).expanduser() for word in argv)
+    """Return 0, or 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="TINY_IMAGENET_200", help="the unpacked zip's folder")
+    parser.add_argument("target", type=Path, metavar="FOLDER", help="the folder to write")
+    asked = parser.parse_args(argv)
+    source, target = asked.source.expanduser(), asked.target.expanduser()
     labels = source / "val" / "val_annotations.txt"
     if not labels.is_file():
         print(

@@ -39,4 +39,7 @@ def test_the_subset_of_tiny_imagenet(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out/val/n00000009/val_4.JPEG").exists()
     assert main([str(source), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/val/n00000009/val_4.JPEG").read_text() == "val n00000009"
-    assert main([str(tmp_path)]) == 2 and main([str(tmp_path), "x"]) == 2
+    assert main([str(tmp_path), "x"]) == 2 and "give the folder tiny-imagenet-200" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path)])
+    assert end.value.code == 2

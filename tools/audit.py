@@ -22,39 +22,44 @@ import argparse
 import sys
 from pathlib import Path
 
-from anorm.study import detection
-from anorm.study.printed import FAITHFUL, load, names
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = found.add_argument
+    add("table", nargs="?", default="all", help="a table of configs/table, or all (default)")
+    add("--faithful", default="paper", choices=("paper", "code"), help="networks where paper and code differ")
+    add("--markdown", type=Path, metavar="FILE", help="also write the tables there")
+    add("--csv", type=Path, metavar="FILE", help="also write one file of plain numbers")
+    return found
 
 
 def main(argv: list[str]) -> int:
-    """Print the Markdown; the exit status is 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", nargs="?", default="all", choices=[*names(), *detection.names(), "all"])
-    parser.add_argument("--faithful", default="paper", choices=FAITHFUL)
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
-    parser.add_argument("--csv", type=Path, metavar="FILE")
-    asked = parser.parse_args(argv)
+    """Print the Markdown; the exit status is 2 for what the user can mend."""
+    asked = parser().parse_args(argv)
 
-    from anorm.study.audit import as_csv, audit, markdown
+    from anorm.processes.errors import user_errors
 
-    if asked.table in detection.names():
-        table = detection.load(asked.table)
-        text = detection.markdown(table, detection.audit(table))
+    with user_errors() as outcome:
+        from anorm.study import detection
+        from anorm.study.audit import as_csv, audit, markdown
+        from anorm.study.printed import load, names
+
+        if asked.table in detection.names():
+            table = detection.load(asked.table)
+            text = detection.markdown(table, detection.audit(table))
+            print(text, end="")
+            if asked.markdown:
+                asked.markdown.write_text(text, encoding="utf-8")
+            return 0
+        tables = [load(name) for name in (names() if asked.table == "all" else [asked.table])]
+        audited = {table.name: audit(table, asked.faithful) for table in tables}
+        text = "\n".join(markdown(table, audited[table.name], asked.faithful) for table in tables)
         print(text, end="")
         if asked.markdown:
             asked.markdown.write_text(text, encoding="utf-8")
-        return 0
-    tables = [load(name) for name in (names() if asked.table == "all" else [asked.table])]
-    audited = {table.name: audit(table, asked.faithful) for table in tables}
-    text = "\n".join(markdown(table, audited[table.name], asked.faithful) for table in tables)
-    print(text, end="")
-    if asked.markdown:
-        asked.markdown.write_text(text, encoding="utf-8")
-    if asked.csv:
-        asked.csv.write_text(as_csv(audited, asked.faithful), encoding="utf-8")
-    return 0
+        if asked.csv:
+            asked.csv.write_text(as_csv(audited, asked.faithful), encoding="utf-8")
+    return outcome.status
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Say what is in a data set in COCO's format, and what is wrong with it.
 
-python tools/check_coco.py ROOT [SPLIT...]      splits: train2017 and val2017; with --images every image is decoded too
+    python tools/check_coco.py ROOT                 its splits train2017 and val2017
+    python tools/check_coco.py ROOT val2017 --images    one split, every image decoded too
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-
-from anorm.processes.errors import user_errors
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,9 +22,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Print a report for each split; 0 where nothing is wrong, 1 otherwise."""
-    wrong = 0
+    asked, wrong = parser().parse_args(argv), 0
+
+    from anorm.processes.errors import user_errors
+
     with user_errors() as outcome:
-        asked = parser().parse_args(argv)
         from anorm.data.sources.coco import place_of, read_annotations
 
         for split in asked.splits:

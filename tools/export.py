@@ -12,12 +12,9 @@ measured differences and latencies). Nothing is written unless onnxruntime and t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from anorm.processes.errors import user_errors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,17 +23,16 @@ FORMATS = ("onnx", "pt2", "safetensors")
 
 
 def network(what: str, norm: str, weights: str | None, classes: int) -> tuple[nn.Module, int, Path]:
-    """(network, side of its images, folder for the files) of a run folder or an architecture's name."""
+    """Return (network, side of its images, folder for the files) of a run folder or an architecture's name."""
     from anorm import create_model, load_weights
     from anorm.deploy.export import settle
 
     folder = Path(what)
     if folder.is_dir():
-        from anorm.build import predictor
-        from anorm.engine.runfolder import CARD, configuration_in
+        from anorm.deploy.predict import predictor
 
-        model, _, _ = predictor(folder, configuration_in(folder))
-        return model, json.loads((folder / CARD).read_text())["image_size"], folder / "export"
+        found = predictor(folder)
+        return found.model, found.image_size, folder / "export"
     model = create_model(what, norm, classes)
     if weights:
         print(load_weights(model, weights))
@@ -45,21 +41,26 @@ def network(what: str, norm: str, weights: str | None, classes: int) -> tuple[nn
     return model, getattr(model, "image_size", 224), Path("exports") / f"{what}-{norm}"
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = found.add_argument
+    add("what", metavar="RUN|ARCH", help="a run folder, or an architecture's name")
+    add("--norm", default="bn", help="with ARCH: the law at its published places")
+    add("--weights", help="with ARCH: a file of weights")
+    add("--classes", type=int, default=1000, help="with ARCH: number of classes")
+    add("--size", type=int, help="side of the images it is checked and timed on (default: the network's)")
+    add("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="which files (default: all)")
+    add("--threads", type=int, help="threads of torch and of onnxruntime")
+    add("--out", type=Path, help="where the files go (default: RUN/export, or exports/ARCH-NORM)")
+    return found
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", metavar="RUN|ARCH")
-    parser.add_argument("--norm", default="bn", help="with ARCH: the law at its published places")
-    parser.add_argument("--weights", help="with ARCH: a file of weights")
-    parser.add_argument("--classes", type=int, default=1000, help="with ARCH: number of classes")
-    parser.add_argument(
-        "--size", type=int, help="side of the images it is checked and timed on (default: the network's)"
-    )
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
-    parser.add_argument("--threads", type=int, help="threads of torch and of onnxruntime")
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args(argv)
+    """Export and report; the exit status."""
+    asked = parser().parse_args(argv)
+
+    from anorm.processes.errors import user_errors
+
     with user_errors() as outcome:
         import torch
 

@@ -12,38 +12,47 @@ checkpoint, such as entry=ema. tools/validate.py OUT.safetensors evaluates the r
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-from anorm.processes.errors import user_errors
 
 HEADS = ("fc.weight", "classifier.weight", "classifier.1.weight", "fc2.weight")  # of all namings
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = "the weights, the file to write, then arguments of train.py and entry=NAME"
+    found.add_argument("words", nargs="+", metavar="FILE [OUT] key=value", help=words)
+    return found
+
+
 def main(argv: list[str]) -> int:
     """Convert and report; the exit status."""
+    asked = parser().parse_args(argv)
+
+    from anorm.processes.errors import user_errors
+
     with user_errors() as outcome:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(__doc__.strip())
-            return 0 if argv else 2
-        files = [Path(word) for word in argv if "=" not in word]
+        files = [Path(word) for word in asked.words if "=" not in word]
         if not 1 <= len(files) <= 2:
             raise ValueError(
                 f"give a file of weights and the file to write, then key=value; got {len(files)} files"
             )
-        entry = next((word.removeprefix("entry=") for word in argv if word.startswith("entry=")), None)
-        overrides = [word for word in argv if "=" in word and not word.startswith("entry=")]
+        options = [word for word in asked.words if "=" in word]
+        entry = next((word.removeprefix("entry=") for word in options if word.startswith("entry=")), None)
+        overrides = [word for word in options if not word.startswith("entry=")]
         convert(files[0], files[1] if len(files) == 2 else None, overrides, entry)
     return outcome.status
 
 
 def convert(source: Path, target: Path | None, overrides: list[str], entry: str | None) -> None:
+    """Load ``source`` into the network that ``overrides`` describe, say what fitted, and write ``target`` if given."""
     from safetensors.torch import save
 
     from anorm.config.frozen import Config
     from anorm.files import write_atomic
     from anorm.registry import create_model
+    from anorm.study.printed import CONFIGS
     from anorm.weights import load_weights, read_state
 
     if target and (target.suffix != ".safetensors" or target.exists()):
@@ -53,7 +62,7 @@ def convert(source: Path, target: Path | None, overrides: list[str], entry: str 
             else "is to be written as safetensors: its name ends in .safetensors"
         )
         raise ValueError(f"{target} {reason}")
-    config = Config.compose(ROOT / "configs", overrides)
+    config = Config.compose(CONFIGS, overrides)
     state = read_state(source, entry)
     classes = next((state[name].shape[0] for name in HEADS if name in state), 1000)
     model = create_model(config.arch.name, config.norm.tree(), classes, **config.arch.options)

@@ -10,8 +10,7 @@
 Sections: responses (histograms of filter responses by class), mixtures (AN's weights), gammas (their spread
 over instances), shares (SN's importance weights), gates (SE, BIN, the lambdas of AFN), ranks (running
 statistics of the processes), landscape (loss and gradient along the step), surgery (each layer's affine
-averaged). What does not apply to a run is said in a line. (This is not named inspect.py: a program's own
-folder comes first in Python's search for modules, so that it would stand in the way of Python's own ``inspect``.)
+averaged). What does not apply to a run is said in a line.
 """
 
 from __future__ import annotations
@@ -21,9 +20,6 @@ import json
 import math
 import sys
 from pathlib import Path
-
-from anorm.processes.errors import user_errors
-from anorm.words import nearest
 
 NAMES = ("responses", "mixtures", "gammas", "shares", "gates", "ranks", "landscape", "surgery")
 DRAWN_BY_THE_PAGE = "curves"
@@ -36,15 +32,10 @@ def parser() -> argparse.ArgumentParser:
     add("--classes", metavar="A,B", help="classes to compare (default: four at even distances)")
     add("--images", type=int, default=1000, metavar="N", help="images measured on, 0 for all (default 1000)")
     add("--each", type=int, default=16, metavar="N", help="images of each chosen class (default 16)")
-    add(
-        "--steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="train N steps afresh for the landscape (default none)",
-    )
+    add("--steps", type=int, default=0, metavar="N", help="train N steps afresh for the landscape (default none)")
     add("--lengths", metavar="A,B", help="step lengths in units of the gradient (default 0.05,0.1,0.2,0.4)")
     add("--only", metavar="A,B", help="sections (default: all)")
+    add("--metric", metavar="NAME", help="whose curve is drawn (default: what chooses the best weights)")
     add("--out", type=Path, metavar="DIR", help="where the files go (default: RUN/inside)")
     return found
 
@@ -52,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """0, or 2 for what the user can mend."""
     asked = parser().parse_intermixed_args(argv)
+
+    from anorm.processes.errors import user_errors
+
     with user_errors() as outcome:
         folders = [Path(word) for word in asked.runs if "=" not in word]
         overrides = [word for word in asked.runs if "=" in word]
@@ -103,7 +97,7 @@ def main(argv: list[str]) -> int:
                 name: section.numbers for name, section in zip(wanted, found, strict=True) if section.numbers
             }
             (out / "inside.json").write_text(json.dumps(_plain(numbers), indent=1) + "\n", encoding="utf-8")
-        (out / "report.html").write_text(html(run, found, layers), encoding="utf-8")
+        (out / "report.html").write_text(html(run, found, layers, asked.metric), encoding="utf-8")
         print(f"{out}: report.html and {sum(len(s.pictures) for s in found)} pictures")
     return outcome.status
 
@@ -111,6 +105,8 @@ def main(argv: list[str]) -> int:
 def _wanted(only: str | None) -> list[str]:
     if only is None:
         return list(NAMES)
+    from anorm.words import nearest
+
     words = [word.strip() for word in only.split(",")]
     for word in words:
         if word not in (*NAMES, DRAWN_BY_THE_PAGE):

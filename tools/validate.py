@@ -27,9 +27,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-from anorm.processes.errors import user_errors
-
 if TYPE_CHECKING:
     from anorm.config.frozen import Config
     from anorm.engine.evaluate import Result
@@ -41,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("target", type=Path, metavar="RUN", help="a run folder, or a file of weights")
     found.add_argument("arguments", nargs="*", metavar="key=value", help="arguments of train.py")
     found.add_argument(
-        "--shift", action="append", default=[], metavar="NAME=FOLDER", help="evaluate on that instead"
+        "--shift", action="append", default=[], metavar="NAME=FOLDER", help="evaluate on that instead (see above)"
     )
     found.add_argument(
         "--batch-sizes",
@@ -55,9 +52,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Print the task's metrics, for each set and statistics; return the exit status."""
+    """Print every metric of each evaluation; the exit status."""
+    asked = parser().parse_intermixed_args(argv)
+
+    from anorm.processes.errors import user_errors
+
     with user_errors() as outcome:
-        asked = parser().parse_intermixed_args(argv)
         from anorm.build import evaluator
         from anorm.engine.evaluate import DEPENDS, dependence_warning
         from anorm.engine.record import final_metrics
@@ -158,12 +158,13 @@ def what(target: Path, overrides: list[str]) -> tuple[Path, Config]:
     """
     from anorm.config.frozen import Config
     from anorm.engine.runfolder import CONFIG, configuration_in, last_weights
+    from anorm.study.printed import CONFIGS
 
     folder = target if target.is_dir() else target.parent
     if target.is_dir() or (folder / CONFIG).is_file():
         config = configuration_in(folder).having(hardware={"processes": 1}).change(overrides)
         return last_weights(folder) if target.is_dir() else target, config.on()
-    return target, Config.compose(ROOT / "configs", overrides).on()
+    return target, Config.compose(CONFIGS, overrides).on()
 
 
 

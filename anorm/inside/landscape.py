@@ -119,7 +119,7 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 def at_checkpoints(subject: Subject, lengths: Sequence[float] = LENGTHS) -> list[Point]:
     """At every kept checkpoint, all with one batch: the first of an epoch that training did not use."""
     own, found = subject.evaluator, []
-    batch = next(iter(own.train.epoch(own.unused_epoch)))[0]
+    batch = next(iter(subject.train.epoch(own.unused_epoch)))[0]
     smoothing = subject.config.settings.mix.label_smoothing
     before = {name: value.clone() for name, value in own.model.state_dict().items()}
     try:

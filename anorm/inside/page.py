@@ -1,55 +1,76 @@
 """One run as one HTML file: its numbers under their stamp, curves, layers, and the pictures of ``look_inside``.
 
-The page's frame is ``anorm/study/page.html``, as for a table; it opens from disk and asks nothing of a network.
+The frame is a table's (``anorm/study/templates``); the page opens from disk and asks nothing of a network.
 """
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from html import escape
 
 from anorm.inside.probes import Look
 from anorm.inside.sections import Section
-from anorm.study.page import curves, page
-from anorm.study.records import Run
+from anorm.study.page import Cell, Row, curve_title, curves, metric_by_epoch, render
+from anorm.study.records import Reading, Run
+from anorm.study.tally import Column
 
 __all__ = ["html"]
 
 Point = tuple[float, float]
 MOST = 200
 """Points of a curve."""
+WORDS = ("layer", "law", "stage", "set", "statistics")
 
 
-def html(run: Run, sections: Sequence[Section] = (), layers: dict[str, Look] | None = None) -> str:
-    """The page. layers: what the table shows a row each of, with the sections' columns; without, the evaluations."""
+def html(
+    run: Run,
+    sections: Sequence[Section] = (),
+    layers: dict[str, Look] | None = None,
+    metric: str | None = None,
+) -> str:
+    """Return the page. layers: what the table shows a row each of, with the sections' columns; without, the evaluations.
+    metric: whose curve is drawn, as ``Reading.of`` takes it (default: the one that chooses the best weights).
+    """
     rows = _layers(sections, layers) if layers else _evaluations(run)
     groups = list(dict.fromkeys(row["stage"] for row in rows if "stage" in row))
     what = "{arch} with {norm} on {data}".format(**run.choices)
-    return page({
-        "title": escape(f"{what}: {run.folder.resolve().name}"),
-        "head": "".join(f'<p class="soft">{escape(line)}</p>' for line in standing(run)),
-        "groups": "".join(f"<option>{escape(group)}</option>" for group in groups),
-        "heading": "Layers" if layers else "Evaluations",
-        "hint": "such as layer2" if layers else "by their numbers",
-        "table": _table(rows),
-        "body": _curves(run) + "".join(map(_section, sections)),
-    })  # fmt: skip
+    names = list(rows[0]) if rows else ["epoch", *(run.task.metrics[name].heading for name in run.task.shown)]
+    return render(
+        "run.html",
+        "anorm.inside",
+        title=f"{what}: {run.folder.resolve().name}",
+        head=standing(run),
+        groups=groups,
+        heading="Layers" if layers else "Evaluations",
+        hint="such as layer2" if layers else "by their numbers",
+        columns=names,
+        words=WORDS,
+        rows=[Row([_cell(name, row[name]) for name in names], row.get("stage", "")) for row in rows],
+        **_curves(run, metric),
+        sections=sections,
+    )
+
+
+def _cell(name: str, text: str) -> Cell:
+    return Cell(text, classes="words" if name in WORDS else "")
 
 
 def standing(run: Run) -> list[str]:
-    """What came of the run, in words: numbers with their stamp."""
+    """Return what came of the run, in words: numbers with their stamp."""
     signed = f"signature {run.signature}"
     if run.final is None:
         last = max((e["step"] for e in run.events if "step" in e), default=0)
         return [f"Not finished: at step {last}.", f"{signed}."]
-    final = run.final
+    final, task = run.final, run.task
+    best = task.metrics[task.best]
+    values = ", ".join(
+        f"{task.metrics[name].heading} {task.metrics[name].text(final[name])}" for name in task.shown
+    )
     return [
-        f"Top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % after the last epoch; best top-1 "
-        f"{final['best_top1']:.2f} % after epoch {final['best_epoch']}.",
-        f"Protocol: {run.stamp()}.",
+        f"{values[0].upper()}{values[1:]} after the last epoch; best {best.heading} "
+        f"{best.text(final[f'best_{task.best}'])} after epoch {final['best_epoch']}.",
+        f"Protocol: {run.stamp(Reading(task.best))}.",
         f"{final['seconds']:,.0f} s on {run.processes} process{'es' if run.processes > 1 else ''}, "
-        f"{final['images_per_second']:.0f} images/s; {signed}.",
+        f"{final['images_per_second']:.0f} images/s on {run.machine}; {signed}.",
     ]
 
 
@@ -68,75 +89,46 @@ def _layers(sections: Sequence[Section], layers: dict[str, Look]) -> list[dict[s
 
 
 def _evaluations(run: Run) -> list[dict[str, str]]:
-    return [
-        {
-            "epoch": str(e["epoch"]),
-            "top-1": f"{e['top1']:.2f}",
-            "top-5": f"{e['top5']:.2f}",
-            "loss": f"{float(e['loss']):.4f}",
-        }
-        for e in run.evaluations()
-    ]
+    """Return a row for each evaluation, with every metric that it has."""
+    pairs, rows = run.pairs, []
+    for e in (e for e in run.events if e["event"] == "eval"):
+        row = {"epoch": str(e["epoch"])}
+        if len(pairs) > 1:
+            row |= {"set": e["set"], "statistics": e["stats"]}
+        known = {name: metric for name, metric in run.task.metrics.items() if name in e}
+        rows.append(row | {m.heading: f"{float(e[name]):.{m.digits}f}" for name, m in known.items()})
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, "-") for name in names} for row in rows]
 
 
-WORDS = ("layer", "law", "stage")
-
-
-def _table(rows: list[dict[str, str]]) -> str:
-    names = list(rows[0]) if rows else ["epoch", "top-1", "top-5", "loss"]
-    words = {name: ' class="words"' if name in WORDS else "" for name in names}
-    heads = "".join(
-        f'<th scope="col"{words[n]}><button type="button">{escape(n)}</button></th>' for n in names
-    )
-    lines = []
-    for row in rows:
-        cells = "".join(f"<td{words[name]}>{escape(row[name])}</td>" for name in names)
-        lines.append(f'<tr data-group="{escape(row.get("stage", ""))}">{cells}</tr>')
-    return f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
-
-
-def _curves(run: Run) -> str:
-    """Error, loss and learning rate by epoch."""
-    evaluations = run.evaluations()
+def _curves(run: Run, word: str | None) -> dict[str, list]:
+    """Return charts of the metric, loss and learning rate by epoch."""
     trained = [e for e in run.events if e["event"] == "train"]
     if not trained:
-        return ""
+        return {}
+    reading = Reading.of(word or run.task.best)
+    column = Column(reading, reading.looks_up(run.task.metrics))
+    evaluations = run.evaluations(reading)
     # an evaluation tells step and epoch; before the first, a report's epoch is the one it belongs to
-    steps = (
-        evaluations[-1]["step"] / evaluations[-1]["epoch"]
-        if evaluations
-        else trained[-1]["step"] / trained[-1]["epoch"]
-    )
-    error, loss, rate = "top-1 error on the evaluation images, percent", "loss", "learning rate"
+    last = (evaluations or trained)[-1]
+    steps = last["step"] / last["epoch"]
+    title, loss, rate = curve_title(column), "loss", "learning rate"
+    average = Column(Reading(f"ema_{reading.metric}", reading.set, reading.stats), column.metric)
     series = {
         "training": {loss: _points(trained, "loss", steps), rate: _points(trained, "lr", steps)},
-        "evaluation": {error: _errors(evaluations, "top1", steps), loss: _points(evaluations, "loss", steps)},
-        "average of weights": {error: _errors(evaluations, "ema_top1", steps)},
+        "evaluation": {title: metric_by_epoch(run, column)},
+        "average of weights": {title: metric_by_epoch(run, average)},
     }
+    if title != loss:
+        series["evaluation"][loss] = _points(evaluations, "loss", steps)
     names = [name for name, parts in series.items() if any(parts.values())]
-    charts = {title: [[series[name].get(title, [])] for name in names] for title in (error, loss, rate)}
+    charts = {t: [[series[name].get(t, [])] for name in names] for t in dict.fromkeys((title, loss, rate))}
     return curves(names, charts)
 
 
-def _errors(events: list[dict], key: str, steps_per_epoch: float) -> list[Point]:
-    return [(epoch, 100 - accuracy) for epoch, accuracy in _points(events, key, steps_per_epoch)]
-
-
 def _points(events: list[dict], key: str, steps_per_epoch: float) -> list[Point]:
-    """(epoch, value) of the events that have a finite one, at most MOST, the last among them."""
+    """Return (epoch, value) of the events that have a finite one, at most MOST, the last among them."""
     found = [
         (e["step"] / steps_per_epoch, float(e[key])) for e in events if isinstance(e.get(key), (int, float))
     ]
     return found[:: -max(1, -(-len(found) // MOST))][::-1]
-
-
-def _section(section: Section) -> str:
-    said = "".join(f"<li>{escape(line)}</li>" for line in section.said)
-    drawn = "".join(
-        f'<figure><img alt="{escape(p.caption)}" '
-        f'src="data:image/png;base64,{base64.b64encode(p.png).decode()}">'
-        f"<figcaption>{escape(p.caption)}</figcaption></figure>"
-        for p in section.pictures
-    )
-    charts = f'<div class="charts">{drawn}</div>' if drawn else ""
-    return f"<h2>{escape(section.title)}</h2><ul>{said}</ul>{charts}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from anorm.build import create_source, evaluator
 from anorm.config.frozen import Config
-from anorm.data.loaders import EvalLoader
+from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.sources.base import FetchedImages, LabelledImages, Source
 from anorm.engine.evaluate import Evaluator, Result, evaluate
 from anorm.engine.runfolder import configuration_in, last_weights
@@ -53,9 +54,25 @@ class Subject:
         own = self.evaluator
         return evaluate(own.task, self.model, batches, own.world, own.autocast)
 
+    @cached_property
+    def train(self) -> TrainLoader:
+        """The training images in the run's batches. Raises ValueError where they are not at hand."""
+        settings, hardware = self.config.settings, self.config.settings.hardware
+        return TrainLoader(
+            self.source,
+            settings.seed,
+            settings.optim.global_batch,
+            settings.batch_size,
+            workers=hardware.workers,
+            device=self.device,
+            channels_last=hardware.channels_last,
+        )
+
     def close(self) -> None:
-        """Ends the workers."""
-        self.evaluator.train.close()
+        """End the workers."""
+        for loader in (self.__dict__.get("train"), self.evaluator.train):
+            if loader is not None:
+                loader.close()
         self.evaluator.close()
 
     @contextmanager

@@ -14,6 +14,7 @@ from decimal import Decimal
 from functools import cache
 
 from anorm.config.frozen import Config
+from anorm.study import markdown as md
 from anorm.study.printed import CONFIGS, FAITHFUL, Counted, Row, Table
 from anorm.study.sizes import Size, size_of
 
@@ -130,65 +131,40 @@ def markdown(table: Table, rows: list[Audited], faithful: str) -> str:
         "",
     ]
     for group in dict.fromkeys(a.row.group for a in rows):
-        lines += [f"### {group}", "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-        for a in rows:
-            if a.row.group == group:
-                lines.append(
-                    "| " + " | ".join(cell(a).replace("|", "\\|") for cell in COLUMNS.values()) + " |"
-                )
-        lines.append("")
+        cells = ([cell(a) for cell in COLUMNS.values()] for a in rows if a.row.group == group)
+        lines += [f"### {group}", "", *md.table(list(COLUMNS), cells, words=len(COLUMNS)), ""]
     lines += [f"* {a.row.label} ({a.row.group}): {a.row.note}" for a in rows if a.row.note]
     lines += [f"* {mark}: {meaning}" for mark, meaning in table.marks.items()]
     return "\n".join(lines).rstrip() + "\n"
 
 
+CSV: dict[str, Callable[[str, str, Audited], object]] = {
+    "table": lambda table, faithful, a: table,
+    "group": lambda table, faithful, a: a.row.group,
+    "method": lambda table, faithful, a: a.row.label,
+    "faithful": lambda table, faithful, a: faithful,
+    "printed_params": lambda table, faithful, a: a.row.params,
+    "params": lambda table, faithful, a: a.size.all,
+    "leaf_params": lambda table, faithful, a: a.size.leaf,
+    "params_verdict": lambda table, faithful, a: a.params.word,
+    "params_reason": lambda table, faithful, a: a.params.reason,
+    "printed_flops": lambda table, faithful, a: a.row.flops or "",
+    "macs": lambda table, faithful, a: a.size.macs,
+    "macs_norms_relus": lambda table, faithful, a: a.size.thop,
+    "flops_verdict": lambda table, faithful, a: a.flops.word if a.flops else "",
+    "flops_reason": lambda table, faithful, a: a.flops.reason if a.flops else "",
+    "top1_error": lambda table, faithful, a: a.row.values.get("top1", ""),
+    "top5_error": lambda table, faithful, a: a.row.values.get("top5", ""),
+    "command": lambda table, faithful, a: a.row.command(faithful),
+}
+
+
 def as_csv(audited: dict[str, list[Audited]], faithful: str) -> str:
-    """All tables as CSV, one header; sizes as plain numbers."""
+    """Return all tables as CSV, one header; sizes as plain numbers."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
-    write(
-        [
-            "table",
-            "group",
-            "method",
-            "faithful",
-            "printed_params",
-            "params",
-            "leaf_params",
-            "params_verdict",
-            "params_reason",
-            "printed_flops",
-            "macs",
-            "macs_norms_relus",
-            "flops_verdict",
-            "flops_reason",
-            "top1_error",
-            "top5_error",
-            "command",
-        ]
-    )
+    write(CSV)
     for name, rows in audited.items():
         for a in rows:
-            flops = a.flops or Verdict("")
-            write(
-                [
-                    name,
-                    a.row.group,
-                    a.row.label,
-                    faithful,
-                    a.row.params,
-                    a.size.all,
-                    a.size.leaf,
-                    a.params.word,
-                    a.params.reason,
-                    a.row.flops or "",
-                    a.size.macs,
-                    a.size.thop,
-                    flops.word,
-                    flops.reason,
-                    a.row.top1,
-                    a.row.top5,
-                    a.row.command(faithful),
-                ]
-            )
+            write([cell(name, faithful, a) for cell in CSV.values()])
     return out.getvalue()

@@ -5,16 +5,27 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable
+from functools import partial
 
-from anorm.study.statistics import Interval, words
-from anorm.study.tally import Comparison, Entry, Tally
+from anorm.study import markdown as md
+from anorm.study.statistics import USUAL_SD, Interval, words
+from anorm.study.tally import Column, Comparison, Entry, Tally
+from anorm.tasks import Metric
+
+Cell = Callable[[Entry], str]
 
 
-def error(top: Interval | None) -> str:
-    """An accuracy interval as an error rate in percent: "21.59 ± 0.31", or "-"."""
-    if top is None:
+def shown(value: Interval | None, metric: Metric) -> str:
+    """Return an interval as a table shows it, an accuracy as its error rate: "21.59 ± 0.31", or "-"."""
+    if value is None:
         return "-"
-    return f"{100 - top.mean:.2f}" + (f" ± {top.half:.2f}" if top.n > 1 else "")
+    half = f" ± {value.half:.{metric.digits}f}" if value.n > 1 else ""
+    return f"{as_shown(value.mean, metric):.{metric.digits}f}{half}"
+
+
+def as_shown(value: float, metric: Metric) -> float:
+    """Return a value as tables and curves show it: an accuracy as its error rate."""
+    return 100 - value if metric.as_error else value
 
 
 def _number(value: float | None, form: str) -> str:
@@ -22,45 +33,72 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _amount(value: int, digits: int, *units: tuple[float, str]) -> str:
-    """In the first unit that is not too large for it: a fifth of one still is not."""
+    """Return the amount in the first unit that is not too large for it: a fifth of one still is not."""
     size, unit = next((u for u in units if value >= u[0] / 5), units[-1])
     return f"{value / size:.{digits}f} {unit}"
 
 
-COLUMNS: dict[str, Callable[[Entry], str]] = {
-    "Method": lambda e: e.line.label,
-    "#Params": lambda e: _amount(e.size.all, 2, (1e6, "M"), (1e3, "k")),
-    "multiply-adds": lambda e: _amount(e.size.macs, 3, (1e9, "G"), (1e6, "M")),
-    "printed top-1": lambda e: f"{e.line.printed.top1:.2f}" if e.line.printed else "-",
-    "printed top-5": lambda e: f"{e.line.printed.top5:.2f}" if e.line.printed else "-",
-    "ours top-1": lambda e: error(e.top1),
-    "ours top-5": lambda e: error(e.top5),
-    "seeds": lambda e: str(len(e.runs)) if e.runs else "-",
-    "gap": lambda e: "-" if e.gap is None else f"{-e.gap:+.2f}",  # of errors, like the columns beside it
-    "verdict": lambda e: e.verdict,
-    "images/s": lambda e: _number(e.images_per_second, ".0f"),
-    "GPU-hours": lambda e: _number(e.gpu_hours, ".1f"),
-}
+def columns(tally: Tally) -> dict[str, Cell]:
+    """Return heading -> cell of this table's columns: those of a paper, and GPUs, only where there is one."""
+    found: dict[str, Cell] = {
+        "Method": lambda e: e.line.label,
+        "#Params": lambda e: _amount(e.size.all, 2, (1e6, "M"), (1e3, "k")),
+        "multiply-adds": lambda e: _amount(e.size.macs, 3, (1e9, "G"), (1e6, "M")),
+    }
+    of_paper = [column for column in tally.columns if any(_printed(column, e) is not None for e in tally.entries)]
+    for column in of_paper:
+        found[f"printed {column.heading}"] = partial(_printed_cell, column)
+    for column in tally.columns:
+        found[f"ours {column.heading}"] = partial(_ours, column)
+    found["seeds"] = lambda e: str(len(e.runs)) if e.runs else "-"
+    if tally.main in of_paper:
+        found["gap"] = partial(_gap, tally.main)
+    found["verdict"] = lambda e: e.verdict
+    # a speed says something only beside its machine: CSV holds both
+    if any(e.line.printed for e in tally.entries) or not any(e.trained and not e.on_gpu for e in tally.entries):
+        found["GPU-hours"] = lambda e: _number(e.gpu_hours, ".1f")
+    return found
 
 
-def columns(tally: Tally) -> dict[str, Callable[[Entry], str]]:
-    """The columns of this table: those of a paper, and GPUs, only where there is one."""
-    left_out = set()
-    if not any(e.line.printed for e in tally.entries):
-        left_out = {"printed top-1", "printed top-5", "gap"}
-        if any(e.trained and not e.on_gpu for e in tally.entries):
-            left_out.add("GPU-hours")
-    return {name: cell for name, cell in COLUMNS.items() if name not in left_out}
+def _printed(column: Column, entry: Entry) -> float | None:
+    """Return the paper's number as it is printed."""
+    value = column.printed(entry.line)
+    return None if value is None else as_shown(value, column.metric)
+
+
+def _printed_cell(column: Column, entry: Entry) -> str:
+    return _number(_printed(column, entry), f".{column.metric.digits}f")
+
+
+def _ours(column: Column, entry: Entry) -> str:
+    return shown(entry.values[column.name], column.metric)
+
+
+def _gap(column: Column, entry: Entry) -> str:
+    """Return ours - printed, of what the columns beside it show."""
+    sign = -1 if column.metric.as_error else 1
+    return _number(None if entry.gap is None else sign * entry.gap, f"+.{column.metric.digits}f")
 
 
 def header(tally: Tally) -> str:
-    """What the numbers are."""
-    gap = "; gap = ours - printed, positive is worse" if "gap" in columns(tally) else ""
-    return f"error rates in percent, ± the 95 % interval over seeds (t){gap}"
+    """Return what the numbers are, in words."""
+    kinds: dict[str, list[str]] = {}
+    for column in tally.columns:
+        metric = column.metric
+        kind = "error rates in percent" if metric.as_error else "in percent" if metric.unit == "%" else "plain"
+        kinds.setdefault(kind, []).append(column.heading)
+    if list(kinds) == ["error rates in percent"]:
+        said = "error rates in percent"
+    else:
+        as_ = {"error rates in percent": " as error rates in percent", "in percent": " in percent", "plain": ""}
+        said = "; ".join(f"{', '.join(headings)}{as_[kind]}" for kind, headings in kinds.items())
+    lower = tally.main.metric.as_error or not tally.main.metric.higher_is_better
+    gap = f"; gap = ours - printed, positive is {'worse' if lower else 'better'}" if "gap" in columns(tally) else ""
+    return f"{said}, ± the 95 % interval over seeds (t){gap}"
 
 
 def missing(tally: Tally) -> list[str]:
-    """The command of every missing cell."""
+    """Return the command of every missing cell."""
     return [command for entry in tally.entries for command in commands(entry)]
 
 
@@ -68,8 +106,15 @@ def commands(entry: Entry) -> list[str]:
     return [entry.line.command(seed) for seed in entry.missing]
 
 
-def comparison(found: Comparison) -> str:
-    return words(found.found, found.base.line.label, found.entry.line.label, found.p)
+def comparison(found: Comparison, tally: Tally) -> str:
+    main = tally.main
+    labels = found.base.line.label, found.entry.line.label
+    return words(found.found, *labels, main.metric, found.p, USUAL_SD.get(main.reading.metric))
+
+
+def compared(tally: Tally) -> str:
+    """Return what the comparisons are in, in words."""
+    return tally.main.reading.measured(tally.main.metric)
 
 
 def text(tally: Tally) -> str:
@@ -90,8 +135,8 @@ def text(tally: Tally) -> str:
     if tally.comparisons:
         lines += [
             "",
-            "Compared (points of top-1 accuracy):",
-            *(f"  {comparison(c)}" for c in tally.comparisons),
+            f"Compared ({compared(tally)}):",
+            *(f"  {comparison(c, tally)}" for c in tally.comparisons),
         ]
     lines += [
         "",
@@ -109,27 +154,15 @@ def text(tally: Tally) -> str:
 
 
 def markdown(tally: Tally) -> str:
-    names = columns(tally)
-    lines = [f"## {tally.title}", "", f"E{header(tally)[1:]}."]
+    names, said = columns(tally), header(tally)
+    lines = [f"## {tally.title}", "", f"{said[0].upper()}{said[1:]}."]
     for group in dict.fromkeys(e.line.group for e in tally.entries):
-        lines += [
-            "",
-            *([f"### {group}", ""] if group != tally.grid.title else []),
-            "| " + " | ".join(names) + " |",
-            "| --- |" + " ---: |" * (len(names) - 1),
-        ]
-        lines += [
-            "| " + " | ".join(cell(e).replace("|", "\\|") for cell in names.values()) + " |"
-            for e in tally.entries
-            if e.line.group == group
-        ]
+        lines += ["", *([f"### {group}", ""] if group != tally.grid.title else [])]
+        entries = [e for e in tally.entries if e.line.group == group]
+        lines += md.table(list(names), ([cell(e) for cell in names.values()] for e in entries))
     if tally.comparisons:
-        lines += [
-            "",
-            "Compared, in points of top-1 accuracy:",
-            "",
-            *(f"* {comparison(c)}" for c in tally.comparisons),
-        ]
+        lines += ["", f"Compared, in {compared(tally)}:", ""]
+        lines += [f"* {comparison(c, tally)}" for c in tally.comparisons]
     lines += [
         "",
         *(f"* {note}" for note in tally.notes),
@@ -159,15 +192,20 @@ def tex(words: str) -> str:
 
 
 def latex(tally: Tally) -> str:
-    """A table environment that needs no package."""
+    """Return a table environment that needs no package."""
     names = columns(tally)
+    heads = dict(zip(names, map(tex, names), strict=True))
+    for column in tally.columns:
+        for whose in ("printed", "ours"):
+            if column.metric.latex and f"{whose} {column.heading}" in heads:
+                heads[f"{whose} {column.heading}"] = f"{whose} {column.reading.heading(column.metric, latex=True)}"
     lines = [
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{tex(tally.title)}: {tex(header(tally))}.}}",
         rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
         r"\hline",
-        " & ".join(map(tex, names)) + r" \\",
+        " & ".join(heads.values()) + r" \\",
     ]
     for group in dict.fromkeys(e.line.group for e in tally.entries):
         lines += [r"\hline", rf"\multicolumn{{{len(names)}}}{{c}}{{{tex(group)}}} \\", r"\hline"]
@@ -181,61 +219,57 @@ def latex(tally: Tally) -> str:
 
 
 def as_csv(tally: Tally) -> str:
-    """One line a row, plain numbers, accuracies as error rates in percent; empty where there is nothing."""
-    out = io.StringIO()
+    """Return one line a row, plain numbers, accuracies as error rates in percent; empty where there is nothing."""
+    out, cells = io.StringIO(), csv_columns(tally)
     write = csv.writer(out, lineterminator="\n").writerow
-    write(
-        [
-            "table",
-            "group",
-            "method",
-            "faithful",
-            "params",
-            "macs",
-            "printed_top1",
-            "printed_top5",
-            "top1",
-            "top1_low",
-            "top1_high",
-            "top5",
-            "seeds",
-            "gap",
-            "verdict",
-            "images_per_second",
-            "gpu_hours",
-            "protocol",
-            "missing",
-            "selected",
-        ]
-    )
-    chosen = {selection.name: selection.best for selection in tally.selections}
+    write(cells)
     for e in tally.entries:
-        interval = e.top1 and e.top1.n > 1
-        write(
-            [
-                tally.grid.name,
-                e.line.group,
-                e.line.label,
-                tally.faithful,
-                e.size.all,
-                e.size.macs,
-                e.line.printed.top1 if e.line.printed else "",
-                e.line.printed.top5 if e.line.printed else "",
-                f"{100 - e.top1.mean:.4f}" if e.top1 else "",
-                f"{100 - e.top1.high:.4f}" if interval else "",
-                f"{100 - e.top1.low:.4f}" if interval else "",
-                f"{100 - e.top5.mean:.4f}" if e.top5 else "",
-                " ".join(map(str, e.runs)),
-                "" if e.gap is None else f"{-e.gap:.4f}",
-                e.verdict,
-                "" if e.images_per_second is None else f"{e.images_per_second:.2f}",
-                "" if e.gpu_hours is None else f"{e.gpu_hours:.3f}",
-                str(tally.stamp or ""),
-                "; ".join(commands(e)),
-                "" if chosen.get(e.line.tuned) is None else "yes" if chosen[e.line.tuned] is e else "no",
-            ]
-        )
+        write([cell(e) for cell in cells.values()])
     return out.getvalue()
+
+
+def csv_columns(tally: Tally) -> dict[str, Callable[[Entry], object]]:
+    """Return name -> cell. A metric's column has the name that --metric takes."""
+    best = {selection.name: selection.best for selection in tally.selections}
+
+    def selected(e: Entry) -> str:
+        return "" if best.get(e.line.tuned) is None else "yes" if best[e.line.tuned] is e else "no"
+
+    found: dict[str, Callable[[Entry], object]] = {
+        "table": lambda e: tally.grid.name,
+        "group": lambda e: e.line.group,
+        "method": lambda e: e.line.label,
+        "faithful": lambda e: tally.faithful,
+        "params": lambda e: e.size.all,
+        "macs": lambda e: e.size.macs,
+    }
+    for column in tally.columns:
+        found[f"printed_{column.name}"] = lambda e, c=column: e.line.printed.values.get(c.name, "") if e.line.printed else ""
+    for column in tally.columns:
+        found[column.name] = lambda e, c=column: _exactly(c, e.values[c.name], "mean")
+        if column is tally.main:
+            low, high = ("high", "low") if column.metric.as_error else ("low", "high")
+            found[f"{column.name}_low"] = lambda e, c=column, end=low: _exactly(c, e.values[c.name], end)
+            found[f"{column.name}_high"] = lambda e, c=column, end=high: _exactly(c, e.values[c.name], end)
+    sign = -1 if tally.main.metric.as_error else 1
+    return found | {
+        "seeds": lambda e: " ".join(map(str, e.runs)),
+        "gap": lambda e: "" if e.gap is None else f"{sign * e.gap:.4f}",
+        "verdict": lambda e: e.verdict,
+        "images_per_second": lambda e: "" if e.images_per_second is None else f"{e.images_per_second:.2f}",
+        "machine": lambda e: e.machines,
+        "gpu_hours": lambda e: "" if e.gpu_hours is None else f"{e.gpu_hours:.3f}",
+        "protocol": lambda e: str(tally.stamp or ""),
+        "missing": lambda e: "; ".join(commands(e)),
+        "selected": selected,
+    }
+
+
+def _exactly(column: Column, value: Interval | None, end: str) -> str:
+    """Return an end of an interval, or its mean, with four digits; an end only over several seeds."""
+    if value is None or (end != "mean" and value.n < 2):
+        return ""
+    return f"{as_shown(getattr(value, end), column.metric):.{max(4, column.metric.digits)}f}"
 
 
 FORMATS: dict[str, Callable[[Tally], str]] = {

@@ -9,6 +9,7 @@ A yaml of ``configs/grid`` (or any file):
       norm.k: {when: norm=an, values: [5, 10, 20]}     an axis can hold for some choices only
       optim.lr: [0.05, 0.1, 0.2]                       every norm must be given as many learning rates
     seeds: 3
+    metrics: [top1, mean_class_accuracy]               columns, METRIC or METRIC@SET/STATISTICS; the first decides
 
 An axis can also be a list of {when: ..., values: [...]}, of which the first that holds counts: other learning
 rates for each norm, as many of them. With an axis optim.lr the best rate of each norm is selected, and those
@@ -84,6 +85,7 @@ class Grid:
     comparable: bool = True
     notes: tuple[str, ...] = ()
     marks: dict[str, str] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ()  # the columns; none: those that the task shows
 
 
 def open_grid(
@@ -118,7 +120,13 @@ def _paper(table: Table, faithful: str, extra: tuple[str, ...]) -> Grid:
     if changed:
         notes.insert(0, f"not the paper's protocol: {' '.join(changed)}")
     return Grid(
-        table.name, table.title, tuple(lines), comparable=not changed, notes=tuple(notes), marks=table.marks
+        table.name,
+        table.title,
+        tuple(lines),
+        comparable=not changed,
+        notes=tuple(notes),
+        marks=table.marks,
+        metrics=table.metrics,
     )
 
 
@@ -144,7 +152,7 @@ def _changes_protocol(arguments: tuple[str, ...]) -> list[str]:
 
 def _own(path: Path, extra: tuple[str, ...]) -> Grid:
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {"title", "overrides", "axes", "seeds", "notes"}
+    known = {"title", "overrides", "axes", "seeds", "notes", "metrics"}
     if not isinstance(data, dict) or not {"title", "axes"} <= set(data) <= known:
         raise ValueError(f"{path}: a grid has {', '.join(sorted(known))}, of which title and axes are needed")
     axes = {key: _cases(path, key, axis) for key, axis in data["axes"].items()}
@@ -178,6 +186,7 @@ def _own(path: Path, extra: tuple[str, ...]) -> Grid:
         data.get("seeds", 3),
         False,
         notes=tuple(data.get("notes", ())),
+        metrics=tuple(data.get("metrics", ())),
     )
 
 
@@ -244,15 +253,8 @@ def _scaled(grid: Grid, scale: str) -> Grid:
         raise ValueError(f"no scale {scale!r}: there is {known}")
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     lines = tuple(replace(line, overrides=(*line.overrides, *data["overrides"])) for line in grid.lines)
-    return Grid(
-        grid.name,
-        grid.title,
-        lines,
-        grid.seeds,
-        False,
-        (f"{scale} protocol, not the paper's: {data['what']}", *grid.notes),
-        grid.marks,
-    )
+    notes = (f"{scale} protocol, not the paper's: {data['what']}", *grid.notes)
+    return replace(grid, lines=lines, comparable=False, notes=notes)
 
 
 def select(grid: Grid, only: str) -> Grid:
@@ -267,4 +269,4 @@ def select(grid: Grid, only: str) -> Grid:
         raise ValueError(
             f"--only {only}: no row of {grid.name} has it; rows: {', '.join(line.label for line in grid.lines)}"
         )
-    return Grid(grid.name, grid.title, lines, grid.seeds, grid.comparable, grid.notes, grid.marks)
+    return replace(grid, lines=lines)

@@ -35,22 +35,21 @@ class Counted:
 
 @dataclass(frozen=True)
 class Row:
-    """One row as printed: ``params`` such as "25.76M", ``flops`` such as "4.09G" (None: a dash), errors in percent.
+    """One row as printed: ``params`` such as "25.76M", ``flops`` such as "4.09G" (None: a dash).
 
-    gap1, gap5: the printed distance to the table's best, where there is one. overrides: the arguments of
-    train.py, the group's included; code: what faithful=code changes beyond the recipe. mark: the printed sign.
+    values: the printed numbers by the table's metrics, of an accuracy its error rate in percent; gaps: the printed
+    distances to the table's best, where there are any. overrides: the arguments of train.py, the group's included; code:
+    what faithful=code changes beyond the recipe. mark: the printed sign.
     """
 
     label: str
     group: str
-    params: str
-    flops: str | None
-    top1: float
-    top5: float
+    values: dict[str, float] = field(hash=False)
+    params: str | None = None
+    flops: str | None = None
     overrides: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
-    gap1: float | None = None
-    gap5: float | None = None
+    gaps: dict[str, float] = field(default_factory=dict, hash=False)
     mark: str = ""
     note: str = ""
     params_as: Counted | None = None
@@ -72,13 +71,17 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     """A table: where it is printed, its rows in order, and what differs between the paper and the authors'
-    code (``differences``: what, paper, code, and the key of train.py that selects, where there is one)."""
+    code (``differences``: what, paper, code, and the key of train.py that selects, where there is one).
+
+    metrics: the printed columns, METRIC or METRIC@SET/STATISTICS (``records.Reading``); the first is the one that
+    rows are compared by.
+    """
 
     name: str
     title: str
     source: str
     section: str
-    metric: str
+    metrics: tuple[str, ...]
     page: int | None = None
     marks: dict[str, str] = field(default_factory=dict)
     differences: tuple[dict[str, str], ...] = ()
@@ -91,21 +94,24 @@ def names(folder: Path = TABLES) -> list[str]:
 
 
 def load(name: str, folder: Path = TABLES) -> Table:
-    """A table by name. Raises ValueError for an unknown name, or for a key that a row does not have."""
+    """A table by name. Raises ValueError for an unknown name, or for a key that no row has."""
     path = folder / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"no table {name!r}; there are {', '.join(names(folder))}")
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    groups = data.pop("groups")
+    groups, metrics = data.pop("groups"), tuple(data.pop("metrics"))
     try:
-        rows = tuple(_row(entry, group) for group in groups for entry in group["rows"])
-        return Table(name=name, rows=rows, **data | {"differences": tuple(data.get("differences", ()))})
+        rows = tuple(_row(entry, group, metrics) for group in groups for entry in group["rows"])
+        data["differences"] = tuple(data.get("differences", ()))
+        return Table(name=name, rows=rows, metrics=metrics, **data)
     except TypeError as error:  # dataclasses name the key
         raise ValueError(f"{path}: {error}") from error
 
 
-def _row(entry: dict, group: dict) -> Row:
+def _row(entry: dict, group: dict, metrics: tuple[str, ...]) -> Row:
     entry = dict(entry)
+    entry["values"] = {name: entry.pop(name) for name in metrics if name in entry}
+    entry["gaps"] = {name: entry.pop(f"gap_{name}") for name in metrics if f"gap_{name}" in entry}
     entry["overrides"] = (*group["overrides"], *entry.get("overrides", ()))
     entry["code"] = tuple(entry.get("code", ()))
     for key in ("params_as", "flops_as"):

@@ -9,25 +9,29 @@ An evaluation is kept beside the runs, in ``.published``, and is not repeated fo
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from anorm.build import create_source, create_task, evaluator_for
+from anorm.config.frozen import Config
+from anorm.data.sources import Source
 from anorm.engine.state import PREDICTIONS
 from anorm.files import file_digest, write_atomic
 from anorm.registry import create_model
 from anorm.study.grid import Grid, Line
-from anorm.study.records import Images, Stamp, open_images, stamp_of
+from anorm.study.records import Images, Reading, Stamp, open_images, stamp_of
+from anorm.tasks import Task
 from anorm.weights import compare, read_state
+from anorm.words import nearest
 
 PUBLISHED = "published weights"
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors")
@@ -35,33 +39,54 @@ RESULT = "result.json"
 
 
 @dataclass(frozen=True)
-class Published:
-    """The evaluation of a published file, where a table has the finished run of seed 0 of a row."""
+class Kept:
+    """An evaluation on one set under one kind of statistics: its numbers, their protocol, and the folder that keeps them."""
 
     folder: Path
-    likeness: str
     found: dict
-    protocol: Stamp
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
+class Published:
+    """The evaluations of a published file, by (set, statistics), where a table has the finished run of seed 0 of a row."""
+
+    likeness: str
+    kept: dict[tuple[str, str], Kept]
     seed: int = 0
     averages: bool = True  # whatever the authors chose to publish
     events: tuple[dict, ...] = ()
 
     @property
-    def final(self) -> dict:
-        return self.found
+    def folder(self) -> Path:
+        return next(iter(self.kept.values())).folder
 
-    def evaluations(self) -> list[dict]:
+    @property
+    def final(self) -> dict:
+        return next(iter(self.kept.values())).found
+
+    def evaluations(self, reading: Reading | None = None) -> list[dict]:
+        """Return nothing: a file tells no epochs."""
         return []
 
-    def result(self, epoch: str = "last", average: bool = False) -> dict:
-        return self.found
+    def value(self, reading: Reading) -> float | None:
+        kept = self._kept(reading)
+        return None if kept is None or reading.metric not in kept.found else float(kept.found[reading.metric])
 
-    def stamp(self, epoch: str = "last", average: bool = False) -> Stamp:
-        return self.protocol
+    def stamp(self, reading: Reading) -> Stamp | None:
+        kept = self._kept(reading)
+        return kept and kept.stamp
 
-    @cached_property
-    def images(self) -> Images:
-        return open_images(self.folder)
+    def keeps_images(self, reading: Reading) -> bool:
+        kept = self._kept(reading)
+        return kept is not None and (kept.folder / f"{PREDICTIONS}.npz").is_file()
+
+    def images(self, reading: Reading) -> Images:
+        return open_images(self._kept(reading).folder / f"{PREDICTIONS}.npz")
+
+    def _kept(self, reading: Reading) -> Kept | None:
+        first_set, first_stats = next(iter(self.kept))
+        return self.kept.get((reading.set or first_set, reading.stats or first_stats))
 
 
 @dataclass(frozen=True)
@@ -131,38 +156,75 @@ def _of_its_setup(file: Path, folder: Path, fitting: list[Line]) -> Line | None:
     )
 
 
-def evaluate(matches: list[Match], runs_dir: Path) -> list[Published]:
-    """The accuracy of each file that has a row, on the evaluation images of that row's configuration."""
+def evaluate(matches: list[Match], runs_dir: Path, readings: Sequence[Reading] = ()) -> list[Published]:
+    """Evaluate each file that has a row under that row's configuration, on the sets that ``readings`` name (None: the
+    first). What was evaluated before is read from ``runs_dir``.
+    """
     wanted = [m for m in matches if m.line]
-    return [_evaluate(m.file, m.line, runs_dir, f"{k} of {len(wanted)}") for k, m in enumerate(wanted, 1)]
+    return [
+        _evaluate(m.file, m.line, runs_dir, readings, f"{k} of {len(wanted)}") for k, m in enumerate(wanted, 1)
+    ]
 
 
-def _evaluate(file: Path, line: Line, runs_dir: Path, which: str) -> Published:
+def _evaluate(file: Path, line: Line, runs_dir: Path, readings: Sequence[Reading], which: str) -> Published:
     config = line.config.having(hardware={"processes": 1}).on()
     source = create_source(config)
     task = create_task(config, source.classes, len(source.mean))
-    stamp = stamp_of(config, task.card(source), len(source.val), "published", PUBLISHED)
-    known = json.dumps([file_digest(file), line.likeness, source.identity, dataclasses.astuple(stamp)])
-    folder = runs_dir / ".published" / hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
-    if not (folder / RESULT).is_file():
-        started = time.monotonic()
-        (found,) = evaluator_for(config, source.classes, file, source)({"val": source.val})().values()
-        folder.mkdir(parents=True, exist_ok=True)
-        for ending, content in task.predictions(found.rows, source.val.identity).items():
-            write_atomic(folder / f"{PREDICTIONS}{ending}", content)
-        result = {
-            "file": str(file),
-            "row": line.label,
-            **found.values,
-            "images": found.images,
-            "seconds": time.monotonic() - started,
-        }
-        write_atomic(folder / RESULT, json.dumps(result, indent=1).encode())  # last: what is there is whole
-    result = json.loads((folder / RESULT).read_text())
+    kept: dict[tuple[str, str], Kept] = {}
+    for name in dict.fromkeys(reading.set or next(iter(source.evals)) for reading in readings or [Reading("")]):
+        if name not in source.evals:
+            raise ValueError(f"{line.label} has no evaluation set {name!r}{nearest(name, source.evals, 'sets')}")
+        kept |= _on_set(file, line, runs_dir, config, source, task, name)
+    found = next(iter(kept.values())).found
     print(
-        f"{which}: {Match(file, line)}, {task.words(result)} of {result['images']} images "
-        f"({result['seconds']:.0f} s)",
+        f"{which}: {Match(file, line)}, {task.words(found)} of {found['images']} images "
+        f"({found['seconds']:.0f} s)",
         file=sys.stderr,
         flush=True,
     )
-    return Published(folder, line.likeness, result, dataclasses.replace(stamp, images=result["images"]))
+    return Published(line.likeness, kept)
+
+
+def _on_set(
+    file: Path, line: Line, runs_dir: Path, config: Config, source: Source, task: Task, name: str
+) -> dict[tuple[str, str], Kept]:
+    """Return the evaluations on one set under each of the statistics that are asked for; first make those that are not
+    there, or lack a metric of the task.
+    """
+    images, card, folders = source.evals[name], task.card(source), {}
+    protocol = {"epoch": "published", "weights": PUBLISHED, "images_set": name}
+    for stats in config.settings.eval.all_stats:
+        stamp = stamp_of(config, card, len(images), **protocol, stats=stats)
+        known = json.dumps([file_digest(file), line.likeness, source.identity, stamp.parts])
+        digest = hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
+        folders[stats] = runs_dir / ".published" / digest
+    if not all(set(task.metrics) <= set(_result(folder)) for folder in folders.values()):
+        started = time.monotonic()
+        evaluated = evaluator_for(config, source.classes, file, source)({name: images})()
+        for pair, found in evaluated.items():
+            folder = folders[pair.stats]
+            folder.mkdir(parents=True, exist_ok=True)
+            for ending, content in task.predictions(found.rows, images.identity).items():
+                write_atomic(folder / f"{PREDICTIONS}{ending}", content)
+            result = {
+                "file": str(file),
+                "row": line.label,
+                **found.values,
+                "images": found.images,
+                "batches": found.batches,
+                "seconds": time.monotonic() - started,
+            }
+            write_atomic(folder / RESULT, json.dumps(result, indent=1).encode())  # last: what is there is whole
+    kept = {}
+    for stats, folder in folders.items():
+        found = _result(folder)
+        stamp = stamp_of(
+            config, card, found["images"], **protocol, stats=stats, batches=found.get("batches", "")
+        )
+        kept[name, stats] = Kept(folder, found, stamp)
+    return kept
+
+
+def _result(folder: Path) -> dict:
+    path = folder / RESULT
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,6 +1,7 @@
 """The statistics behind a verdict on norms: intervals over seeds, paired tests over images, both resampled, power, Holm.
 
-Accuracies and differences are in points (percent); per-image results are bool arrays, True where the image was right.
+Values over seeds are in the metric's own unit; a difference of percentages is in points. Per-image results are bool
+arrays, True where the image counts for the metric (was right, for an accuracy); their means are in percent.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
+from anorm.tasks import Metric
+
 LEVEL = 0.95
 POWER = 0.8
-PUBLISHED_SD = (
-    0.16  # points of top-1 between seeds of ResNet-50 on ImageNet; published values are 0.11 to 0.16
-)
+USUAL_SD = {"top1": 0.16}
+"""By the metric's name: the standard deviation between seeds where too few were run to measure it. top1: points, ResNet-50
+on ImageNet; published values are 0.11 to 0.16."""
+SMALL_POINTS = 0.2
+"""A difference of percentages that papers argue about; sentences say how many seeds would find it."""
 RESAMPLES = 10_000
 
 
@@ -57,15 +62,18 @@ def pooled_sd(samples: Sequence[Sequence[float]]) -> tuple[float, int]:
     return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
 
 
-def noise_of_gap(samples: Sequence[Sequence[float]], n: int, level: float = LEVEL) -> float:
-    """Half width within which a mean over n seeds and one printed number lie when nothing but the seed differs.
+def noise_of_gap(
+    samples: Sequence[Sequence[float]], n: int, usual_sd: float | None = None, level: float = LEVEL
+) -> float:
+    """Return the half width within which a mean over n seeds and one printed number lie when nothing but the seed differs.
 
     q * s * sqrt(1 + 1/n), with s pooled over ``samples`` (a list of values for each row of a table) and q Student's
-    quantile; with fewer than 5 degrees of freedom s is the published deviation and q the normal quantile.
+    quantile; with fewer than 5 degrees of freedom s is ``usual_sd`` and q the normal quantile; nan without it.
     """
     sd, freedom = pooled_sd(samples)
     if freedom < 5:
-        return float(stats.norm.ppf((1 + level) / 2)) * PUBLISHED_SD * math.sqrt(1 + 1 / n)
+        usual = math.nan if usual_sd is None else usual_sd
+        return float(stats.norm.ppf((1 + level) / 2)) * usual * math.sqrt(1 + 1 / n)
     return float(stats.t.ppf((1 + level) / 2, freedom)) * sd * math.sqrt(1 + 1 / n)
 
 
@@ -107,20 +115,21 @@ def compare_pair(
 
 @dataclass(frozen=True)
 class Methods:
-    """Two methods over seeds, b against a, in points.
+    """Two methods over seeds, b against a, in the metric's unit.
 
     difference: over seeds (t). bootstrap: seeds resampled first, then images; None without per-image results. p: of the t
     test. paired: whether equal seeds were paired; pairing_gain: the share of the variance that pairing removes (negative:
     it adds), None where it cannot be measured. detectable: the smallest true difference that as many seeds find with
-    probability 0.8; seeds_for: (points, seeds of each that find them).
+    probability 0.8, None where the deviation between seeds is unknown; seeds_for: (difference, seeds of each that find
+    it), None where no difference was asked about.
     """
 
     difference: Interval
     p: float
     paired: bool
     pairing_gain: float | None
-    detectable: float
-    seeds_for: tuple[float, int | None]
+    detectable: float | None
+    seeds_for: tuple[float, int | None] | None
     bootstrap: Interval | None = None
 
     @property
@@ -139,13 +148,16 @@ def compare_methods(
     same_seeds: bool,
     images_a: np.ndarray | None = None,
     images_b: np.ndarray | None = None,
-    points: float = 0.2,
+    usual_sd: float | None = None,
+    small: float | None = SMALL_POINTS,
     level: float = LEVEL,
     resamples: int = 2000,
 ) -> Methods:
-    """a, b: top-1 in percent, one value a seed; same_seeds: a[i] and b[i] have the same seed.
+    """Compare a and b: one value a seed; same_seeds: a[i] and b[i] have the same seed.
 
-    images_a, images_b: bool (seeds, N), whether each image was right. Raises ValueError without values.
+    images_a, images_b: bool (seeds, N), of which the values are the means in percent. usual_sd: one method's deviation
+    between seeds, for where too few were run to measure it. small: a difference that is asked about. Raises ValueError
+    without values.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if not a.size or not b.size:
@@ -168,7 +180,7 @@ def compare_methods(
     )
     sd = se * math.sqrt(n) if n > 1 else math.nan
     if not sd > 0:
-        sd = PUBLISHED_SD * math.sqrt(2)
+        sd = None if usual_sd is None else usual_sd * math.sqrt(2)
     bootstrap = None
     if images_a is not None and images_b is not None and n > 1:
         bootstrap = resample(images_a, images_b, paired, level, resamples)
@@ -177,8 +189,8 @@ def compare_methods(
         p,
         paired,
         gain,
-        detectable(n, sd, paired, level),
-        (points, seeds_needed(points, sd, paired, level)),
+        None if sd is None else detectable(n, sd, paired, level),
+        None if sd is None or small is None else (small, seeds_needed(small, sd, paired, level)),
         bootstrap,
     )
 
@@ -279,22 +291,49 @@ def changes_by_class(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> list[t
     return sorted(found, key=lambda entry: (-entry[1], entry[0]))
 
 
-def words(found: Methods, a: str, b: str, p: float | None = None, level: float = LEVEL) -> str:
-    """The verdict in a sentence. p: corrected for the number of comparisons, by Holm's method."""
-    value, n = found.difference, found.difference.n
-    head = f"{b} - {a} = {value.mean:+.2f} points"
+def words(
+    found: Methods,
+    a: str,
+    b: str,
+    metric: Metric,
+    p: float | None = None,
+    usual_sd: float | None = None,
+    level: float = LEVEL,
+) -> str:
+    """Return the verdict in a sentence. p: corrected for the number of comparisons, by Holm's method."""
+    value, n, unit = found.difference, found.difference.n, points_of(metric)
+    head = f"{b} - {a} = {value.mean:+.{metric.digits}f}{unit}"
     if n < 2:
-        return f"{head}: one pair of runs, which says nothing about the methods (seeds alone differ by about {PUBLISHED_SD})"
-    head += f" [{value.low:+.2f}, {value.high:+.2f}] over {n} seeds"
+        alone = "" if usual_sd is None else f" (seeds alone differ by about {usual_sd})"
+        return f"{head}: one pair of runs, which says nothing about the methods{alone}"
+    head += f" [{value.low:+.{metric.digits}f}, {value.high:+.{metric.digits}f}] over {n} seeds"
     settled = found.settled and (p is None or p <= 1 - level)
     corrected = "" if p is None else f"; p = {p:.2g} after Holm's correction"
     if settled:
-        return f"{head}: {b} is {'better' if value.mean > 0 else 'worse'}{corrected}"
-    points, seeds = found.seeds_for
-    return (
-        f"{head}: inside the noise{corrected}; {n} seeds find differences from {found.detectable:.2f} points on, "
-        f"{points:g} points would need {f'{seeds} seeds' if seeds else 'more than 10,000 seeds'}"
-    )
+        return f"{head}: {b} is {'better' if metric.better(value.mean, 0) else 'worse'}{corrected}"
+    return f"{head}: inside the noise{corrected}{_power_words(found, metric)}"
+
+
+def _power_words(found: Methods, metric: Metric) -> str:
+    """Return what as many seeds can find, and how many would find a small difference."""
+    if found.detectable is None:
+        return ""
+    unit = points_of(metric)
+    said = f"; {found.difference.n} seeds find differences from {found.detectable:.{metric.digits}f}{unit} on"
+    if found.seeds_for:
+        small, seeds = found.seeds_for
+        said += f", {small:g}{unit} would need {f'{seeds} seeds' if seeds else 'more than 10,000 seeds'}"
+    return said
+
+
+def points_of(metric: Metric) -> str:
+    """Return the unit of a difference: " points" of percentages."""
+    return " points" if metric.unit == "%" else f" {metric.unit}" if metric.unit else ""
+
+
+def small_of(metric: Metric) -> float | None:
+    """Return the difference that a comparison of this metric asks about."""
+    return SMALL_POINTS if metric.unit == "%" else None
 
 
 def _flags(x: np.ndarray) -> np.ndarray:

@@ -16,6 +16,13 @@ from scipy import stats
 
 from anorm.build import create_source
 from anorm.study import compare, records, statistics
+from anorm.tasks.classification import Classification
+
+TOP1, READING, BEST = (
+    Classification.metrics["top1"],
+    records.Reading("top1"),
+    records.Reading("top1", epoch="best"),
+)
 
 
 def flags(right, images):
@@ -52,7 +59,7 @@ def test_pooled_deviation_by_hand():
 
 def test_noise_of_a_gap():
     # no deviation known: 1.96 * 0.16 * sqrt(2) for one seed against one printed number
-    assert statistics.noise_of_gap([[70.0]], 1) == pytest.approx(1.959964 * 0.16 * math.sqrt(2), rel=1e-6)
+    assert statistics.noise_of_gap([[70.0]], 1, 0.16) == pytest.approx(1.959964 * 0.16 * math.sqrt(2), rel=1e-6)
     samples = [[0.0, 1.0]] * 6  # s^2 = 0.5 on 6 degrees of freedom, t = 2.446912
     assert statistics.noise_of_gap(samples, 2) == pytest.approx(2.446912 * math.sqrt(0.5 * 1.5), rel=1e-6)
 
@@ -191,15 +198,13 @@ def test_changes_by_class():
 
 def test_words():
     pair = statistics.compare_methods([70.0], [71.0], same_seeds=True)
-    assert "one pair of runs" in statistics.words(pair, "bn", "an") and "bn" in statistics.words(
-        pair, "bn", "an"
-    )
+    assert "one pair of runs" in statistics.words(pair, "bn", "an", TOP1) and "bn" in statistics.words(pair, "bn", "an", TOP1)
     noisy = statistics.compare_methods([70.0, 71.0, 72.0], [71.0, 70.5, 72.4], same_seeds=False)
-    said = statistics.words(noisy, "bn", "an")
+    said = statistics.words(noisy, "bn", "an", TOP1)
     assert "inside the noise" in said and "0.2 points would need" in said and "find differences from" in said
     clear = statistics.compare_methods([70.0, 70.1, 70.2], [72.0, 72.1, 72.3], same_seeds=True)
-    assert "an is better" in statistics.words(clear, "bn", "an")
-    corrected = statistics.words(clear, "bn", "an", p=0.2)
+    assert "an is better" in statistics.words(clear, "bn", "an", TOP1)
+    corrected = statistics.words(clear, "bn", "an", TOP1, p=0.2)
     assert "inside the noise" in corrected and "Holm" in corrected
 
 
@@ -212,7 +217,7 @@ def test_bootstrap_can_withhold_a_verdict():
 def test_two_norms_of_real_runs(trained):
     a, b = ([records.open_run(trained / f"{norm}-{seed}") for seed in (0, 1)] for norm in ("bn", "gn"))
     said = compare.report(a, b)
-    images = records.images_of(b)
+    images = np.stack([one["top1"] for one in records.images_of(b, READING)])
     assert images.shape == (2, 21)
     # the stored results are those of the final event
     assert 100 * images.mean(1) == pytest.approx([r.final["top1"] for r in b])
@@ -223,11 +228,11 @@ def test_two_norms_of_real_runs(trained):
 
 def test_a_class_that_gains_is_not_among_those_that_lose(trained):
     run = records.open_run(trained / "bn-0")
-    label = run.images.label
+    label = run.images(READING)["label"]
     nothing, one = np.zeros((1, 21), dtype=bool), (label == 1)[None]
     changed = f"class 1 {{}}100.0 ({(label == 1).sum()} images)"
-    assert compare._classes(run, nothing, one) == [f"gain most: {changed.format('+')}", "lose most: none"]
-    assert compare._classes(run, one, nothing) == ["gain most: none", f"lose most: {changed.format('-')}"]
+    assert compare._classes(run, label, nothing, one) == [f"gain most: {changed.format('+')}", "lose most: none"]
+    assert compare._classes(run, label, one, nothing) == ["gain most: none", f"lose most: {changed.format('-')}"]
 
 
 def test_what_pairing_does_is_said(trained, tmp_path):
@@ -236,9 +241,9 @@ def test_what_pairing_does_is_said(trained, tmp_path):
     for norm in ("bn", "gn"):
         shutil.copytree(trained / f"{norm}-1", tmp_path / norm)
         metrics = tmp_path / norm / "metrics.jsonl"
-        *lines, final = metrics.read_text().splitlines()
-        final = json.loads(final)
-        metrics.write_text("\n".join([*lines, json.dumps(final | {"top1": 100.0})]) + "\n")
+        events = [json.loads(line) for line in metrics.read_text().splitlines()]
+        better = [e | {"top1": 100.0} if e["event"] in ("eval", "final") else e for e in events]
+        metrics.write_text("".join(json.dumps(e) + "\n" for e in better))
         runs[norm] = [records.open_run(folder) for folder in (trained / f"{norm}-0", tmp_path / norm)]
     said = compare.report(runs["bn"], runs["gn"])
     assert re.search(r"^pairing lowers the variance by \d+%: equal seeds are paired$", said, re.M)
@@ -248,12 +253,14 @@ def test_unlike_protocols_are_refused(trained, tmp_path):
     shutil.copytree(trained / "bn-0", tmp_path / "other")
     config = (tmp_path / "other" / "config.yaml").read_text()
     (tmp_path / "other" / "config.yaml").write_text(config.replace("stats: running", "stats: batch"))
+    metrics = tmp_path / "other" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"stats": "running"', '"stats": "batch"'))
     with pytest.raises(
         ValueError, match="unlike protocols .statistics: running statistics and batch statistics"
     ):
         compare.report([records.open_run(trained / "bn-0")], [records.open_run(tmp_path / "other")])
     card = json.loads((tmp_path / "other" / "data.json").read_text())
-    assert records.open_run(trained / "bn-0").stamp().image_size == card["image_size"] == 16
+    assert records.open_run(trained / "bn-0").stamp(READING).image_size == card["image_size"] == 16
 
 
 def changed(trained, folder, card=None, config=None, images=None):
@@ -269,9 +276,12 @@ def changed(trained, folder, card=None, config=None, images=None):
         for section, values in config.items():
             held[section] |= values
         (folder / "config.yaml").write_text(yaml.safe_dump(held))
-    if images:
-        text = (folder / "metrics.jsonl").read_text()
-        (folder / "metrics.jsonl").write_text(text.replace('"images": 21,', f'"images": {images},'))
+    text = (folder / "metrics.jsonl").read_text()
+    stats = (config or {}).get("eval", {}).get("stats", "running")
+    text = text.replace('"stats": "running"', f'"stats": "{stats}"')
+    if stats == "batch":  # as older versions wrote it
+        text = text.replace('"set": "val", ', "")
+    (folder / "metrics.jsonl").write_text(text.replace('"images": 21,', f'"images": {images or 21},'))
     return records.open_run(folder)
 
 
@@ -298,12 +308,12 @@ def test_every_part_of_a_protocol_keeps_numbers_apart(trained, tmp_path, part):
 def test_stamps_of_last_and_best_epoch_and_of_averages_differ(trained, tmp_path):
     run = records.open_run(trained / "bn-0")
     with pytest.raises(ValueError, match="epoch: last and best"):
-        records.one_stamp([run.stamp("last"), run.stamp("best")])
-    assert run.result("best")["top1"] == run.final["best_top1"]
-    average = changed(trained, tmp_path / "other", config={"ema": {"decay": 0.9}}).stamp(average=True)
+        records.one_stamp([run.stamp(READING), run.stamp(BEST)])
+    assert run.value(BEST) == run.final["best_top1"]
+    average = changed(trained, tmp_path / "other", config={"ema": {"decay": 0.9}}).stamp(records.Reading("top1", average=True))
     with pytest.raises(ValueError, match=r"weights: plain weights and average of weights \(decay 0.9\)"):
-        records.one_stamp([run.stamp(), average])
-    assert {*UNLIKE, "epoch", "weights"} == {part.name for part in dataclasses.fields(records.Stamp)}
+        records.one_stamp([run.stamp(READING), average])
+    assert {*UNLIKE, "epoch", "weights", "set", "more", "batches"} == {part.name for part in dataclasses.fields(records.Stamp)}
 
 
 def test_what_belongs_to_a_policy_of_statistics(trained, tmp_path):
@@ -311,12 +321,12 @@ def test_what_belongs_to_a_policy_of_statistics(trained, tmp_path):
     batches = [{"eval": {"stats": "batch", "batch_size": n}} for n in (4, 8)]
     joined = [{"hardware": {"processes": 2}, "dist": {"stats": how}} for how in ("mean", "rank0")]
     for configs, said in (
-        (batches, r"batch statistics \(batches of 4\) and .*\(batches of 8\)"),
-        (joined, r"running statistics \(mean over processes\) and .*\(rank0 over"),
+        (batches, "batches: batches of 4 and batches of 8"),
+        (joined, r"statistics: running statistics \(mean over processes\) and .*\(rank0 over"),
     ):
-        runs = [changed(trained, tmp_path / f"{said[:3]}-{i}", config=c) for i, c in enumerate(configs)]
-        with pytest.raises(ValueError, match=f"statistics: {said}"):
-            records.one_stamp(run.stamp() for run in runs)
+        runs = [changed(trained, tmp_path / f"{said[:4]}-{i}", config=c) for i, c in enumerate(configs)]
+        with pytest.raises(ValueError, match=said):
+            records.one_stamp(run.stamp(READING) for run in runs)
     with pytest.raises(ValueError, match="there are no results"):
         records.one_stamp([])
 
@@ -324,12 +334,13 @@ def test_what_belongs_to_a_policy_of_statistics(trained, tmp_path):
 def test_what_is_kept_of_each_image(trained):
     run = records.open_run(trained / "gn-1")
     val = create_source(run.config).val
-    assert run.images.data == val.identity and run.images.index.tolist() == list(range(21))
-    assert run.images.label.tolist() == val.labels.tolist()
-    assert run.images.right.dtype == bool
-    assert np.array_equal(run.images.right, run.images.predicted == run.images.label)
-    assert 100 * run.images.right.mean() == pytest.approx(run.final["top1"])
-    assert ((0.25 <= run.images.confidence) & (run.images.confidence <= 1)).all()  # of the first of four
+    images = run.images(READING)
+    assert images.data == val.identity and images["index"].tolist() == list(range(21))
+    assert images["label"].tolist() == val.labels.tolist()
+    assert images["top1"].dtype == bool
+    assert np.array_equal(images["top1"], images["predicted"] == images["label"])
+    assert 100 * images["top1"].mean() == pytest.approx(run.final["top1"])
+    assert ((0.25 <= images["confidence"]) & (images["confidence"] <= 1)).all()  # of the first of four
 
 
 @pytest.mark.parametrize(
@@ -353,10 +364,10 @@ def test_results_that_do_not_say_of_which_images_they_are(trained, tmp_path):
     other = changed(trained, tmp_path / "other")
     np.savez(other.folder / "predictions.npz", index=np.arange(21), top1=np.ones(21, bool))
     with pytest.raises(ValueError, match="does not say which images it is of"):
-        records.images_of([other])
+        records.images_of([other], READING)
     (other.folder / "predictions.npz").unlink()
     with pytest.raises(ValueError, match="has no predictions.npz"):
-        records.images_of([records.open_run(other.folder)])
+        records.images_of([records.open_run(other.folder)], READING)
 
 
 def test_as_a_program(trained, tmp_path):

@@ -12,8 +12,9 @@ from published_weights import NAMES, state
 from small_imagenet import SYNSETS, picture, write_classes
 
 from anorm.study import grid, published, records, tally
+from anorm.tasks.classification import Classification
 
-table = script("tools/table.py")
+table, TOP1 = script("tools/table.py"), Classification.metrics["top1"]
 
 ROWS = {  # of table 2, for the files' names do not matter
     "mobilenetv2_bn": "MobileNetV2-BN",
@@ -173,7 +174,7 @@ def test_published_weights_fill_the_table(imagenet, weights, runs, capsys):
         assert row["verdict"] == "run"  # of these images nothing is printed
     assert (
         "1 of 2: " in err
-        and "mobilenetv2_bn.pth: MobileNetV2-BN (The Vanilla Setup), top-1 0.30 % of 1002 images" in err
+        and "mobilenetv2_bn.pth: MobileNetV2-BN (The Vanilla Setup), top-1 0.30 % top-5 0.70 % of 1002 images" in err
     )
 
     results = sorted((runs / ".published").glob("*/result.json"))
@@ -189,38 +190,41 @@ def test_published_weights_fill_the_table(imagenet, weights, runs, capsys):
 
 def test_images_of_published_weights_can_be_compared(runs):
     images = [
-        records.open_images(path.parent) for path in sorted((runs / ".published").glob("*/result.json"))
+        records.open_images(path.with_name("predictions.npz")) for path in sorted((runs / ".published").glob("*/result.json"))
     ]
     assert not images[0].difference(images[1])
-    assert sorted(int(found.predicted[0]) for found in images) == [7, 11] and sorted(
-        found.right.sum() for found in images
+    assert sorted(int(found["predicted"][0]) for found in images) == [7, 11] and sorted(
+        found["top1"].sum() for found in images
     ) == [1, 3]
 
 
 def test_they_never_share_a_column_with_runs(trained):
     """Of one row there are own runs and published weights, of the same network and recipe."""
     run = records.open_run(trained / "bn-0")
-    protocol = dataclasses.replace(run.stamp(), weights=published.PUBLISHED, epoch="published")
+    reading = records.Reading("top1")
+    protocol = dataclasses.replace(run.stamp(reading), weights=published.PUBLISHED, epoch="published")
     found = {"top1": 50.0, "top5": 100.0, "images": 21}
-    other = published.Published(trained / "elsewhere", run.likeness, found, protocol)
+    other = published.Published(
+        run.likeness, {("val", "running"): published.Kept(trained / "elsewhere", found, protocol)}
+    )
     line = grid.Line("bn", "g", tuple(SMALL))
     assert line.likeness == run.likeness
     both = tally.tally(grid.Grid("t", "t", (line,)), [run, records.open_run(trained / "bn-1"), other], 2)
-    assert both.stamp == protocol and both.entries[0].top1.mean == 50.0 and len(both.entries[0].runs) == 1
+    assert both.stamp == protocol and both.entries[0].value.mean == 50.0 and len(both.entries[0].runs) == 1
     assert any("not shown, another protocol: 2 runs" in note for note in both.notes)
     ours = tally.tally(
         grid.Grid("t", "t", (line,)), [run, records.open_run(trained / "bn-1"), other], 2, stamp=1
     )
-    assert ours.stamp == run.stamp() and set(ours.entries[0].runs) == {0, 1}
+    assert ours.stamp == run.stamp(reading) and set(ours.entries[0].runs) == {0, 1}
     with pytest.raises(
         ValueError, match="weights: published weights and plain weights|weights: plain weights and published"
     ):
-        records.one_stamp([protocol, run.stamp()])
+        records.one_stamp([protocol, run.stamp(reading)])
 
 
 def test_the_verdict_on_published_weights():
-    assert tally.same_weights(0.1) == tally.same_weights(-0.1) == "as printed"
-    assert tally.same_weights(0.11) == "off (better)" and tally.same_weights(-0.11) == "off (worse)"
+    assert tally.same_weights(0.1, TOP1) == tally.same_weights(-0.1, TOP1) == "as printed"
+    assert tally.same_weights(0.11, TOP1) == "off (better)" and tally.same_weights(-0.11, TOP1) == "off (worse)"
 
 
 def test_a_dry_look_evaluates_nothing(imagenet, weights, tmp_path, capsys):

@@ -25,8 +25,10 @@ from anorm.config.machine import Machine
 from anorm.study import cells, formats, grid, records, tally
 from anorm.study.printed import load, names
 from anorm.study.statistics import Interval, mean_interval
+from anorm.tasks.classification import Classification
 
 table = script("tools/table.py")
+TOP1 = tally.Column(records.Reading("top1"), Classification.metrics["top1"])
 
 OF_ALL = [a for a in SMALL if not a.startswith("norm=")]
 
@@ -72,14 +74,14 @@ def filled(two_norms, trained):
 def test_the_table_holds_what_the_runs_wrote(filled, trained):
     bn, gn = filled.entries
     finals = [records.open_run(trained / f"bn-{seed}").final for seed in (0, 1)]
-    assert bn.top1 == mean_interval([f["top1"] for f in finals]) and bn.top5.mean == 100
+    assert bn.value == mean_interval([f["top1"] for f in finals]) and bn.values["top5"].mean == 100
     assert bn.images_per_second == pytest.approx(sum(f["images_per_second"] for f in finals) / 2)
     assert bn.gpu_hours is None  # they ran on a CPU
     assert (list(bn.runs), bn.missing, bn.verdict) == ([0, 1], (2,), "run")
     assert gn.line.versus == "bn" and [c.entry for c in filled.comparisons] == [gn]
     found = filled.comparisons[0]
     assert (
-        found.found.difference.mean == pytest.approx(gn.top1.mean - bn.top1.mean) and found.p == found.found.p
+        found.found.difference.mean == pytest.approx(gn.value.mean - bn.value.mean) and found.p == found.found.p
     )
     assert found.found.bootstrap.n == 2
     assert bn.size.all == 269_722 - 6 * 65  # of the network that ran: 4 classes, not 10
@@ -94,7 +96,7 @@ def test_formats_parse_back(filled):
     parsed = list(csv.DictReader(io.StringIO(formats.as_csv(filled))))
     assert [p["method"] for p in parsed] == ["bn", "gn"]
     for p, entry in zip(parsed, filled.entries, strict=True):
-        assert float(p["top1"]) == pytest.approx(100 - entry.top1.mean, abs=1e-4)
+        assert float(p["top1"]) == pytest.approx(100 - entry.value.mean, abs=1e-4)
         assert float(p["top1_low"]) <= float(p["top1"]) <= float(p["top1_high"])
         assert (
             p["params"] == str(entry.size.all)
@@ -109,7 +111,7 @@ def test_formats_parse_back(filled):
         if line.startswith("| ")
     ]
     assert rows[0] == list(formats.columns(filled)) and "printed top-1" not in rows[0]
-    assert rows[2][rows[0].index("ours top-1")].startswith(f"{100 - filled.entries[0].top1.mean:.2f} ±")
+    assert rows[2][rows[0].index("ours top-1")].startswith(f"{100 - filled.entries[0].value.mean:.2f} ±")
     shown = formats.text(filled)
     assert "inside the noise" in shown or "is better" in shown or "is worse" in shown
     assert "Missing (2 cells" in shown and str(filled.stamp) in shown
@@ -169,7 +171,7 @@ def test_the_papers_table_on_a_fresh_clone(tmp_path, capsys):
     assert table.main(["table2", "--format", "csv", "--seeds", "1", "--runs", str(tmp_path / "none")]) == 0
     parsed = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     rows = load("table2").rows
-    assert [(p["method"], p["printed_top1"]) for p in parsed] == [(r.label, str(r.top1)) for r in rows]
+    assert [(p["method"], p["printed_top1"]) for p in parsed] == [(r.label, str(r.values["top1"])) for r in rows]
     assert {p["verdict"] for p in parsed} == {"not run"}
     by_name = {(p["method"], p["group"][4]): p for p in parsed}
     assert (
@@ -178,7 +180,8 @@ def test_the_papers_table_on_a_fresh_clone(tmp_path, capsys):
     )
     assert by_name["ResNet50-BN", "V"]["macs"][:4] == "4089"
     assert (
-        by_name["ResNet34+AN", "V"]["missing"] == "python train.py setup=vanilla arch=resnet34 norm=an seed=0"
+        by_name["ResNet34+AN", "V"]["missing"]
+        == "python train.py setup=vanilla arch=resnet34 norm=an norm.place=text seed=0"
     )
     assert not (tmp_path / "none").exists()
 
@@ -204,22 +207,22 @@ def test_verdicts():
     noise = 1.959964 * 0.16 * math.sqrt(1 + 1 / 1)  # 0.443: one seed, the published deviation
     alone = mean_interval([78.0])
     assert (
-        tally.verdict(None, None, []) == "not run"
-        and tally.verdict(None, None, [], elsewhere=2) == "other protocol"
+        tally.verdict(None, None, [], TOP1) == "not run"
+        and tally.verdict(None, None, [], TOP1, elsewhere=2) == "other protocol"
     )
-    assert tally.verdict(alone, None, [[78.0]]) == "run"
-    assert tally.verdict(alone, noise - 0.01, [[78.0]]) == "within noise"
+    assert tally.verdict(alone, None, [[78.0]], TOP1) == "run"
+    assert tally.verdict(alone, noise - 0.01, [[78.0]], TOP1) == "within noise"
     assert (
-        tally.verdict(alone, noise + 0.01, [[78.0]]) == "off (better)"
-        and tally.verdict(alone, -noise - 0.01, [[78.0]]) == "off (worse)"
+        tally.verdict(alone, noise + 0.01, [[78.0]], TOP1) == "off (better)"
+        and tally.verdict(alone, -noise - 0.01, [[78.0]], TOP1) == "off (worse)"
     )
     three, narrow = mean_interval([78.0, 78.1, 78.2]), [[78.0, 78.1, 78.2]] * 4
     assert (
-        tally.verdict(three, 0.05, narrow) == "reproduced"
-        and tally.verdict(three, 0.5, narrow) == "off (better)"
+        tally.verdict(three, 0.05, narrow, TOP1) == "reproduced"
+        and tally.verdict(three, 0.5, narrow, TOP1) == "off (better)"
     )
     wide = [[76.0, 78.0, 80.0]] * 4  # noise of several points: an agreement proves nothing
-    assert tally.verdict(three, 0.05, wide) == "within noise"
+    assert tally.verdict(three, 0.05, wide, TOP1) == "within noise"
 
 
 def test_gap_to_the_paper(trained):
@@ -230,7 +233,7 @@ def test_gap_to_the_paper(trained):
     runs = records.find_runs(trained)
     for comparable in (True, False):
         found = tally.tally(grid.Grid("t", "t", (row,), comparable=comparable), runs, 2).entries[0]
-        assert found.gap == (pytest.approx(found.top1.mean - (100 - printed.top1)) if comparable else None)
+        assert found.gap == (pytest.approx(found.value.mean - (100 - printed.values["top1"])) if comparable else None)
         assert found.verdict.startswith("off" if comparable else "run")
 
 
@@ -258,7 +261,9 @@ def test_unlike_protocols_never_share_a_column(two_norms, trained, tmp_path):
     assert [e.verdict for e in other.entries] == ["other protocol", "run"]
     with pytest.raises(ValueError, match="there are 2 protocols"):
         tally.tally(two_norms, records.find_runs(tmp_path / "runs"), 2, stamp=3)
-    assert tally.tally(two_norms, records.find_runs(trained), 2, epoch="best").stamp.epoch == "best"
+    assert tally.tally(
+        two_norms, records.find_runs(trained), 2, columns=tally.columns_of(two_norms, epoch="best")
+    ).stamp.epoch == "best"
 
 
 def test_an_axis_that_holds_for_some_choices_only():
@@ -405,15 +410,17 @@ def test_nothing_is_selected_before_all_rates_are_finished(tuned):
 def test_averages_of_weights_have_their_own_protocol(tmp_path, trained):
     opened = grid.open_grid(str(written(tmp_path, {"norm": ["bn"]}, ["ema.decay=0.9"])))
     runs = [made(tmp_path / "runs" / "a", trained / "bn-0", [40.0, 50.0], average=61.0, ema__decay=0.9)]
-    plain, averaged = (tally.tally(opened, runs, 1, average=average) for average in (False, True))
-    assert plain.entries[0].top1.mean == 50 and averaged.entries[0].top1.mean == 61
+    plain, averaged = (
+        tally.tally(opened, runs, 1, columns=tally.columns_of(opened, average=average)) for average in (False, True)
+    )
+    assert plain.entries[0].value.mean == 50 and averaged.entries[0].value.mean == 61
     assert averaged.stamp.weights == "average of weights (decay 0.9)"
     with pytest.raises(ValueError, match="weights: plain weights and average of weights"):
         records.one_stamp([plain.stamp, averaged.stamp])
     without = grid.open_grid(str(written(tmp_path, {"norm": ["bn"]})))
     runs = [made(tmp_path / "runs" / "b", trained / "bn-0", [40.0, 50.0])]
-    none = tally.tally(without, runs, 1, average=True)  # runs without an average are not shown as such
-    assert none.entries[0].top1 is None and none.entries[0].verdict == "not run"
+    none = tally.tally(without, runs, 1, columns=tally.columns_of(without, average=True))  # runs without an average are not shown as such
+    assert none.entries[0].value is None and none.entries[0].verdict == "not run"
 
 
 def test_likeness_is_stable_over_order_and_machine(two_norms):
@@ -644,8 +651,8 @@ def test_wrong_arguments(tmp_path, capsys):
     assert table.main(["table3", "--seeds", "0"]) == 2 and "--seeds 0" in capsys.readouterr().err
     assert table.main(["table3", "optim.lrr=3"]) == 2 and "optim.lrr" in capsys.readouterr().err
     assert (
-        "±" in formats.error(Interval(70, 69, 71, 3))
-        and formats.error(Interval(70, math.nan, math.nan, 1)) == "30.00"
+        "±" in formats.shown(Interval(70, 69, 71, 3), TOP1.metric)
+        and formats.shown(Interval(70, math.nan, math.nan, 1), TOP1.metric) == "30.00"
     )
 
 

@@ -56,7 +56,7 @@ def test_the_authors_file_becomes_ours(tool, tmp_path, capsys):
     "arguments, words",
     [
         (["arch=resnet18", "norm=bn"], "does not fit this network"),
-        (["arch=resnet18", "norm=an", "norm.place=1"], "does not fit this network"),
+        (["arch=resnet18", "norm=an", "norm.place=text"], "does not fit this network"),
         (["arch=resnet18", "norm=an", "out.pth"], "ends in .safetensors"),
         (["arch=resnet18", "norm=an", "theirs.pth"], "exists already"),
         (["arch=resnet18", "a", "b"], "got 3 files"),
