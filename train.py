@@ -93,9 +93,9 @@ def plan(config: Config, started: int | None = None) -> Job | None:
     from anorm.build import create_source, outline
     from anorm.engine.runfolder import Job, folder_for, standing, with_weights
 
-    config = with_weights(config.on(started=started))
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         config = config.having(resume="auto")  # resume=never was for the job's first start
+    config = with_weights(config.on(started=started))
     source = create_source(config)
     len(source.train)  # raises here, once, where there are no training images
     signature = config.signed(source.identity)

@@ -65,6 +65,7 @@ def _compute(run: Run) -> tuple[float, list]:
     """Return the seconds of a step on a batch that is there, and the batch."""
     run.network.train()
     kept = next(iter(run.train.epoch(0)))
+    run.task.begin(0)
     train_step(run, 0, kept)  # the first step allocates, tunes and compiles
     again = itertools.repeat(kept)
     return _seconds(run, again, lambda step, batch: train_step(run, step, batch), ready=0, timed=STEPS), kept

@@ -70,7 +70,7 @@ def test_held_statistics_are_those_of_a_repeated_evaluation_too(tmp_path, capsys
     assert loss == pytest.approx(events(run, "eval")[-1]["loss"], abs=1e-6)
 
 
-def test_weights_that_are_gone_cost_no_run(tmp_path, capsys):
+def test_weights_that_are_gone_cost_no_run(tmp_path, capsys, monkeypatch):
     """resume=never deletes what is there and starts from the weights: they are looked for before."""
     start, run = tmp_path / "start.safetensors", tmp_path / "run"
     assert train(*SMALL, f"run_dir={tmp_path / 'first'}") == 0
@@ -83,6 +83,10 @@ def test_weights_that_are_gone_cost_no_run(tmp_path, capsys):
     assert train(*again) == 2
     assert "start.safetensors is not a file" in capsys.readouterr().err
     assert (run / "last.ckpt").read_bytes() == kept
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the job's second start, which continues
+    assert train(*again) == 0
+    assert "is finished" in capsys.readouterr().out
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
     (tmp_path / "elsewhere.safetensors").rename(start)
     assert train(*again) == 0
     assert not (run / "predictions_bbox.json").exists()

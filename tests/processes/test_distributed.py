@@ -283,9 +283,10 @@ def test_another_number_of_processes_continues_with_the_same_batches(tmp_path):
     )
     while process.poll() is None and not (folder / "last.ckpt").exists():
         time.sleep(0.01)
+    ranks = ranks_of(process.pid)
     process.kill()
     process.communicate()
-    time.sleep(1)
+    wait_until_gone(ranks)
     status, out, err = run_train(*FP64, "norm=gn", f"run_dir={folder}")
     assert status == 0, err
     if events(folder, "start")[-1]["processes"] == 1 and len(events(folder, "start")) > 1:
