@@ -59,7 +59,7 @@ def check_pair(arch: dict[str, Any], norm: dict[str, Any]) -> None:
 
 
 def _checked(path: str, node: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]:
-    """The values of ``node`` as the arguments take them; a norm within a norm (its base) is looked into."""
+    """Return the values of ``node`` as the arguments take them, those of a norm within a norm (its base) too."""
     found = {}
     for key, value in node.items():
         option = known.get(key, Option())
@@ -72,7 +72,7 @@ def _checked(path: str, node: dict[str, Any], known: dict[str, Option]) -> dict[
 
 
 def _arguments(section: str, node: dict[str, Any]) -> dict[str, Option] | None:
-    """Key -> option of what an entry of ``BUILT`` builds; None where any key may be given or nothing is known."""
+    """Return key -> option of what a section of ``BUILT`` builds; None where any key may be given or nothing is known."""
     name = node.get("name")
     if section == "task":
         if name not in tasks.list_tasks():
@@ -96,7 +96,7 @@ def _arguments(section: str, node: dict[str, Any]) -> dict[str, Option] | None:
 
 
 def _of_target(dotted: Any) -> dict[str, Option]:
-    """The options of the class that norm=module names; none where it cannot be imported, which building it says."""
+    """Return the options of the class that norm=module names; none where it cannot be imported, as building it will say."""
     module, _, name = str(dotted).rpartition(".")
     try:
         return {"target": Option(str | None)} | options_of(getattr(importlib.import_module(module), name))

@@ -29,7 +29,7 @@ Options = Callable[[str, Any], "dict[str, Option] | None"]
 
 
 def choices(folder: Path, group: str) -> list[str]:
-    """The yamls of a group, without their ending."""
+    """Return the choices of a group: its yamls without their ending."""
     return sorted(path.stem for path in (folder / group).glob("*.yaml"))
 
 
@@ -58,7 +58,7 @@ def compose(folder: Path, overrides: list[str], options: Options) -> tuple[dict,
 
 
 def _choice(group: str, choice: str) -> list[str]:
-    """The words by which Hydra takes a choice; another library's name stands for a section with this name."""
+    """Return the words by which Hydra takes a choice; another library's name stands for a section with this name."""
     return [f"~{group}", f"+{group}.name='{choice}'"] if ":" in choice else [f"{group}={choice}"]
 
 
@@ -111,7 +111,7 @@ def sweep(folder: Path, overrides: list[str]) -> list[list[str]]:
 
 
 def _read(override: str) -> tuple[Any, str]:
-    """(Hydra's reading of an override, its value as text that Hydra reads), of the forms that have an effect here.
+    """Return (Hydra's reading of an override, its value as text that Hydra reads), of the forms that have an effect here.
 
     Raises ValueError in words for the others.
     """
@@ -163,7 +163,7 @@ def _parse(override: str) -> Any:
 
 
 def _split(folder: Path, overrides: list[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Overrides -> ({group: choice}, [(key, value as text)])."""
+    """Return ({group: choice}, [(key, value as text)]) of the overrides."""
     picked, values = {}, []
     for override in overrides:
         parsed, text = _read(override)
@@ -218,7 +218,7 @@ def _hydra(folder: Path, overrides: list[str]) -> tuple[dict, dict[str, str]]:
 def _recipe(
     base: dict, chosen: dict[str, str], values: list[tuple[str, str]]
 ) -> Iterator[tuple[str, str, Any]]:
-    """(why, key, value) for all that the chosen architecture, then the data set, change in the recipe.
+    """Give (why, key, value) for all that the chosen architecture, then the data set, change in the recipe.
 
     Entries under a condition ("setup=sota", "faithful=code norm=bn") count when all of its words hold.
     """
@@ -240,7 +240,7 @@ def _recipe(
 
 
 def _literal(value: Any) -> str:
-    """A value as Hydra's override grammar reads it."""
+    """Return a value as text that Hydra's override grammar reads."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -169,7 +169,7 @@ class Config:
 
 
 def _absolute(section: str, node: dict[str, Any]) -> dict[str, Any]:
-    """A section with its paths as they are called from any folder: ``~`` and variables expanded, once."""
+    """Return a section with its paths as they are called from any folder: ``~`` and variables expanded, once."""
     known = options(section, node) or {}
     return {
         key: str(Path(os.path.expandvars(value)).expanduser().absolute())

@@ -64,7 +64,7 @@ class Machine:
 
 
 def decide(asked: Hardware, started: int | None = None, machine: Machine | None = None) -> Hardware:
-    """``asked`` with every "auto", and the number of processes, decided for ``machine`` (default: this one).
+    """Return ``asked`` with every "auto", and the number of processes, decided for ``machine`` (default: this one).
 
     started: how many processes another launcher started, or None.
     Raises ValueError where the machine lacks what is asked for.

@@ -267,7 +267,7 @@ class Settings:
 
 
 def settings_from(config: dict) -> Settings:
-    """The checked ``Settings`` in a composed configuration (its task, arch, norm and data entries are left aside).
+    """Return the checked ``Settings`` of a composed configuration (its task, arch, norm and data are left aside).
 
     Raises ValueError with the key, the value and what is accepted.
     """
@@ -275,7 +275,7 @@ def settings_from(config: dict) -> Settings:
 
 
 def sections() -> dict[str, type]:
-    """Section name -> its dataclass."""
+    """Return section name -> its dataclass."""
     hints = typing.get_type_hints(Settings)
     return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
 

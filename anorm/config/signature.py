@@ -98,7 +98,7 @@ def difference(old: dict, new: dict) -> str:
 
 
 def counting_here(config: dict) -> set[str]:
-    """The excluded keys that change the mathematics of this configuration all the same."""
+    """Return the excluded keys that change the mathematics of this configuration all the same."""
     keys = set()
     if "batch" in config["eval"]["stats"]:
         keys |= {"eval.batch_size", "eval.order", "eval.seed"}

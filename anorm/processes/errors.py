@@ -57,7 +57,7 @@ _NO_MEMORY = re.compile(
 
 
 def _explain(error: BaseException, trace: TracebackType | None) -> tuple[int, str] | None:
-    """(status, message) of what is known, else None."""
+    """Return (status, message) for an error that is known here, else None."""
     name = type(error).__name__
     if isinstance(error, Interrupted):
         kept = {

@@ -22,7 +22,7 @@ Rank = Callable[..., int]
 
 @contextmanager
 def joined_by_others() -> Iterator[World | None]:
-    """The world of this process when torchrun, or srun with several tasks, started it as one of several; else None.
+    """Give the world of this process when torchrun, or srun with several tasks, started it as one of several; else None.
 
     A batch script has SLURM_NTASKS and SLURM_PROCID too, and is one process: srun alone numbers a step's tasks.
     """
@@ -54,7 +54,7 @@ def slurm_environment(slurm: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodelist: str) -> str:
-    """The first of a Slurm list of hosts: "gpu[003-007,12],cpu1" -> "gpu003"."""
+    """Return the first of a Slurm list of hosts: "gpu[003-007,12],cpu1" -> "gpu003"."""
     prefix, bracket, rest = nodelist.partition("[")
     if not bracket or "," in prefix:
         return nodelist.split(",")[0]
@@ -113,7 +113,7 @@ def launch(rank: Rank, processes: int, *arguments: Any) -> int:
 
 
 def _local_address() -> str:
-    """An address that resolves: a container's own host name need not."""
+    """Return an address of this machine that resolves: a container's own host name need not."""
     try:
         socket.getaddrinfo(socket.getfqdn(), None)
     except OSError:
@@ -122,7 +122,7 @@ def _local_address() -> str:
 
 
 def _in_rank(rank: Rank, words: str, *arguments: Any) -> int:
-    """In a new process: a status other than 0 must end it, for the launcher to notice."""
+    """Run a rank in its new process. A status other than 0 ends the process, or the launcher would not notice."""
     return exit_on_failure(lambda: rank(*arguments, words=Path(words) / f"{int(os.environ['RANK']):05d}"))
 
 

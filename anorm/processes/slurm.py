@@ -49,7 +49,7 @@ class Wishes:
 
 
 def wishes_from(words: list[str]) -> Wishes:
-    """``slurm.KEY=VALUE ...`` -> Wishes. Raises ValueError in words."""
+    """Return the wishes in ``slurm.KEY=VALUE ...``. Raises ValueError in words."""
     found: dict[str, str] = {}
     for word in words:
         key, equals, value = word.removeprefix("slurm.").partition("=")
@@ -73,7 +73,7 @@ def wishes_from(words: list[str]) -> Wishes:
 
 
 def minutes(text: str) -> int:
-    """Slurm's ways to write a duration: "90", "90:00", "1:30:00", "1-12", "1-12:30"."""
+    """Return the minutes of a duration as Slurm writes it: "90", "90:00", "1:30:00", "1-12", "1-12:30"."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
         raise ValueError(
@@ -202,7 +202,7 @@ def submit(script: Path, config: Config, runs: Path, wishes: Wishes) -> str:
 
 
 def log_of(runs: Path, job: str) -> Path:
-    """What the first node's task of a job prints."""
+    """Return the file of what the first node's task of a job prints."""
     return (runs / FOLDER).resolve() / f"{job}_0_log.out"
 
 

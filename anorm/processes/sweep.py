@@ -49,7 +49,7 @@ def run_sweep(jobs: list[list[str]], script: Path, compose: Callable[[list[str]]
 
 
 def _run(command: list[str], stopped: list[int]) -> int:
-    """The command's status; signals to this process go to it, and are noted in ``stopped``."""
+    """Run a command and return its status; signals to this process go to it, and are noted in ``stopped``."""
     # When the sweep is killed its job gets SIGTERM and saves; otherwise the repeated sweep finds the run folder locked.
     process = subprocess.Popen(command, preexec_fn=lambda: end_with_parent(signal.SIGTERM))
 

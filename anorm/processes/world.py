@@ -41,13 +41,13 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, everywhere."""
+        """Return the sum over processes, on all of them."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value on rank 0, an empty list elsewhere."""
+        """Return every process's value on rank 0, an empty list elsewhere."""
         if self.size == 1:
             return [value]
         found = [None] * self.size if self.main else None
@@ -55,7 +55,7 @@ class World:
         return found or []
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, everywhere."""
+        """Return rank 0's value, on all processes."""
         if self.size == 1:
             return value
         box = [value]
@@ -67,7 +67,7 @@ class World:
             dist.barrier()
 
     def on(self, device: str) -> World:
-        """The same place, computing on "cpu" or on the "gpu" of its local rank."""
+        """Return the same place, computing on "cpu" or on the "gpu" of its local rank."""
         if device != "gpu":
             return replace(self, device=torch.device("cpu"))
         return replace(self, device=torch.device("cuda", self.local_rank % torch.cuda.device_count()))
@@ -78,7 +78,7 @@ class World:
             os._exit(128 + signal.SIGINT)
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on rank 0, everywhere. When it raises there, the other processes exit with status 2."""
+        """Return on all processes what ``make`` returns on rank 0. When it raises there, the others exit with status 2."""
         if self.size == 1:
             return make()
         box: list[Any] = [False, None]
@@ -96,7 +96,7 @@ class World:
 
 @contextmanager
 def enter(world: World | None, device: str) -> Iterator[World]:
-    """The world of this process: the one given, the one that the elastic launcher describes in the
+    """Give the world of this process: the one given, the one that the elastic launcher describes in the
     environment, or one alone.
 
     device: "cpu" or "gpu".
@@ -133,7 +133,7 @@ def process_group() -> Iterator[World]:
 
 
 def _watch_launcher(world: World) -> None:
-    """Torchrun's death tells a process nothing, and one that waits for a GPU would not hear a signal."""
+    """End this process once torchrun is gone: its death sends nothing, and a process that waits for a GPU hears no signal."""
     while True:
         world.end_if_orphaned()
         time.sleep(1)
@@ -198,7 +198,7 @@ class Agreement:
             raise Interrupted(wanted)
 
     def due(self) -> tuple[int, bool]:
-        """(number of the signal to stop for, or 0; whether to save)."""
+        """Return (number of the signal to stop for, or 0; whether to save)."""
         if self.world.size == 1:
             wanted = self.wanted
         else:
