@@ -12,6 +12,7 @@ require, and waits for ever on the lock of a build that was killed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -101,6 +102,8 @@ class Library:
             lock = FileLock(path.with_suffix(".lock"))  # the system releases it with the process, however that ends
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if not _usable(folder):  # made by somebody else in the meantime
+                    raise PermissionError(errno.EPERM, "it is not this user's alone")
                 lock.acquire()
             except OSError as error:
                 refused.append(f"cannot write to {folder} ({error.strerror})")

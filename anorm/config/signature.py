@@ -33,6 +33,9 @@ EXCLUDED = (
 )
 """Keys, or sections, that leave the mathematics as it is. ``hardware.dtype`` and ``hardware.loss_scale`` do not."""
 
+BATCHES = {"eval.batch_size": None, "eval.order": "shuffled", "eval.seed": 0}
+"""What decides which images evaluation puts into one batch, with its defaults."""
+
 ADDED = {
     "task.name": "classification",
     "schedule.name": "cosine",
@@ -101,7 +104,11 @@ def counting_here(config: dict) -> set[str]:
     """Return the excluded keys that change the mathematics of this configuration all the same."""
     keys = set()
     if "batch" in config["eval"]["stats"]:
-        keys |= {"eval.batch_size", "eval.order", "eval.seed"}
+        keys |= set(BATCHES)
+    flat = flatten(config)
+    if any(key.startswith("norm.") and key.endswith("eval_stats") and flat[key] == "batch" for key in flat):
+        # a law with batch statistics of its own, such as afn_as_released, whose runs are older than these keys
+        keys |= {key for key, ordinary in BATCHES.items() if flat.get(key, ordinary) != ordinary}
     if config["norm"].get("sync"):
         keys |= {"hardware.processes"}
     return keys

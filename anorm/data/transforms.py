@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,8 +41,8 @@ class Crop:
     image_size: int = 224
     eval_resize: int | None = None
     interpolation: str = "bilinear"
-    crop_scale: Sequence[float] = (0.08, 1.0)
-    crop_ratio: Sequence[float] = (3 / 4, 4 / 3)
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
 
     def __post_init__(self) -> None:

@@ -61,6 +61,11 @@ def standing(folder: Path, signature: str, config: Config) -> dict[str, Any] | N
     if signature_in(path) != signature:
         state = "a finished run" if finished else "a run"
         unlike = configuration_in(path).difference(config) or "other data or weights"
+        if "batch" in config.settings.eval.all_stats and "order" not in yaml.safe_load(path.read_text())["eval"]:
+            unlike = (
+                "it was evaluated by an earlier version, with the statistics of other batches: as they were stored, for "
+                "each process its own; tools/validate.py evaluates it as today"
+            )
         raise ValueError(
             f"{folder} already holds {state} of another configuration ({unlike}): set another run_dir, leave run_dir "
             "out, or move that folder away"

@@ -53,6 +53,14 @@ def test_data_weights_and_synced_processes_count():
     assert len({signed(), signed(digest="of a"), signed(digest="of b")}) == 3
 
 
+def test_the_batches_of_a_law_with_batch_statistics_of_its_own_count():
+    """afn_as_released evaluates so under eval.stats=running too; with the default batches its older runs stay."""
+    own = {"norm.eval_stats": "batch"}
+    for key, value in {"eval.batch_size": 32, "eval.order": "classes", "eval.seed": 1}.items():
+        assert signed(**own, **{key: value}) != signed(**own)
+        assert signed(**{key: value}) == signed()
+
+
 def test_places_keep_the_signatures_of_what_they_name():
     """In basic blocks "published" was once the text's place: runs of that keep their signature, under their own word."""
     at = {

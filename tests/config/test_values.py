@@ -76,6 +76,8 @@ def test_variables_in_paths_are_expanded(monkeypatch):
         ("data.image_size=[32]", r"data.image_size=\[32\] must be a whole number"),
         ("data.mean=0.5", "data.mean=0.5 must be a list of numbers"),
         ("data.mean=[a,b,c]", r"data.mean\[0\]='a' must be a number"),
+        ("data.crop_scale=[0.1]", r"data.crop_scale=\[0.1\] must be a list of 2 numbers"),
+        ("data.crop_ratio=[1,2,3]", r"data.crop_ratio=\[1, 2, 3\] must be a list of 2 numbers"),
         ("data.on_error=null", "data.on_error=null must be a word"),
         ("data.eval_resize=36.5", "data.eval_resize=36.5 must be a whole number or null"),
         ("data.flip=1", "data.flip=1 must be true or false"),

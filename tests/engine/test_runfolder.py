@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from commands import ROOT
+from commands import ROOT, SMALL, train
 
 from anorm.config.frozen import Config
 from anorm.engine.runfolder import configuration_in
@@ -18,3 +18,17 @@ def test_an_older_run_keeps_the_place_of_its_attention(arch, older, place, tmp_p
         del held["task"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(held))
     assert configuration_in(tmp_path).norm.options["place"] == place
+
+
+def test_a_run_evaluated_on_other_batches_says_so(tmp_path, capsys):
+    """As runs with eval.stats=batch are that are older than eval.order."""
+    arguments = [*SMALL, "epochs=1", "eval.stats=batch", f"run_dir={tmp_path / 'run'}"]
+    assert train(*arguments) == 0
+    path = tmp_path / "run" / "config.yaml"
+    held = yaml.safe_load(path.read_text())
+    for key in ("order", "seed"):
+        del held["eval"][key]
+    path.write_text(yaml.safe_dump(held | {"signature": "0123456789"}))
+    capsys.readouterr()
+    assert train("--config", str(path)) == 2
+    assert "evaluated by an earlier version, with the statistics of other batches" in capsys.readouterr().err
