@@ -91,7 +91,7 @@ class NaiveSN(nn.Module):
     def __init__(self, layer: SwitchableNorm) -> None:
         super().__init__()
         channels = layer.channels
-        self.eps, self.momentum = layer.eps, layer.momentum
+        self.eps, self.momentum = layer.epsilon, layer.momentum
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.mean_weight, self.var_weight = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         self.register_buffer("running_mean", torch.zeros(channels))

@@ -1,4 +1,4 @@
-"""The Triton kernels against the float64 formula. test_triton.py runs this file: in the interpreter, and on a GPU.
+"""The Triton kernels against the float64 formula. test_triton/ runs this file: in the interpreter, and on a GPU.
 
 Every test runs with uninitialised memory filled with NaN, so that a cell that no program writes shows.
 """
@@ -87,7 +87,7 @@ def test_every_plan_covers_its_map(hw, c):
             p = passes.plan(n, c, hw, channels_last)
             assert p.splits * p.rows >= hw > (p.splits - 1) * p.rows and p.rows % p.block_r == 0
             assert p.blocks * p.block_r >= hw
-            assert p.splits <= 512 and p.block_r * p.block_c <= triton.TILE and p.warps in (1, 2, 4, 8)
+            assert p.splits <= 512 and p.block_r * p.block_c <= passes.TILE and p.warps in (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
