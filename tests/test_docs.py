@@ -11,6 +11,7 @@ from anorm.config.machine import FOR_V100
 from anorm.processes.slurm import wishes_from
 
 PAGE = (ROOT / "docs" / "train_for_real.md").read_text()
+DETECTION = (ROOT / "docs" / "detection.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for line in PAGE.splitlines() if line.startswith("    ")]
 
 
@@ -21,6 +22,16 @@ def test_commands_compose(command, capsys, tmp_path):
     assert asked.submit == bool(asked.slurm) and wishes_from(asked.slurm).gpus_per_node == 8
     single = [word.split(",")[0] if asked.multirun else word for word in asked.overrides]
     assert train(*single, "--cfg", "job") == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", re.findall(r"python train\.py ([^#\n]*)", DETECTION))
+def test_commands_of_detection_compose(command, capsys):
+    assert train(*command.split(), "--cfg", "job") == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\btools/[\w/]+\.py", DETECTION))))
+def test_files_of_detection_exist(path):
+    assert (ROOT / path).is_file()
 
 
 def test_the_installation_for_v100s_is_the_one_that_is_told():

@@ -125,15 +125,17 @@ class Scenes(Dataset):
         return max(max(self.resize.size(*shape)) for shape in self.shapes.unique(dim=0).tolist())
 
     def order(self, rng: torch.Generator, global_batch: int) -> Tensor:
-        """A permutation; within each step upright images stand before those that are wider than high.
+        """Return a permutation; within each step upright images and those that are wider than high stand apart.
 
         A micro-batch then is of one kind, but for one that may hold the border, and little is padded. Steps are cut
-        into micro-batches in this order, so that it is the same for any number of processes.
+        into micro-batches in this order, so that it is the same for any number of processes. Which kind comes first is
+        drawn for each step: otherwise the first process would see upright images alone.
         """
         mixed = torch.randperm(len(self), generator=rng)
-        wide = (self.shapes[:, 1] > self.shapes[:, 0])[mixed]
         step = torch.arange(len(self)) // global_batch
-        return mixed[(step * 2 + wide).sort(stable=True).indices]
+        first = torch.randint(2, (int(step[-1]) + 1,), generator=rng)
+        wide = (self.shapes[:, 1] > self.shapes[:, 0])[mixed].long()
+        return mixed[(step * 2 + (wide ^ first[step])).sort(stable=True).indices]
 
     def fetch(self, indices: Sequence[int], rngs: Sequence[torch.Generator] | None) -> FetchedScenes:
         scenes, kept, bad = [], [], []

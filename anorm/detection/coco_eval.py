@@ -44,7 +44,7 @@ class Scores(NamedTuple):
 def backend(name: str | None = None) -> str:
     """The name of the package that evaluates: the one asked for, or the first that can be imported.
 
-    Raises ImportError, with what to install, where there is none.
+    Raises ModuleNotFoundError, with what to install, where there is none.
     """
     for candidate in [name] if name else BACKENDS:
         if candidate not in BACKENDS:
@@ -52,7 +52,8 @@ def backend(name: str | None = None) -> str:
         with contextlib.suppress(ImportError):
             importlib.import_module(BACKENDS[candidate][0])
             return candidate
-    raise ImportError(f"evaluation on COCO needs {name or 'pycocotools'}: pip install anorm[det]")
+    missing = name or "pycocotools"
+    raise ModuleNotFoundError(f"evaluation on COCO needs {missing}: pip install anorm[det]", name=missing)
 
 
 def evaluate(truth: dict, detections: Sequence[dict], kind: str, name: str | None = None) -> Scores:

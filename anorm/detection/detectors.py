@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
 from anorm.archs.base import MakeNorm
 from anorm.detection import names
@@ -17,8 +19,9 @@ from anorm.detection.fpn_rpn import FPN, RPN, Proposals
 from anorm.detection.geometry import Geometry, geometry
 from anorm.detection.htc import SemanticHead
 from anorm.detection.roi import CASCADE, SINGLE, BoxHead, MaskHead, Original, RoIHeads
-from anorm.norms.base import Norm, RunningNorm
+from anorm.norms.base import Norm, outermost_norms
 from anorm.norms.placement import Placement
+from anorm.norms.statistics import freeze_stats
 from anorm.registry import create_model
 from anorm.weights import LoadReport
 from anorm.words import nearest
@@ -71,17 +74,14 @@ class Backbone(nn.Module):
         """
         assert policy in ("paper", "code"), policy
         parameters, held = dict(self.network.named_parameters()), set(self._first)
-        statistics, outer = 0, None
-        for name, module in self.network.named_modules():
-            if not isinstance(module, Norm):
-                continue
-            module.frozen = True
-            statistics += isinstance(module, RunningNorm)
-            # what a norm within another one is (the BN of AN's attention), the outer one says
-            if policy == "paper" and (outer is None or not name.startswith(f"{outer}.")):
-                outer = name
-                roles = module.param_needs().items()
+        statistics = freeze_stats(self.network)
+        if policy == "paper":
+            for name, norm in outermost_norms(self.network):
+                roles = norm.param_needs().items()
                 held |= {f"{name}.{own}" for own, need in roles if need.role in ("norm", "mixture")}
+            for name, module in self.network.named_modules():  # torch's and timm's
+                if isinstance(module, _NormBase) and not isinstance(module, Norm):
+                    held |= {f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)}
         for name in held:
             parameters[name].requires_grad_(False)
         count = sum(parameters[name].numel() for name in held)
@@ -136,15 +136,13 @@ class Detector(nn.Module):
         logits, deltas = self.rpn(pyramid)
         levels = self.rpn.anchors(pyramid, deltas[0].dtype)
         proposals = [boxes for boxes, _ in self.rpn.propose(logits, deltas, levels, sizes)]
-        # boxes stay in float32 where autocast would halve them
-        with torch.autocast(canvas.device.type, enabled=torch.is_autocast_enabled(canvas.device.type)):
-            if self.training:
-                draws = generators(seeds, len(sizes))
-                truths = [target["boxes"] for target in targets]
-                losses = self.rpn.losses(logits, deltas, levels, sizes, truths, draws)
-                return losses | self.roi.losses(pyramid, proposals, sizes, targets, draws)
-            originals = originals or [(height, width) for height, width in sizes]
-            return self.roi.detect(pyramid, proposals, sizes, [Original(*o) for o in originals])
+        if self.training:
+            draws = generators(seeds, len(sizes))
+            truths = [target["boxes"] for target in targets]
+            losses = self.rpn.losses(logits, deltas, levels, sizes, truths, draws)
+            return losses | self.roi.losses(pyramid, proposals, sizes, targets, draws)
+        originals = originals or [(height, width) for height, width in sizes]
+        return self.roi.detect(pyramid, proposals, sizes, [Original(*o) for o in originals])
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
         """Images of their own sizes -> one normalised, padded tensor (N, 3, H, W)."""
@@ -339,6 +337,7 @@ def _assemble(
     kind, cascade = box_head or family.box_head, len(family.stages) > 1
     heads = [BoxHead(width, num_classes, kind, cascade, hidden, norms["box"]) for _ in family.stages]
     masks = [MaskHead(width, num_classes, norms["mask"], family.interleaved) for _ in family.stages]
+    _check_one_roi(masks[0], width)
     if family.interleaved:
         # no stage comes before the first: the published files have these weights, no gradient reaches them
         masks[0].flow.requires_grad_(False)
@@ -364,6 +363,20 @@ def _assemble(
     heads_summary = "; ".join(f"{part}: {text}" for part, text in summaries.items() if text)
     detector.norm_summary = "; ".join(filter(None, (backbone.norm_summary, heads_summary)))
     return detector
+
+
+def _check_one_roi(head: MaskHead, channels: int) -> None:
+    """Raise ValueError for a norm that cannot train on one RoI: a batch may have one positive, at any step."""
+    norm = copy.deepcopy(head.convs[0].norm)
+    if norm is None:
+        return
+    try:
+        norm.train()(torch.zeros(1, channels, 14, 14, device=head.logits.weight.device))
+    except ValueError as error:
+        raise ValueError(
+            f"head_norm of the mask head: {type(norm).__name__} cannot train where a batch has one positive RoI "
+            f"({error}); give the mask head another norm: head_norm={{mask: gn, ...}}"
+        ) from error
 
 
 def _head_norms(head_norm) -> dict[str, Callable | None]:

@@ -313,3 +313,22 @@ def test_another_number_of_classes_leaves_the_last_layers_new(tmp_path):
     assert report.new_head and report.complete and report.loaded < len(detector.state_dict())
     with pytest.raises(ValueError, match="other shapes"):
         anorm.load_weights(detector, tmp_path / "five.pth")
+
+
+def test_a_norm_that_cannot_train_on_one_roi_is_refused():
+    """AN's attention over BN takes statistics over RoIs; a batch may hold one positive."""
+    with pytest.raises(ValueError, match="mask head.*one positive RoI"):
+        small(head_norm={"mask": {"name": "an", "place": "all"}})
+    for norm in ("bn", "an_gn", "sn", "se"):
+        small(head_norm={"mask": {"name": norm, "place": "all"}})
+
+
+def test_norms_of_other_libraries_are_frozen_too():
+    backbone = anorm.create_detector("mask_rcnn", "timm:resnet18", "timm:batchnorm2d", num_classes=2).backbone
+    said = backbone.freeze("paper")
+    assert "statistics of 20 norms" in said
+    backbone.train()
+    before = {n: b.clone() for n, b in backbone.named_buffers()}
+    backbone(torch.rand(2, 3, 64, 64))
+    assert all(torch.equal(b, before[n]) for n, b in backbone.named_buffers())
+    assert not any(p.requires_grad for n, p in backbone.named_parameters() if "bn" in n)
