@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from anorm.archs.foreign import Foreign
 from anorm.config.settings import Optim
 from anorm.convert import is_norm
-from anorm.norms.base import Norm, ParamNeeds
+from anorm.norms.base import Norm, ParamNeeds, outermost_norms
 from anorm.norms.statistics import freeze_stats
 from anorm.words import nearest
 
@@ -33,7 +32,7 @@ def declared_needs(model: nn.Module) -> dict[str, tuple[ParamNeeds, bool]]:
     Parameters of other modules have the role "bias" where their module calls them so, else "weight".
     """
     needs = {}
-    for name, norm in _outermost_norms(model):
+    for name, norm in outermost_norms(model):
         needs |= {
             f"{name}.{local}" if name else local: (need, True) for local, need in norm.param_needs().items()
         }
@@ -252,7 +251,7 @@ def freeze(model: nn.Module, words: list[str]) -> list[str]:
         for name in named:
             parameters[name].requires_grad_(False)
         statistics = 0
-        for prefix, norm in _outermost_norms(model):
+        for prefix, norm in outermost_norms(model):
             local = {f"{prefix}.{name}" for name in norm.param_needs()}
             if word == MIXTURES and local & named:
                 held = norm.base
@@ -292,15 +291,6 @@ def _others_tracking(model: nn.Module, frozen: set[str]) -> int:
             own = {f"{name}.{local}" for local, _ in module.named_parameters(recurse=False)}
             count += bool(own) and own <= frozen
     return count
-
-
-def _outermost_norms(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Norm]]:
-    for name, child in model.named_children():
-        path = f"{prefix}.{name}" if prefix else name
-        if isinstance(child, Norm):
-            yield path, child
-        else:
-            yield from _outermost_norms(child, path)
 
 
 def _block(model: nn.Module, name: str) -> tuple[str, ...]:

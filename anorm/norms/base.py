@@ -230,18 +230,6 @@ class Norm(nn.Module):
                 for name in module.tracked:
                     yield f"{prefix}.{name}" if prefix else name, getattr(module, name)
 
-    def freeze_stats(self, frozen: bool = True) -> None:
-        """Standardize with the running statistics in training too and leave them as they are (or undo that)."""
-        for module in self.modules():
-            if isinstance(module, Norm):
-                module.frozen = frozen
-
-    def reset_stats(self) -> None:
-        """Forget the running statistics of this layer and its parts, but for frozen ones."""
-        for module in self.modules():
-            if isinstance(module, RunningNorm):
-                module.reset_running_stats()
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise this layer's own parameters and buffers anew; its children have their own such method.

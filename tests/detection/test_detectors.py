@@ -152,7 +152,7 @@ def test_published_models(case, geometry, tmp_path):
     detector.train()
     for module in detector.modules():
         if isinstance(module, Norm):
-            module.freeze_stats()
+            anorm.freeze_stats(module)
     for part in ("conv1", "bn1", "layer1"):
         detector.backbone.network.get_submodule(part).requires_grad_(False)
     losses = detector(images, targets)
