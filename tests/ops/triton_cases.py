@@ -1,4 +1,4 @@
-"""The Triton kernels against the float64 formula. test_triton/ runs this file: in the interpreter, and on a GPU.
+"""The Triton kernels against the float64 formula. test_triton.py runs this file: in the interpreter, and on a GPU.
 
 Every test runs with uninitialised memory filled with NaN, so that a cell that no program writes shows.
 """
