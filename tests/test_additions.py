@@ -137,6 +137,7 @@ LISTING = [
     "tests/archs/test_arch_configs.py",
     "tests/study/test_table.py::test_every_grid_composes",
     "tests/norms/test_laws.py::test_every_parameter_states_its_needs",
+    "tests/inside/test_look_inside.py::test_on_every_law",
     "tests/test_sizes.py::test_lists_and_configs_agree",
 ]
 
