@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         from anorm.inside.page import html
         from anorm.inside.sections import SECTIONS
         from anorm.inside.subject import open_subject
-        from anorm.inside.view import View
+        from anorm.inside.view import Inspection
         from anorm.study.records import open_run
 
         run = open_run(folders[0])
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
             try:
                 other = subjects[1] if len(subjects) > 1 else None
                 asks = asked.classes, asked.images, asked.each, asked.steps, lengths
-                view = View(subjects[0], other, *asks)
+                view = Inspection(subjects[0], other, *asks)
                 for name in wanted:
                     found.append(SECTIONS[name](view))
                     print(

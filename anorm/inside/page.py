@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anorm.inside.probes import Look
+from anorm.inside.probes import LayerProbe
 from anorm.inside.sections import Section
 from anorm.study.page import Cell, Row, curve_title, curves, metric_by_epoch, render
 from anorm.study.records import Reading, Run
@@ -24,7 +24,7 @@ WORDS = ("layer", "law", "stage", "set", "statistics")
 def html(
     run: Run,
     sections: Sequence[Section] = (),
-    layers: dict[str, Look] | None = None,
+    layers: dict[str, LayerProbe] | None = None,
     metric: str | None = None,
 ) -> str:
     """Return the page. layers: what the table shows a row each of, with the sections' columns; without, the evaluations.
@@ -74,7 +74,7 @@ def standing(run: Run) -> list[str]:
     ]
 
 
-def _layers(sections: Sequence[Section], layers: dict[str, Look]) -> list[dict[str, str]]:
+def _layers(sections: Sequence[Section], layers: dict[str, LayerProbe]) -> list[dict[str, str]]:
     columns = {name: values for section in sections for name, values in section.columns.items()}
     return [
         {

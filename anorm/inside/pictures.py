@@ -10,8 +10,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from anorm.inside.drawing import COLOURS, Picture, draw_picture, layers_on_x
 from anorm.inside.landscape import Point
 from anorm.inside.mixtures import by_class, mixture
-from anorm.inside.probes import Look, Responses
-from anorm.inside.surgery import Lost
+from anorm.inside.probes import LayerProbe, Responses
+from anorm.inside.surgery import SurgeryCost
 
 __all__ = [
     "gammas",
@@ -65,7 +65,7 @@ def responses(found: list[Responses], classes: list[str], run: str) -> list[Pict
     return pictures
 
 
-def mixture_weights(seen: dict[str, Look], key: str) -> Picture:
+def mixture_weights(seen: dict[str, LayerProbe], key: str) -> Picture:
     """The distribution of the weights over instances and components, layer by layer."""
     shown = {name: one.choices[key] for name, one in seen.items() if key in one.choices}
     bounded = all(choice.limit == 1.0 for choice in shown.values())
@@ -92,7 +92,7 @@ def _file(key: str) -> str:
     return key.replace(" ", "-")
 
 
-def mixtures_used(seen: dict[str, Look], key: str) -> Picture:
+def mixtures_used(seen: dict[str, LayerProbe], key: str) -> Picture:
     """How many of a layer's components its mixtures use."""
     shown = {name: one.choices[key] for name, one in seen.items() if key in one.choices}
     found = [mixture(choice.values, choice.limit) for choice in shown.values()]
@@ -122,7 +122,7 @@ def mixtures_used(seen: dict[str, Look], key: str) -> Picture:
     return draw_picture(f"{_file(key)}-used", caption, 3.9, 2, draw, sharex=True, height_ratios=(3, 2))
 
 
-def mixture_by_class(seen: dict[str, Look], key: str, numbers: list[int], classes: list[str]) -> Picture:
+def mixture_by_class(seen: dict[str, LayerProbe], key: str, numbers: list[int], classes: list[str]) -> Picture:
     """Mean weights of each class at the last layer of every stage that has one."""
     last = {one.stage: one for one in seen.values() if key in one.choices}
 
@@ -143,7 +143,7 @@ def mixture_by_class(seen: dict[str, Look], key: str, numbers: list[int], classe
     )
 
 
-def shares(seen: dict[str, Look]) -> Picture:
+def shares(seen: dict[str, LayerProbe]) -> Picture:
     """Importance weights: stacked bars, a panel for each choice."""
     keys = list(
         dict.fromkeys(key for one in seen.values() for key, c in one.choices.items() if c.kind == "shares")
@@ -167,7 +167,7 @@ def shares(seen: dict[str, Look]) -> Picture:
     )
 
 
-def gates(seen: dict[str, Look], key: str) -> Picture:
+def gates(seen: dict[str, LayerProbe], key: str) -> Picture:
     """A gate's values over instances and channels, layer by layer."""
     shown = {name: one.choices[key] for name, one in seen.items() if key in one.choices}
 
@@ -188,7 +188,7 @@ def gates(seen: dict[str, Look], key: str) -> Picture:
     return draw_picture(_file(key), f"{key}: values over instances and channels, by layer", 3.2, 1, draw)
 
 
-def gammas(of_runs: dict[str, dict[str, Look]]) -> Picture:
+def gammas(of_runs: dict[str, dict[str, LayerProbe]]) -> Picture:
     """How much gamma differs between instances and between channels; batch norm's does not between instances."""
 
     def draw(axes: list[Axes]) -> None:
@@ -265,7 +265,7 @@ def landscape(name: str, of_runs: dict[str, list[Point]], where: str) -> Picture
     return draw_picture(name, caption, 5.4, 3, draw, sharex=True)
 
 
-def surgery(found: list[Lost], whole: Lost) -> Picture:
+def surgery(found: list[SurgeryCost], whole: SurgeryCost) -> Picture:
     """Accuracy and loss that the averaging of each layer costs."""
     every = [*found, whole]
 

@@ -19,7 +19,7 @@ from anorm.norms.base import Choice, Norm, Site
 from anorm.ops import reference
 
 __all__ = [
-    "Look",
+    "LayerProbe",
     "Responses",
     "Spread",
     "layers",
@@ -59,7 +59,7 @@ class Spread:
 
 
 @dataclass
-class Look:
+class LayerProbe:
     """What was seen of a layer. known: whether its law tells its parts; by_instance: whether gamma or beta
     are functions of the instance. choices: by name, with the values of all instances (N, K), or (K,) where
     they are the same for all.
@@ -98,13 +98,13 @@ def _relative(value: Tensor, mean: Tensor) -> float:
 
 
 @torch.no_grad()
-def look(model: nn.Module, batches: Iterable, autocast: Autocast) -> dict[str, Look]:
+def look(model: nn.Module, batches: Iterable, autocast: Autocast) -> dict[str, LayerProbe]:
     """Every layer that runs, in the order of its first call, over ``batches`` of (images, labels, ...)."""
-    found: dict[str, Look] = {}
+    found: dict[str, LayerProbe] = {}
     kept: dict[str, dict[str, list[Tensor]]] = {}
 
     def note(name: str, norm: Norm, x: Tensor) -> None:
-        seen = found.setdefault(name, Look(name, type(norm).__name__, norm.site, norm.channels))
+        seen = found.setdefault(name, LayerProbe(name, type(norm).__name__, norm.site, norm.channels))
         with torch.autocast(x.device.type, enabled=False):
             parts = norm.parts(Moments(*reference.moments(x), x.shape[2] * x.shape[3]))
         if parts is None:

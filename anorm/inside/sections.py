@@ -12,11 +12,11 @@ from anorm.inside import pictures
 from anorm.inside.drawing import Picture
 from anorm.inside.landscape import Point, afresh, at_checkpoints
 from anorm.inside.mixtures import explained_by_class, mixture
-from anorm.inside.probes import Look, rank_divergence
+from anorm.inside.probes import LayerProbe, rank_divergence
 from anorm.inside.probes import responses as measure_responses
 from anorm.inside.subject import spread_out
 from anorm.inside.surgery import operate
-from anorm.inside.view import View
+from anorm.inside.view import Inspection
 
 __all__ = ["SECTIONS", "Section"]
 
@@ -32,7 +32,7 @@ class Section:
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def responses(view: View) -> Section:
+def responses(view: Inspection) -> Section:
     """The histograms of v1's Figure 2."""
     found = Section("Filter responses by class")
     for i, (run, subject) in enumerate(view.named(view.subjects).items()):
@@ -53,7 +53,7 @@ def responses(view: View) -> Section:
     return found
 
 
-def mixtures(view: View) -> Section:
+def mixtures(view: Inspection) -> Section:
     """AN's weights: distribution, entropy, effective K, dead and saturated components, by class."""
     found, seen = Section("Mixture weights"), view.seen[0]
     keys = _keys(seen, "mixture")
@@ -89,18 +89,18 @@ def mixtures(view: View) -> Section:
     return found
 
 
-def _keys(seen: dict[str, Look], kind: str) -> list[str]:
+def _keys(seen: dict[str, LayerProbe], kind: str) -> list[str]:
     return list(
         dict.fromkeys(key for one in seen.values() for key, c in one.choices.items() if c.kind == kind)
     )
 
 
-def _of(one: Look, key: str) -> tuple:
+def _of(one: LayerProbe, key: str) -> tuple:
     """(values, limit) of a choice."""
     return one.choices[key].values, one.choices[key].limit
 
 
-def gammas(view: View) -> Section:
+def gammas(view: Inspection) -> Section:
     """Spread of gamma over instances, against another run's (batch norm's is 0)."""
     found = Section("Gammas")
     of_runs = view.named(view.seen)
@@ -130,7 +130,7 @@ def gammas(view: View) -> Section:
     return found
 
 
-def shares(view: View) -> Section:
+def shares(view: Inspection) -> Section:
     """SN's importance weights."""
     found, seen = Section("Importance weights"), view.seen[0]
     keys = _keys(seen, "shares")
@@ -154,7 +154,7 @@ def shares(view: View) -> Section:
     return found
 
 
-def gates(view: View) -> Section:
+def gates(view: Inspection) -> Section:
     """SE's and BIN's gates, the lambdas of ASR-Norm and AFN."""
     found, seen = Section("Gates"), view.seen[0]
     keys = _keys(seen, "gates")
@@ -172,7 +172,7 @@ def gates(view: View) -> Section:
     return found
 
 
-def ranks(view: View) -> Section:
+def ranks(view: Inspection) -> Section:
     """How far the processes' running statistics lie apart, in the newest checkpoint that holds them apart."""
     found = Section("Running statistics of the ranks")
     files = sorted(view.run.folder.glob("last*.ckpt"), key=lambda path: (path.name != "last.ckpt", path.name))
@@ -199,7 +199,7 @@ def ranks(view: View) -> Section:
     return found
 
 
-def landscape(view: View) -> Section:
+def landscape(view: Inspection) -> Section:
     """Loss and gradient along the step."""
     found = Section("Loss and gradient along the step")
     kept = view.named(at_checkpoints(subject, view.lengths) for subject in view.subjects)
@@ -232,7 +232,7 @@ def _point(point: Point) -> dict[str, Any]:
     return dataclasses.asdict(point) | {"smoothness": point.smoothness}
 
 
-def surgery(view: View) -> Section:
+def surgery(view: Inspection) -> Section:
     """Each layer whose affine depends on the instance, with its mean over training images instead."""
     found, run = Section("Norm surgery"), view.run
     train = run.source.train
@@ -262,7 +262,7 @@ def surgery(view: View) -> Section:
     return found
 
 
-SECTIONS: dict[str, Callable[[View], Section]] = {
+SECTIONS: dict[str, Callable[[Inspection], Section]] = {
     "responses": responses, "mixtures": mixtures, "gammas": gammas, "shares": shares, "gates": gates,
     "ranks": ranks, "landscape": landscape, "surgery": surgery,
 }  # fmt: skip

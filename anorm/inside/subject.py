@@ -20,7 +20,7 @@ from anorm.engine.runfolder import configuration_in, last_weights
 from anorm.engine.statistics import statistics_from
 from anorm.words import nearest
 
-__all__ = ["Part", "Subject", "chosen_classes", "of_classes", "open_subject", "spread_out"]
+__all__ = ["ImageSubset", "Subject", "chosen_classes", "of_classes", "open_subject", "spread_out"]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Subject:
         """These images of one of ``source``'s data sets, cropped as in evaluation."""
         settings = self.config.settings
         size, layout = settings.eval.batch_size or settings.batch_size, settings.hardware.channels_last
-        return EvalLoader(Part(dataset, indices), size, device=self.device, channels_last=layout)
+        return EvalLoader(ImageSubset(dataset, indices), size, device=self.device, channels_last=layout)
 
     def evaluate(self, batches: EvalLoader) -> Result:
         own = self.evaluator
@@ -92,7 +92,7 @@ def open_subject(folder: Path, overrides: Sequence[str] = (), weights: Path | No
     return Subject(config.choices["norm"], folder.resolve(), config, source, found)
 
 
-class Part(LabelledImages):
+class ImageSubset(LabelledImages):
     """Some images of a data set, in the order of ``indices``; read by torch whatever the data set's loader."""
 
     def __init__(self, whole: LabelledImages, indices: Sequence[int]):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from anorm.algebra import Affine, Moments, then
 from anorm.engine.evaluate import Result
-from anorm.inside.probes import Look, layers
+from anorm.inside.probes import LayerProbe, layers
 from anorm.norms.base import Norm
 
-__all__ = ["Averaged", "Lost", "operate"]
+__all__ = ["Averaged", "SurgeryCost", "operate"]
 
 
 class Averaged(Norm):
@@ -33,7 +33,7 @@ class Averaged(Norm):
 
 
 @dataclass(frozen=True)
-class Lost:
+class SurgeryCost:
     """top1: points of accuracy lost (negative: gained); loss: increase of the loss an image; changed: share
     of images whose first class became right or wrong.
     """
@@ -45,8 +45,8 @@ class Lost:
 
 
 def operate(
-    model: nn.Module, seen: dict[str, Look], evaluate: Callable[[], Result]
-) -> tuple[Result, list[Lost], Lost | None]:
+    model: nn.Module, seen: dict[str, LayerProbe], evaluate: Callable[[], Result]
+) -> tuple[Result, list[SurgeryCost], SurgeryCost | None]:
     """(accuracy as it is, what each layer's averaging costs, what that of all costs).
 
     seen: of the images that gamma and beta are averaged over. Only layers whose gamma or beta depend on the
@@ -55,7 +55,7 @@ def operate(
     norms = layers(model)
     whole = evaluate()
 
-    def lost(name: str, names: list[str]) -> Lost:
+    def lost(name: str, names: list[str]) -> SurgeryCost:
         try:
             for each in names:
                 model.set_submodule(each, _averaged(norms[each], seen[each]).to(_device(model)))
@@ -64,14 +64,14 @@ def operate(
             for each in names:
                 model.set_submodule(each, norms[each])
         changed = float((now.rows["top1"] != whole.rows["top1"]).mean())
-        return Lost(name, whole["top1"] - now["top1"], now["loss"] - whole["loss"], changed)
+        return SurgeryCost(name, whole["top1"] - now["top1"], now["loss"] - whole["loss"], changed)
 
     names = [name for name, one in seen.items() if one.by_instance]
     each = [lost(name, [name]) for name in names]
     return whole, each, lost("all of them", names) if names else None
 
 
-def _averaged(norm: Norm, seen: Look) -> Averaged:
+def _averaged(norm: Norm, seen: LayerProbe) -> Averaged:
     dtype = next((p.dtype for p in norm.parameters()), torch.float32)
     return Averaged(norm, seen.gamma.mean.to(dtype), seen.beta.mean.to(dtype))
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from anorm.data.loaders import EvalLoader
 from anorm.inside.landscape import LENGTHS
-from anorm.inside.probes import Look, look
+from anorm.inside.probes import LayerProbe, look
 from anorm.inside.subject import Subject, chosen_classes, of_classes, spread_out
 
-__all__ = ["View"]
+__all__ = ["Inspection"]
 
 
 @dataclass
-class View:
+class Inspection:
     """A run, perhaps another to compare it with, and what is asked. What is seen of layers is measured once."""
 
     run: Subject
@@ -49,15 +49,15 @@ class View:
         labels = subject.source.val.labels
         return subject.batches(subject.source.val, of_classes(labels, self.chosen(subject), self.each))
 
-    def seen_in(self, subject: Subject, batches: EvalLoader) -> dict[str, Look]:
+    def seen_in(self, subject: Subject, batches: EvalLoader) -> dict[str, LayerProbe]:
         with subject.as_evaluated():
             return look(subject.model, batches, subject.evaluator.autocast)
 
     @cached_property
-    def seen(self) -> list[dict[str, Look]]:
+    def seen(self) -> list[dict[str, LayerProbe]]:
         """Of each subject, over its evaluation images."""
         return [self.seen_in(subject, self.evaluation(subject)) for subject in self.subjects]
 
     @cached_property
-    def seen_by_class(self) -> dict[str, Look]:
+    def seen_by_class(self) -> dict[str, LayerProbe]:
         return self.seen_in(self.run, self.of_chosen(self.run))

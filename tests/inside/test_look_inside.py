@@ -16,7 +16,7 @@ import anorm
 from anorm.algebra import Moments
 from anorm.build import create_source
 from anorm.inside import landscape, subject
-from anorm.inside.view import View
+from anorm.inside.view import Inspection
 
 TINY = [
     "arch=convnet",
@@ -167,9 +167,9 @@ def test_what_runs_are_called(runs, tmp_path):
     long = tmp_path / f"{'x' * 40}-of-a-long-name"
     shutil.copytree(runs("bn"), long)
     bn, other, an = (subject.open_subject(folder) for folder in (runs("bn"), long, runs("an")))
-    assert list(View(bn, an).named([1, 2])) == ["bn", "an"]
-    assert list(View(bn, other).named([1, 2])) == ["bn", "xxxxxxxxx-of-a-long-name"]
-    assert list(View(other, other).named([1, 2])) == ["run 1", "run 2"]
+    assert list(Inspection(bn, an).named([1, 2])) == ["bn", "an"]
+    assert list(Inspection(bn, other).named([1, 2])) == ["bn", "xxxxxxxxx-of-a-long-name"]
+    assert list(Inspection(other, other).named([1, 2])) == ["run 1", "run 2"]
 
 
 def test_trained_again_it_is_the_run(runs):
@@ -288,7 +288,7 @@ def test_classes_and_images():
         1,
         2,
     ] == subject.spread_out(3, 9)
-    part = subject.Part(source.val, [7, 2])
+    part = subject.ImageSubset(source.val, [7, 2])
     found = part.fetch([1, 0], None)
     assert part.labels.tolist() == [2, 2] and found.indices.tolist() == [2, 7]
     assert torch.equal(found.images, source.val.fetch([2, 7], None).images)
