@@ -14,7 +14,7 @@ from commands import script, train
 
 import anorm
 from anorm.algebra import Moments
-from anorm.build import create_source
+from anorm.data.sources.synthetic import synthetic
 from anorm.inside import landscape, subject
 from anorm.inside.view import Inspection
 
@@ -277,9 +277,7 @@ def test_mistakes(arguments, words, runs, capsys, monkeypatch, tmp_path):
 
 
 def test_classes_and_images():
-    source = create_source(
-        {"data": {"name": "synthetic", "image_size": 8, "num_classes": 5, "val_images": 20}}
-    )
+    source = synthetic(image_size=8, num_classes=5, val_images=20)
     assert subject.chosen_classes(source, "class 4, 2,2") == [4, 2]
     assert subject.chosen_classes(source, None) == [0, 1, 2, 3]
     assert subject.of_classes(source.val.labels, [4, 2], 2) == [4, 9, 2, 7]
