@@ -1,7 +1,7 @@
 """Mask R-CNN R50-FPN here and in torchvision, side by side: a training step and an inference.
 
-    python benchmarks/detector.py                  both at equal heads (2fc), proposals and image size; BN; one process
-    python benchmarks/detector.py --size 480 --repeats 9
+    python -m benchmarks.detector                  both at equal heads (2fc), proposals and image size; BN; one process
+    python -m benchmarks.detector --size 480 --repeats 9
 
 Times are of the processor, on one thread, so that other work on the machine counts little; both networks take turns.
 Weights are equal (torchvision's, loaded here), the geometry is torchvision's. Printed: medians and their ratio.
