@@ -6,6 +6,8 @@ import sys
 import pytest
 from commands import ROOT, environment, script, train
 
+from anorm.study.grid import open_grid
+
 SHELL = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "scripts").glob("*.sbatch")])
 AROUND = {"NODES": "2", "NODE": "1", "MASTER": "host0", "PARTITION": "gpu", "GPUS": "4", "SLURM_JOB_ID": "77"}
 
@@ -81,7 +83,7 @@ def test_several_nodes(started, capsys):
 def test_every_row_of_table_2_over_several_nodes(started, capsys):
     status, calls = started("table2_nodes.sh", "batch_size=64", python=f'exec {sys.executable} "$@"')
     runs = [call[call.index("train.py") + 1 :] for call in calls if call[0] == "torchrun"]
-    grid = sys.modules["grid"].open_grid("table2")
+    grid = open_grid("table2")
     assert status == 0 and [run[:-2] for run in runs] == [list(line.overrides) for line in grid.lines]
     for run in runs[::6]:
         composes(run, capsys)

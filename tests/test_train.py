@@ -480,7 +480,7 @@ def test_the_outline_takes_no_memory(arch, macs):
     found = script("train.py").composed(
         script("train.py").Arguments([f"arch={arch}", "norm=an", "data=synthetic"])
     )
-    said = outline(found.config, create_source(found.config))
+    said = outline(found, create_source(found))
     assert f"{macs:.3f} G" in said and ("25,755,420" in said) == (arch == "resnet50")
 
 

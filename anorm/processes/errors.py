@@ -50,7 +50,8 @@ class user_errors:
 
 
 _LOST_WORKER = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)")
-_NO_ANSWER = re.compile(r"Timed out waiting \d+ms|collective operation timeout")  # gloo's words, NCCL's
+# gloo's words (the second where its timer runs out first), NCCL's
+_NO_ANSWER = re.compile(r"Timed out waiting \d+ms|Application timeout caused pair closure|collective operation timeout")
 _NO_MEMORY = re.compile(
     "(CUDA|CUBLAS|CUDNN|NCCL).*(out of memory|ALLOC_FAILED)|can't allocate memory"
 )  # besides OutOfMemoryError

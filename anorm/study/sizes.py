@@ -10,11 +10,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import sys
 from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
@@ -124,18 +122,30 @@ class LawOnly(nn.Module):
 
 
 def _code_of(model: nn.Module) -> tuple[str, ...]:
-    """Return the files, relative to the package, of the classes in ``model`` and of what those files use by name."""
-    found: dict[str, ModuleType] = {}
-    wanted = [cls.__module__ for module in model.modules() for cls in type(module).__mro__]
-    wanted.append(Placement.__module__)
+    """Return the files, relative to the package, of the classes in ``model`` and of what those files import, as their text
+    says it: what a process has imported besides does not count.
+    """
+    found: set[str] = set()
+    wanted = {cls.__module__ for module in model.modules() for cls in type(module).__mro__} | {Placement.__module__}
     while wanted:
         name = wanted.pop()
-        if name in found or not name.startswith(COUNTED_WITH):
-            continue
-        found[name] = sys.modules[name]
-        for used in vars(found[name]).values():
-            wanted.append(used.__name__ if isinstance(used, ModuleType) else str(getattr(used, "__module__", "")))
-    return tuple(sorted(Path(module.__file__).relative_to(PACKAGE).as_posix() for module in found.values()))
+        path = name.removeprefix("anorm.").replace(".", "/") + ".py"
+        if name.startswith(COUNTED_WITH) and path not in found and (PACKAGE / path).is_file():
+            found.add(path)
+            wanted |= _imported_by(path)
+    return tuple(sorted(found))
+
+
+@cache
+def _imported_by(path: str) -> frozenset[str]:
+    """Return the modules that a file of the package imports from."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / path).read_bytes())):
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return frozenset(found)
 
 
 @cache

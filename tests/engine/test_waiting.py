@@ -28,6 +28,7 @@ def test_an_epoch_waits_for_the_device_at_its_reports_alone(tmp_path, monkeypatc
     run = build(config, tmp_path, "signature", world, None)
     reported = []
     monkeypatch.setattr(Meter, "report", lambda meter, epoch, rate: reported.append(meter.run.progress.step))
+    monkeypatch.setattr(Meter, "epoch_mean", lambda meter: 1.0)  # of what reports have read
     agreement = Agreement(world)
     try:
         train_epoch(run, 0, 0, agreement, SaveTimer(run.settings), Clock(run.progress))
