@@ -21,6 +21,7 @@ from anorm.norms.base import (
     checked_eps,
     fully_connected,
     moments_of,
+    without_autocast,
 )
 from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build, build_base
@@ -143,7 +144,7 @@ class AttentiveNorm(Norm):
             return super().run(x, residual, mask)
         z = self.base(x)
         of = moments_of(z if self.source == "standardized" else x, self.attention.needs == "mean_var")
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             gamma, beta = self._mixed(self.attention(of))
             return around(z, gamma, beta, self.act, residual, mask)
 

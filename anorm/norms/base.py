@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ __all__ = [
     "checked_eps",
     "fully_connected",
     "outermost_norms",
+    "without_autocast",
 ]
 
 ROLES = ("stem", "reduce", "spatial", "expand", "shortcut", "transition", "final", "lateral", "output", "box", "mask")
@@ -495,7 +497,12 @@ def around(
     return lookup(act).function(y if residual is None else y + residual)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a context in which x's device computes in the precision of its operands. The meta device knows no autocast."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
 def moments_of(x: Tensor, var: bool) -> Moments:
     """Moments of a map, differentiable, in plain PyTorch."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return Moments(*reference.moments(x, var), x.shape[2] * x.shape[3])

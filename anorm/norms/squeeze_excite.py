@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anorm.algebra import Affine, Moments, gate, pool_batch, squeeze, standardize, then
-from anorm.norms.base import Choice, Norm, ParamNeeds, Parts, Site, around, called_as_is, fully_connected
+from anorm.norms.base import (
+    Choice,
+    Norm,
+    ParamNeeds,
+    Parts,
+    Site,
+    around,
+    called_as_is,
+    fully_connected,
+    without_autocast,
+)
 from anorm.norms.batch import BatchNorm
 from anorm.norms.build import build_base
 from anorm.ops.fused import FusedLaw, RunningLaw, Tensors
@@ -69,7 +79,7 @@ class SqueezeExcite(Norm):
         if called_as_is(self.base):
             return super().run(x, residual, mask)
         z = self.base(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             means = z.to(torch.promote_types(z.dtype, torch.float32)).mean((2, 3))
             return around(z, self.weights(means), None, self.act, residual, mask)
 
