@@ -17,7 +17,7 @@ from anorm.data.loaders import EvalLoader, TrainLoader
 from anorm.data.sources.base import FetchedImages, LabelledImages, Source
 from anorm.engine.evaluate import Evaluator, Result, evaluate
 from anorm.engine.runfolder import configuration_in, last_weights
-from anorm.engine.statistics import statistics_from
+from anorm.engine.statistics import statistics_from, uses_batch_statistics
 from anorm.words import nearest
 
 __all__ = ["ImageSubset", "Subject", "chosen_classes", "of_classes", "open_subject", "spread_out"]
@@ -52,6 +52,8 @@ class Subject:
 
     def evaluate(self, batches: EvalLoader) -> Result:
         own = self.evaluator
+        if uses_batch_statistics(self.model):
+            batches = batches.together(own.batches)  # images of many classes in each, as the run evaluates itself
         return evaluate(own.task, self.model, batches, own.world, own.autocast)
 
     @cached_property

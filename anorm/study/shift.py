@@ -31,6 +31,7 @@ from anorm.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, Dataset, Encode
 from anorm.data.sources.folder import FolderStore
 from anorm.data.transforms import Crop
 from anorm.engine.evaluate import Evaluator, Result
+from anorm.engine.statistics import uses_batch_statistics
 from anorm.words import nearest
 
 On = Callable[[dict[str, Dataset]], Evaluator]
@@ -186,8 +187,8 @@ class Restricted(nn.Module):
 
 def _evaluate(evaluator: Evaluator, wrap: Callable[[nn.Module], nn.Module] | None = None) -> Result:
     try:
-        (found,) = evaluator(network=wrap(evaluator.model) if wrap else None).values()
-        return found
+        found = evaluator(network=wrap(evaluator.model) if wrap else None, first_alone=True)
+        return found[evaluator.pairs[0]]
     finally:
         evaluator.close()
 
@@ -295,7 +296,8 @@ class Real:
 
 def real(labels: Path | None, config: Config, on: On) -> Real:
     """Evaluate on the own validation images under ReaL labels: a JSON file with a list of classes for each
-    image in the order of the official numbers, or, for None, the one that timm ships.
+    image in the order of the official numbers, or, for None, the one that timm ships. Raises ValueError under batch
+    statistics.
     """
     source = create_source(config)
     check_classes(source.classes)
@@ -303,7 +305,13 @@ def real(labels: Path | None, config: Config, on: On) -> Real:
     if not isinstance(val, EncodedImages) or val.on_error != "error":
         raise ValueError("--shift real needs ImageNet's validation images as files, and data.on_error=error")
     judge = _real_labels([_official(val.store.name(i)) for i in range(len(val))], labels)
-    found = _evaluate(on({"val": val}), lambda network: Listening(network, judge.add_result))
+    evaluator = on({"val": val})
+    if evaluator.pairs[0].stats == "batch" or uses_batch_statistics(evaluator.model):
+        raise ValueError(
+            "--shift real hears answers in the order of the images, and where batch statistics are used images come in "
+            "shuffled batches: set eval.stats=running or recalibrated"
+        )
+    found = _evaluate(evaluator, lambda network: Listening(network, judge.add_result))
     accuracy = judge.get_accuracy()
     return Real(accuracy[1], accuracy[5], len(judge.is_correct[1]), found)
 

@@ -34,10 +34,13 @@ CONFIG = Config.compose(
 )
 
 
-def on(images):
+RUNNING = Eval()
+
+
+def on(images, settings=RUNNING):
     model = Rule(IMAGENET_MEAN, IMAGENET_STD)
     loaders = {name: EvalLoader(of_set, 64) for name, of_set in images.items()}
-    return Evaluator(Classification(SYNSETS), model, None, loaders, World(), nullcontext, Eval(), 1)
+    return Evaluator(Classification(SYNSETS), model, None, loaders, World(), nullcontext, settings, 1)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +193,18 @@ def test_real_labels(validation, tmp_path):
     found = shift.real(tmp_path / "real.json", real_config(validation), on)
     assert (found.top1, found.top5, found.images) == (0.0, pytest.approx(100 * 333 / 500), 500)
     assert "of the 500 images with ReaL labels" in found.words(CONFIG)
+
+
+def test_shuffled_batches_are_not_judged_in_the_order_of_the_images(validation, tmp_path):
+    (tmp_path / "real.json").write_text(json.dumps([[k] for k in range(1000)]))
+    with pytest.raises(ValueError, match="shuffled batches: set eval.stats=running"):
+        shift.real(tmp_path / "real.json", real_config(validation), lambda sets: on(sets, Eval(stats="batch")))
+
+
+def test_of_several_statistics_the_first_is_reported(every):
+    several = Eval(stats=["running", "batch"])
+    found = shift.shifted("imagenet_sketch", every, CONFIG, lambda sets: on(sets, several)).found
+    assert (found["top1"], found.images) == (50.0, 1000)
 
 
 def test_wrong_real_labels_are_refused(validation, every, tmp_path):
