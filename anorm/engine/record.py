@@ -202,10 +202,20 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": devices,
         "machine": platform.platform(),
+        "processor": _processor(),
         "processor_threads": torch.get_num_threads(),
         "git": git,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
+
+
+def _processor() -> str | None:
+    """Return what Linux calls the processor, None where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _git(*command: str) -> str | None:
