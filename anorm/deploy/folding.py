@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from anorm.algebra import Moments
-from anorm.norms.base import Norm
+from anorm.norms.base import Norm, outermost_norms
 from anorm.ops.activations import lookup
 
-__all__ = ["FoldReport", "Folded", "PerInstance", "fold", "outermost_norms"]
+__all__ = ["FoldReport", "Folded", "PerInstance", "fold"]
 
 
 @dataclass
@@ -90,15 +90,6 @@ def fold(model: nn.Module) -> tuple[nn.Module, FoldReport]:
         else:
             report.kept.append(name)
     return model, report
-
-
-def outermost_norms(model: nn.Module) -> list[tuple[str, Norm]]:
-    """Norms that are no part of another law."""
-    found: list[tuple[str, Norm]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, Norm) and not any(name.startswith(f"{outer}.") for outer, _ in found):
-            found.append((name, module))
-    return found
 
 
 class _Tracer(fx.Tracer):

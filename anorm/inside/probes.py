@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from anorm.algebra import Moments
-from anorm.deploy.folding import outermost_norms
 from anorm.engine.device import Autocast
-from anorm.norms.base import Choice, Norm, Site
+from anorm.norms.base import Choice, Norm, Site, outermost_norms
 from anorm.ops import reference
 
 __all__ = [
